@@ -1,0 +1,171 @@
+"""The six evaluation sets and the validation set: who is in them, and which images are right (paper, sec. 3.3)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from datasets.metadata import DATABASE_YEAR, Catalogue
+from datasets.overlap import INTERSECTIONS_FILE, load_intersections
+from utils import geo
+
+POINTS_OF_INTEREST = {  # Table 1
+    "Texas": (30, -95),
+    "Alps": (45, 10),
+    "California": (38, -122),
+    "Gobi Desert": (40, 105),
+    "Amazon": (-3, -60),
+    "Toshka Lakes": (23, 30),
+}
+QUERY_RADIUS_KM = 2500  # what the station's crew can see, eq. 1 rounded up
+DATABASE_RADIUS_KM = 5000  # all ground that a photo with its nadir inside the query radius can show
+
+# Validation lies inside the Texas set: the paper marks Texas as "validation" for that reason.
+VALIDATION = "Texas-validation"
+VALIDATION_QUERY_RADIUS_KM = 500
+VALIDATION_DATABASE_RADIUS_KM = 1200
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One set. Rows point into the two catalogues, positives into database_rows.
+
+    query_rows (Q,), database_rows (D,) sorted; positives: Q arrays of positions 0 … D-1, none of them empty;
+    left_out: rows of the queries in reach that have no positive in this database, which nothing could find.
+    """
+
+    name: str
+    query_rows: np.ndarray
+    database_rows: np.ndarray
+    positives: list
+    left_out: np.ndarray
+
+    def __str__(self):
+        return f"< {self.name} - #q: {len(self.query_rows)}; #db: {len(self.database_rows)} >"
+
+    @property
+    def is_empty(self):
+        return not (len(self.query_rows) and len(self.database_rows))
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """All sets over one pair of catalogues. pairs (P, 2): (query row, database row) that share ground, sorted."""
+
+    queries: Catalogue
+    database: Catalogue
+    pairs: np.ndarray
+    sets: list
+    notes: list  # sentences for the log: what is missing, empty or left out
+
+    @property
+    def query_rows(self):
+        """Union over the sets, sorted: each query is described once."""
+        return _union([one.query_rows for one in self.sets])
+
+    @property
+    def database_rows(self):
+        """Union over the sets, sorted: each database image is described once."""
+        return _union([one.database_rows for one in self.sets])
+
+    def only(self, *names):
+        """The same data with just these sets; unknown or skipped names leave nothing behind."""
+        return replace(self, sets=[one for one in self.sets if one.name in names])
+
+    def without(self, query_rows, database_rows):
+        """Leaves images out (unreadable ones) of every set; queries that lose their last positive go too."""
+        sets = [build_set(one.name, np.setdiff1d(np.union1d(one.query_rows, one.left_out), query_rows),
+                          np.setdiff1d(one.database_rows, database_rows), self.pairs) for one in self.sets]
+        notes = [_empty_note(one) for one in sets if one.is_empty]
+        return replace(self, sets=[one for one in sets if not one.is_empty], notes=self.notes + notes)
+
+
+def load_evaluation_data(dataset_path, validation=True):
+    """Queries, the database of 2021 and their positives, read once -> EvaluationData with every set that is not empty.
+
+    validation=True appends the validation set. Raises FileNotFoundError where the data set or a part of it is missing.
+    """
+    root = Path(dataset_path)
+    queries = Catalogue.read(root, "queries")
+    database = Catalogue.read(root, "database", year=DATABASE_YEAR)
+    if not len(queries):
+        raise FileNotFoundError(f"{root / 'queries'}: no .jpg in it; is --dataset_path right?")
+    if not len(database):
+        raise FileNotFoundError(f"{root / 'database'}: no .jpg in a folder {DATABASE_YEAR}_*; evaluation searches "
+                                f"the images of {DATABASE_YEAR}")
+    return make_evaluation_data(queries, database, load_intersections(root / INTERSECTIONS_FILE), validation)
+
+
+def make_evaluation_data(queries, database, intersections, validation=True):
+    """Catalogues and {query name: [(database path, IoU)]} -> EvaluationData."""
+    pairs, notes = positive_pairs(queries, database, intersections)
+    wanted = [(name, center, QUERY_RADIUS_KM, DATABASE_RADIUS_KM) for name, center in POINTS_OF_INTEREST.items()]
+    if validation:
+        wanted.append((VALIDATION, POINTS_OF_INTEREST["Texas"],
+                       VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM))
+    centers = database.centers
+    sets = []
+    for name, center, query_radius, database_radius in wanted:
+        one = select_set(name, center, queries.nadirs, centers, pairs, query_radius, database_radius)
+        if one.is_empty:
+            notes.append(_empty_note(one))
+            continue
+        sets.append(one)
+        if len(one.left_out):
+            notes.append(f"{name}: {len(one.left_out)} of {len(one.query_rows) + len(one.left_out)} queries left out, "
+                         "they have no positive in the set's database")
+    return EvaluationData(queries, database, pairs, sets, notes)
+
+
+def select_set(name, center, nadirs, database_centers, pairs, query_radius_km=QUERY_RADIUS_KM,
+               database_radius_km=DATABASE_RADIUS_KM):
+    """Queries by nadir (N, 2), database images by centre (M, 2), great-circle distance to center (lat, lon)."""
+    query_rows = np.flatnonzero(geo.distance_km(nadirs, center) <= query_radius_km)
+    database_rows = np.flatnonzero(geo.distance_km(database_centers, center) <= database_radius_km)
+    return build_set(name, query_rows, database_rows, pairs)
+
+
+def build_set(name, query_rows, database_rows, pairs):
+    """Sorted rows and the positive pairs (P, 2) -> EvaluationSet. Queries without a positive go to left_out."""
+    inside = np.isin(pairs[:, 0], query_rows) & np.isin(pairs[:, 1], database_rows)
+    of_query, of_database = pairs[inside].T
+    found, starts = np.unique(of_query, return_index=True)
+    positions = np.searchsorted(database_rows, of_database)
+    positives = np.split(positions, starts[1:]) if len(found) else []
+    return EvaluationSet(name, found, database_rows, positives, np.setdiff1d(query_rows, found))
+
+
+def positive_pairs(queries, database, intersections):
+    """{query name: [(database path, IoU)]} -> pairs (P, 2) of catalogue rows, sorted, and notes on what is missing.
+
+    Images are matched by file name, which is unique and does not change when a data set's folders are moved.
+    """
+    row_of = {name: row for row, name in enumerate(database.names)}
+    rows, counts, missing, unlisted = [], [], 0, 0
+    for name in queries.names:
+        entries = intersections.get(name)
+        unlisted += entries is None
+        listed = [row_of.get(path.rsplit("/", 1)[-1], -1) for path, _ in entries or ()]
+        present = sorted({row for row in listed if row >= 0})
+        missing += listed.count(-1)
+        rows += present
+        counts.append(len(present))
+    pairs = np.stack([np.repeat(np.arange(len(queries)), np.array(counts, dtype=np.int64)),
+                      np.array(rows, dtype=np.int64)], axis=1)
+    notes = []
+    if missing:
+        notes.append(f"{missing} of {missing + len(pairs)} positives of {INTERSECTIONS_FILE} are not in the database "
+                     "on disk: recalls count the others only")
+    if unlisted:
+        notes.append(f"{unlisted} of {len(queries)} queries are not listed in {INTERSECTIONS_FILE}: counted as without "
+                     "a positive")
+    return pairs, notes
+
+
+def _empty_note(one):
+    return (f"{one.name}: skipped, it has {len(one.query_rows)} queries with a positive ({len(one.left_out)} without) "
+            f"and {len(one.database_rows)} database images")
+
+
+def _union(rows):
+    return np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)

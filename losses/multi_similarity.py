@@ -1,0 +1,63 @@
+"""Neutral-aware multi-similarity loss (paper, sec. 4.4) on dense masks.
+
+Two errata of the paper, settled here: eq. 2 contradicts its own prose, and the prose holds (different regions that
+share ground take no part); eq. 3 has a sign error, negatives use exp(+beta (S - base)), as in the loss it extends
+(Wang et al. 2019, "Multi-Similarity Loss with General Pair Weighting", eq. 15).
+"""
+
+import torch
+from torch import nn
+
+
+def pair_masks(labels, neutral=None):
+    """labels (N,), neutral (N, N) bool or None -> positive, negative (N, N) bool masks.
+
+    positive: same label, not oneself. negative: another label, and not neutral.
+    """
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    negative = ~same if neutral is None else ~same & ~neutral
+    return positive, negative
+
+
+def mine(similarity, positive, negative, epsilon):
+    """similarity (N, N) and pair masks -> the masks of the pairs worth training on (Wang et al. 2019, eqs. 11 and 12).
+
+    A negative is kept when it is more similar than the least similar positive less epsilon; a positive when it is less
+    similar than the most similar negative plus epsilon. Neutral pairs are in neither mask, so they set no threshold.
+    """
+    hardest_positive = similarity.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
+    hardest_negative = similarity.masked_fill(~negative, -torch.inf).amax(dim=1, keepdim=True)
+    return positive & (similarity - epsilon < hardest_negative), negative & (similarity + epsilon > hardest_positive)
+
+
+def masked_log_sum(exponents, mask):
+    """(N, N) exponents -> (N,) log(1 + sum over the mask of exp), stable whatever the exponents."""
+    exponents = exponents.masked_fill(~mask, -torch.inf)
+    one = torch.zeros(len(exponents), 1, dtype=exponents.dtype, device=exponents.device)
+    return torch.cat([exponents, one], dim=1).logsumexp(dim=1)
+
+
+class MultiSimilarityLoss(nn.Module):
+    """Multi-similarity loss with its mining, neutral-aware. Paper's values: alpha 1, beta 50, base 0, epsilon 0.1."""
+
+    def __init__(self, alpha=1.0, beta=50.0, base=0.0, epsilon=0.1):
+        super().__init__()
+        self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
+
+    def forward(self, descriptors, labels, neutral=None):
+        """descriptors (N, D) float32 or wider, L2-normalised; labels (N,); neutral (N, N) bool -> scalar loss."""
+        similarity = descriptors @ descriptors.T
+        positive, negative = mine(similarity.detach(), *pair_masks(labels, neutral), self.epsilon)
+        pull = masked_log_sum(-self.alpha * (similarity - self.base), positive) / self.alpha
+        push = masked_log_sum(self.beta * (similarity - self.base), negative) / self.beta
+        return (pull + push).mean()
+
+    @torch.no_grad()
+    def mined_shares(self, descriptors, labels, neutral=None):
+        """Same arguments -> (share of anchors with a mined pair, share of pairs that were mined), scalars in [0, 1]."""
+        similarity = descriptors @ descriptors.T
+        positive, negative = pair_masks(labels, neutral)
+        mined_positive, mined_negative = mine(similarity, positive, negative, self.epsilon)
+        mined = mined_positive | mined_negative
+        return mined.any(dim=1).float().mean(), mined.sum() / (positive | negative).sum().clamp(min=1)

@@ -1,0 +1,56 @@
+"""Pictures: each cell is where the caption says, frames have the right colour."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils import figures
+
+
+def flat(value):
+    return torch.full((3, 8, 8), value, dtype=torch.uint8)
+
+
+def colours(image):
+    return {tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()}
+
+
+def test_batch_figure_holds_two_regions_a_row():
+    views = torch.arange(3 * 4).reshape(3, 4, 1, 1, 1).expand(3, 4, 3, 8, 8) / 20  # float in [0, 1]
+    picture = figures.batch_figure(views, years=(2018, 2019, 2020, 2021), size=32)
+    assert picture.width > picture.height > 2 * 32
+    shown = colours(picture)
+    assert all((round(i / 20 * 255),) * 3 in shown for i in range(12))
+
+
+def test_uint8_and_float_look_the_same():
+    clusters = [[flat(51), flat(51).float() / 255], [flat(51)]]
+    picture = figures.clusters_figure(clusters, titles=["rivers", "ice"], size=32)
+    assert picture.size[1] == 2 * 32 + 3 * 4
+    assert (51, 51, 51) in colours(picture)
+
+
+def test_frames_are_green_when_right_and_red_when_wrong():
+    right = figures.predictions_figure([(flat(9), [(flat(8), True)], "Alps")], size=32)
+    wrong = figures.predictions_figure([(flat(9), [(flat(8), False)], "Alps")], size=32)
+    assert figures.GREEN in colours(right) and figures.RED not in colours(right)
+    assert figures.RED in colours(wrong) and figures.GREEN not in colours(wrong)
+    with pytest.raises(ValueError, match="no queries"):
+        figures.predictions_figure([])
+
+
+def test_curve_passes_over_missing_points():
+    curves = {"fresh": [(0, 18.4), (100, float("nan")), (250, 31.5)], "longer": [(0, 18.4)]}
+    assert figures.BLUE in colours(figures.curve_figure(curves))
+    with pytest.raises(ValueError, match="no points"):
+        figures.curve_figure({"empty": []})
+
+
+@pytest.mark.parametrize("low, high, ticks", [(0, 250, [0, 50, 100, 150, 200, 250]), (0, 31.5, [0, 10, 20, 30, 40])])
+def test_ticks_are_round(low, high, ticks):
+    assert figures._ticks(low, high).tolist() == ticks
+
+
+def test_save_makes_the_folder(tmp_path):
+    figures.save(figures.clusters_figure([[flat(1)]]), tmp_path / "new" / "clusters.jpg")
+    assert (tmp_path / "new" / "clusters.jpg").stat().st_size > 0

@@ -1,0 +1,223 @@
+"""A model and the evaluation sets -> recalls, lines for the log, results.json, predictions.csv and a picture."""
+
+import csv
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from datasets.evaluation import VALIDATION, EvaluationSet
+from utils import geo, retrieval
+from utils.retrieval import RANKS, ROTATIONS
+
+CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "correct", "km")
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Every image of the sets, described once. Row i of queries (Q, D) is catalogue row query_rows[i];
+    database (R, M, D) holds one layer a rotation, column j is catalogue row database_rows[j]."""
+
+    queries: np.ndarray
+    query_rows: np.ndarray
+    database: np.ndarray
+    database_rows: np.ndarray
+    rotations: tuple
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One set's ranked lists and what they score. Lists are best first and hold rotated copies as they come.
+
+    positions (Q, K): in the set's database_rows, -1 for none; rotations (Q, K) degrees; scores (Q, K);
+    correct (Q, K) bool. Recalls are {k: percent}. orientation: None without rotations.
+    """
+
+    set: EvaluationSet
+    scores: np.ndarray
+    positions: np.ndarray
+    rotations: np.ndarray
+    correct: np.ndarray
+    recalls: dict
+    distinct: dict
+    nadir: dict
+    random_choice: dict
+    orientation: dict | None
+
+    @property
+    def database_images(self):
+        """(Q, K) rows of the database catalogue, -1 for none."""
+        return np.where(self.positions < 0, -1, self.set.database_rows[np.maximum(self.positions, 0)])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All sets' results. The averages are over the paper's sets, the validation set is not in them."""
+
+    data: object  # EvaluationData, without the images that could not be read
+    results: list
+    rotations: tuple
+    ks: tuple
+    notes: list = field(default_factory=list)
+
+    def __getitem__(self, name):
+        for result in self.results:
+            if result.set.name == name:
+                return result
+        raise KeyError(f"{name}: no result, the set was empty or not asked for")
+
+    @property
+    def test_results(self):
+        return [result for result in self.results if result.set.name != VALIDATION]
+
+    def average(self, counting="recalls"):
+        """Mean over the sets of `recalls`, `distinct`, `nadir` or `random_choice` -> {k: percent}; {} without sets."""
+        rows = [getattr(result, counting) for result in self.test_results]
+        return {k: float(np.mean([row[k] for row in rows])) for k in self.ks} if rows else {}
+
+    def lines(self):
+        """The log: one line a set in the form that users parse, the average, the other counting, the naive rows."""
+        lines = [recall_line(result.set.name, result.set, result.recalls) for result in self.results]
+        tests = self.test_results
+        if tests:
+            count = f"< {len(tests)} sets - #q: {sum(len(result.set.query_rows) for result in tests)}; " \
+                    f"#db: {len(self.data.only(*[result.set.name for result in tests]).database_rows)} >"
+            lines.append(recall_line("average", count, self.average()))
+            if len(self.rotations) > 1:
+                lines.append("Counted as they come: each rotated copy takes a place in the list, the paper's protocol. "
+                             "Over distinct images:")
+                lines += [recall_line(result.set.name, result.set, result.distinct, "Distinct") for result in tests]
+                lines.append(recall_line("average", count, self.average("distinct"), "Distinct"))
+            lines.append(recall_line("average", count, self.average("nadir"), "Nadir   "))
+            lines.append(recall_line("average", count, self.average("random_choice"), "Random  "))
+        for result in self.results:
+            if result.orientation and result.orientation["queries"]:
+                lines.append("Orientation of {:15} over {queries} queries whose first prediction is right: "
+                             "{within_45:.1f} % within 45 degrees of the label, mean error {mean_error:.1f}"
+                             .format(result.set.name, **result.orientation))
+        if any(result.set.name == VALIDATION for result in self.results):
+            lines.append(f"{VALIDATION} lies inside the Texas set and is not in the average")
+        return lines
+
+    def as_dict(self):
+        """What results.json holds."""
+        sets = {result.set.name: {
+            "queries": len(result.set.query_rows), "database": len(result.set.database_rows),
+            "left_out": len(result.set.left_out), "recalls": result.recalls, "recalls_distinct": result.distinct,
+            "nadir": result.nadir, "random_choice": result.random_choice, "orientation": result.orientation,
+        } for result in self.results}
+        average = {"over": [result.set.name for result in self.test_results], "recalls": self.average(),
+                   "recalls_distinct": self.average("distinct"), "nadir": self.average("nadir"),
+                   "random_choice": self.average("random_choice")}
+        return {"sets": sets, "average": average, "rotations": list(self.rotations), "notes": self.notes}
+
+
+def recall_line(name, described, recalls, title="Recalls"):
+    """`Recalls on Alps            < Alps - #q: 2394; #db: 53012 >: R@1: 58.4, …`; recalls {k: percent}."""
+    values = ", ".join(f"R@{k}: {value:.1f}" for k, value in recalls.items())
+    return f"{title} on {name:15} {described}: {values}"
+
+
+def evaluate(model, data, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
+             rotations=ROTATIONS, ks=RANKS, progress=True):
+    """The whole evaluation: describe the union of the sets once, search and score each set -> Evaluation.
+
+    data: datasets.evaluation.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation.
+    """
+    descriptors, data = describe_sets(model, data, image_size, batch_size, num_workers, device, precision, rotations,
+                                      progress)
+    return score_sets(data, descriptors, ks)
+
+
+def describe_sets(model, data, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
+                  rotations=ROTATIONS, progress=True):
+    """-> Descriptors of the union of the sets, and the data without the images that could not be read."""
+    parts, lost = [], []
+    for label, catalogue, rows, turns in (("queries", data.queries, data.query_rows, (0,)),
+                                          ("database", data.database, data.database_rows, tuple(rotations))):
+        described, failures = retrieval.describe(
+            model, [catalogue.root / catalogue.paths[row] for row in rows], image_size, batch_size, num_workers,
+            device, precision, turns, f"describing {label}", progress)
+        parts += [described, rows]
+        lost.append((rows[np.array([row for row, _ in failures], dtype=np.int64)], [text for _, text in failures]))
+    (bad_queries, query_errors), (bad_database, database_errors) = lost
+    if len(bad_queries) or len(bad_database):
+        data = data.without(bad_queries, bad_database)
+        data.notes.extend(f"left out: {error}" for error in query_errors + database_errors)
+    return Descriptors(parts[0][0], parts[1], parts[2], parts[3], tuple(rotations)), data
+
+
+def score_sets(data, descriptors, ks=RANKS):
+    """Descriptors of the union -> Evaluation. Each set is a slice of them."""
+    results = [score_set(one, data, descriptors, ks) for one in data.sets]
+    notes = list(data.notes)
+    for one in data.sets:
+        if len(one.database_rows) < max(ks):
+            notes.append(f"{one.name}: the database has {len(one.database_rows)} images, recalls beyond "
+                         f"R@{len(one.database_rows)} are over all of them")
+    return Evaluation(data, results, descriptors.rotations, tuple(ks), notes)
+
+
+def score_set(one, data, descriptors, ks=RANKS):
+    """EvaluationSet -> SetResult. The list is deep enough to hold max(ks) distinct images, whatever repeats."""
+    turns, depth = len(descriptors.rotations), max(ks)
+    query_rows = np.searchsorted(descriptors.query_rows, one.query_rows)
+    columns = np.searchsorted(descriptors.database_rows, one.database_rows)
+    layers, described, dim = descriptors.database.shape
+    candidates = (np.arange(layers)[:, None] * described + columns).ravel()
+    scores, entries = retrieval.search(descriptors.database.reshape(layers * described, dim),
+                                       descriptors.queries[query_rows], turns * depth, candidates)
+    positions = np.where(entries < 0, -1, entries % len(columns))
+    rotations = np.array(descriptors.rotations)[np.where(entries < 0, 0, entries // len(columns))]
+    correct = retrieval.is_correct(positions, one.positives)
+    distinct = retrieval.take(correct, retrieval.first_of_each(positions, depth), False)
+
+    nadirs, centers = data.queries.nadirs[one.query_rows], data.database.centers[one.database_rows]
+    nearest = retrieval.nearest_to_nadir(nadirs, centers, depth)
+    counts = np.array([len(each) for each in one.positives])
+    return SetResult(
+        one, scores, positions, rotations, correct,
+        recalls=retrieval.recall_of(correct, ks), distinct=retrieval.recall_of(distinct, ks),
+        nadir=retrieval.recall_at(nearest, one.positives, ks),
+        random_choice=retrieval.random_choice_recall(counts, len(columns), ks),
+        orientation=score_orientation(rotations[:, 0], data.queries.orientations[one.query_rows], correct[:, 0])
+        if turns > 1 else None)
+
+
+def score_orientation(rotations, labels, right):
+    """Rotation of the first prediction against the label, where that prediction is right (paper, sec. 5.1.2).
+
+    (Q,), (Q,) degrees, (Q,) bool -> queries counted, within_45 percent, mean_error degrees (None without queries).
+    """
+    error = retrieval.orientation_error(retrieval.orientation_of(rotations), labels)[right]
+    return {"queries": len(error), "within_45": 100 * float((error <= 45).mean()) if len(error) else None,
+            "mean_error": float(error.mean()) if len(error) else None}
+
+
+def write_results(path, evaluation, **more):
+    """Evaluation -> results.json; `more` are further entries, such as the checkpoint. Written whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps({**more, **evaluation.as_dict()}, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def write_predictions(path, evaluation, depth=10):
+    """The first `depth` entries of every query, as they come, with km between the centres of the two footprints."""
+    data = evaluation.data
+    query_centers, database_centers = data.queries.centers, data.database.centers
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_FIELDS)
+        for result in evaluation.results:
+            images = result.database_images[:, :depth]
+            km = geo.distance_km(query_centers[result.set.query_rows][:, None], database_centers[images])
+            for q, row in enumerate(result.set.query_rows):
+                writer.writerows(
+                    (result.set.name, data.queries.paths[row], rank + 1, data.database.paths[image],
+                     f"{result.scores[q, rank]:.4f}", result.rotations[q, rank], int(result.correct[q, rank]),
+                     f"{km[q, rank]:.1f}")
+                    for rank, image in enumerate(images[q]) if image >= 0)
+    os.replace(temporary, path)

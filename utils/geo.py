@@ -1,0 +1,49 @@
+"""Spherical geometry on arrays of (latitude, longitude) in degrees."""
+
+import numpy as np
+
+EARTH_RADIUS_KM = 6371.0
+
+
+def distance_km(a, b):
+    """Great-circle distance. a (..., 2), b (..., 2) degrees, broadcast -> (...) km.
+
+    The haversine form: exact for close points, and clipped so that antipodes give half the circumference, not NaN.
+    """
+    lat_a, lon_a = np.radians(np.moveaxis(np.asarray(a, dtype=np.float64), -1, 0))
+    lat_b, lon_b = np.radians(np.moveaxis(np.asarray(b, dtype=np.float64), -1, 0))
+    haversine = np.sin((lat_b - lat_a) / 2) ** 2 + np.cos(lat_a) * np.cos(lat_b) * np.sin((lon_b - lon_a) / 2) ** 2
+    return 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(haversine, 0, 1)))
+
+
+def wrap_longitude(longitude):
+    """Any longitude in degrees -> the same one in [-180, 180)."""
+    return (np.asarray(longitude, dtype=np.float64) + 180) % 360 - 180
+
+
+def unwrap_footprints(footprints):
+    """(..., 4, 2) -> the same footprints with longitudes that do not jump at the antimeridian.
+
+    Every corner is moved by whole turns to within half a turn of the first one, so longitudes can pass ±180.
+    """
+    unwrapped = np.array(footprints, dtype=np.float64)
+    first = unwrapped[..., :1, 1]
+    unwrapped[..., 1] = first + wrap_longitude(unwrapped[..., 1] - first)
+    return unwrapped
+
+
+def to_unit_vectors(points):
+    """(..., 2) degrees -> (..., 3) unit vectors: x to (0, 0), y to (0, 90 E), z to the North Pole."""
+    lat, lon = np.radians(np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0))
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+
+
+def from_unit_vectors(vectors):
+    """(..., 3) vectors of any length -> (..., 2) degrees."""
+    x, y, z = np.moveaxis(np.asarray(vectors, dtype=np.float64), -1, 0)
+    return np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], axis=-1))
+
+
+def centers(footprints):
+    """(..., 4, 2) -> (..., 2), the mean of the four corners on the sphere, which is safe at the antimeridian."""
+    return from_unit_vectors(to_unit_vectors(footprints).mean(axis=-2))
