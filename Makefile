@@ -1,0 +1,32 @@
+# make demo: set up, build the demo world, train, evaluate.  make test: set up, run the tests.  Both skip what is done.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORLD := data/demo_world
+TORCH_THREADS := OMP_NUM_THREADS=1
+
+.PHONY: demo test test-slow clean
+
+# An environment is marked as whole only when everything is installed, so a broken set-up is done again.
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 demo"'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed requirements-test.txt
+	$(RUN) -m pip install -q -r requirements-test.txt
+	touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) -m datasets.build demo $(WORLD)
+	$(RUN) -m experiments.demo --dataset_path $(WORLD)
+
+test: $(VENV)/.installed-tests
+	$(TORCH_THREADS) $(RUN) -m pytest -q -m "not slow" tests
+
+test-slow: $(VENV)/.installed-tests
+	$(TORCH_THREADS) $(RUN) -m pytest -q -m slow tests
+
+clean:
+	rm -rf logs data/demo_world

@@ -1,0 +1,140 @@
+"""Regions with their four years, the data set of quadruplets, and the schedule of batches (paper, sec. 4.1 and 4.2)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.images import read_image
+from datasets.metadata import YEARS, Catalogue
+
+
+@dataclass(frozen=True)
+class Regions:
+    """paths[i]: region i's images, one a year, relative to root; footprints (R, 4, 2) degrees; ids zoom_row_col."""
+
+    root: Path
+    paths: list
+    footprints: np.ndarray
+    ids: list
+    years: tuple
+
+    @classmethod
+    def read(cls, root, years=YEARS):
+        """Data set folder -> Regions, and the ids of those left out because a year is missing.
+
+        Raises ValueError where none is whole.
+        """
+        catalogue = Catalogue.read(root, "database")
+        by_region = {}
+        for row, (image_id, year) in enumerate(zip(catalogue.ids, catalogue.years.tolist())):
+            by_region.setdefault(image_id, {})[year] = row
+        whole = {key: [rows[year] for year in years] for key, rows in sorted(by_region.items())
+                 if all(year in rows for year in years)}
+        missing = sorted(set(by_region) - set(whole))
+        if not whole:
+            raise ValueError(f"{Path(root) / 'database'}: {len(by_region)} regions, none with an image of every year "
+                             f"({', '.join(map(str, years))}); is the data set complete?")
+        rows = list(whole.values())
+        return cls(Path(root), [tuple(catalogue.paths[row] for row in each) for each in rows],
+                   catalogue.footprints[[each[-1] for each in rows]], list(whole), tuple(years)), missing
+
+    def __len__(self):
+        return len(self.paths)
+
+    def views_of(self, year):
+        """The same regions with one year's image in every place: no regional quadruplets (Table 3, first row)."""
+        column = self.years.index(year)
+        return replace(self, paths=[(each[column],) * len(self.years) for each in self.paths])
+
+
+class RegionDataset(Dataset):
+    """Row -> (row, uint8 (years, 3, size, size)). Pixels stay uint8 until they are on the device."""
+
+    def __init__(self, regions, size):
+        self.regions, self.size = regions, size
+
+    def __len__(self):
+        return len(self.regions)
+
+    def __getitem__(self, row):
+        paths = self.regions.paths[row]
+        images = {path: read_image(self.regions.root / path, self.size) for path in set(paths)}
+        return row, torch.stack([images[path] for path in paths])
+
+
+def schedule(clusters, batch_size, count, seed):
+    """The region rows of `count` batches, each from one cluster -> (count, batch_size) int. Paper, sec. 4.2.
+
+    clusters: list of arrays of rows, each at least batch_size long. seed: anything numpy.random.default_rng takes; the
+    schedule depends on nothing else. In a pass, each cluster is shuffled and cut into batches, so large ones come up
+    more often and a region at most once; then the pass is shuffled so that no two batches in a row share a cluster.
+    """
+    small = [len(each) for each in clusters if len(each) < batch_size]
+    if small or not clusters:
+        raise ValueError(f"--batch_size {batch_size}: a cluster has only {min(small, default=0)} regions; "
+                         f"use a smaller --batch_size or fewer --num_clusters")
+    rng = np.random.default_rng(seed)
+    batches, last = [], -1
+    while len(batches) < count:
+        passing = [(cluster, rows) for cluster, members in enumerate(clusters)
+                   for rows in _cut(rng.permutation(members), batch_size)]
+        ordered = spread([cluster for cluster, _ in passing], rng, last)
+        batches += [passing[position][1] for position in ordered]
+        last = passing[ordered[-1]][0]
+    return np.array(batches[:count], dtype=np.int64)
+
+
+def _cut(rows, size):
+    return [rows[start:start + size] for start in range(0, len(rows) - size + 1, size)]
+
+
+def spread(labels, rng, last=-1):
+    """A random order of positions in which no two neighbours have one label, nor the first and `last`, if there is one.
+
+    Labels are drawn in proportion to how many of them are left, except when one would otherwise be left over.
+    """
+    left = {}
+    for position in rng.permutation(len(labels)):
+        left.setdefault(labels[position], []).append(int(position))
+    keys = sorted(left)
+    counts = np.array([len(left[key]) for key in keys])
+    order = []
+    while counts.sum():
+        allowed = counts * np.array([key != last for key in keys])
+        if not allowed.any():  # only the last label is left: nothing to put between
+            allowed = counts
+        top = int(np.argmax(allowed))
+        choice = top if 2 * allowed[top] > counts.sum() else rng.choice(len(keys), p=allowed / allowed.sum())
+        last = keys[choice]
+        order.append(left[last].pop())
+        counts[choice] -= 1
+    return order
+
+
+def random_clusters(regions, count, batch_size, seed):
+    """The first clusters: `regions` rows in `count` random groups, fewer if a group would not fill a batch."""
+    count = max(1, min(count, regions // batch_size))
+    return [np.sort(rows) for rows in np.array_split(np.random.default_rng(seed).permutation(regions), count)]
+
+
+class BatchLoader:
+    """Serves scheduled batches with workers that live as long as the loader, whatever the schedules."""
+
+    def __init__(self, dataset, num_workers):
+        self.batches = []
+        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=num_workers,
+                                 persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def serve(self, batches):
+        """batches (count, batch_size) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W))."""
+        self.batches = batches.tolist()
+        return iter(self.loader)

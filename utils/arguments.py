@@ -1,0 +1,56 @@
+"""What the scripts' command lines share: flags files (@presets/paper.args) and the model's flags."""
+
+import argparse
+import shlex
+import sys
+
+from models.backbone import BACKBONES
+from models.earthloc import AGGREGATORS, ModelConfig
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with flags files: one or more flags a line, # starts a comment, later flags win over earlier ones."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+
+def make_parser(description):
+    """-> a parser that shows defaults and reads @FILE."""
+    return Parser(description=description, fromfile_prefix_chars="@",
+                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_model_arguments(parser):
+    """One flag for each field of ModelConfig, and --weights."""
+    group = parser.add_argument_group("model (paper, sec. 5.1)")
+    group.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    group.add_argument("--weights", default="imagenet",
+                       help="imagenet, none (from scratch, nothing frozen), or a file with a state dict")
+    group.add_argument("--cut_after", help="last stage that is kept; default: layer3, or blocks4 for efficientnet_lite0")
+    group.add_argument("--freeze_until", help="last frozen stage, or none; default: layer2, or blocks2; "
+                                              "nothing with --weights none")
+    group.add_argument("--aggregator", choices=AGGREGATORS, default="mixvpr")
+    group.add_argument("--descriptor_dim", type=int, default=4096)
+    group.add_argument("--image_size", type=int, default=320, help="pixels a side, in training and in evaluation")
+    group.add_argument("--mix_depth", type=int, default=4, help="mixers of MixVPR")
+    group.add_argument("--mix_channels", type=int, help="channels of MixVPR's output; default: descriptor_dim / out_rows")
+    group.add_argument("--out_rows", type=int, default=4, help="rows of MixVPR's output")
+    group.add_argument("--gem_grid", type=int, default=1, help="GeM pools over so many cells a side")
+
+
+def model_config(args):
+    """Parsed flags -> ModelConfig. Raises ValueError naming the flag that does not fit."""
+    return ModelConfig(args.backbone, args.cut_after, args.freeze_until, args.aggregator, args.descriptor_dim,
+                       args.image_size, args.mix_depth, args.mix_channels, args.out_rows, args.gem_grid)
+
+
+def run(main, args):
+    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2."""
+    try:
+        return main(args)
+    except (ValueError, FileNotFoundError, PermissionError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
