@@ -209,7 +209,8 @@ def _finish(output, jobs, changed):
         return
     paths = [path for path, _ in jobs]
     queries = Catalogue.from_paths(output, sorted(path for path in paths if path.startswith("queries/")))
-    database = Catalogue.from_paths(output, sorted(path for path in paths if path.startswith(f"database/{DATABASE_YEAR}_")))
+    searched = sorted(path for path in paths if path.startswith(f"database/{DATABASE_YEAR}_"))
+    database = Catalogue.from_paths(output, searched)
     table = intersections_table(queries, database)
     save_intersections(table_path, table)
     groups = {item[2].index: item[2].group for _, item in jobs if item[0] == "query"}
@@ -240,8 +241,10 @@ def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
             path, iou = max(positives, key=lambda positive: positive[1])
             region = tuple(int(part) for part in path.split("@")[9].split("_"))
             for k, year in enumerate(reversed(YEARS)):
-                _paste(sheet, Path(root) / grid.image_path(*region, year), (left + width + 4 + k * (cell + 2), top), (cell, cell))
-            label += f"north {queries.orientations[i]:+.0f} deg clockwise of up; {len(positives)} positives, best IoU {iou:.2f}"
+                place = (left + width + 4 + k * (cell + 2), top)
+                _paste(sheet, Path(root) / grid.image_path(*region, year), place, (cell, cell))
+            label += (f"north {queries.orientations[i]:+.0f} deg clockwise of up; {len(positives)} positives, "
+                      f"best IoU {iou:.2f}")
         else:
             label += "no positive"
         draw.text((left + 2, top + cell + 2), label, fill="black")

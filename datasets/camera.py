@@ -73,7 +73,7 @@ def _hits(camera, u, v):
 
 
 def ground_points(camera, u, v):
-    """u (...), v (...) across the image -> (..., 2) lat, lon of the ground seen there; NaN where the ray misses Earth."""
+    """u (...), v (...) across the image -> (..., 2) lat, lon of the ground seen; NaN where the ray misses Earth."""
     return geo.from_unit_vectors(_hits(camera, u, v))
 
 

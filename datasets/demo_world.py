@@ -1,6 +1,6 @@
 """Pictures of the demo world: database regions and astronaut-like queries, rendered from equirectangular mosaics.
 
-A mosaic is a uint8 tensor (3, H, 2H): 180 W to 180 E, 90 N to 90 S. Everything here is a pure function of its arguments.
+A mosaic is a uint8 tensor (3, H, 2H): 180 W to 180 E, 90 N to 90 S. All results are pure functions of the arguments.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ FOCAL_MM = (14, 17, 20, 24, 28, 35, 50, 58, 85)
 ALTITUDES_KM = (370, 450)
 MAX_CENTER_LATITUDE = 58  # beyond it the database soon ends
 
-# share of the queries, (lat, lon) and radius in km of the nadirs. The first seven feed the six evaluation sets and validation.
+# Share of the queries, (lat, lon) and radius in km of their nadirs. The first seven feed the six evaluation sets and
+# validation.
 GROUPS = {
     "texas": (0.09, (30, -95), 2500),
     "validation": (0.065, (30, -95), 500),
@@ -58,16 +59,16 @@ def query_name(query, seed):
     corners = np.round(corners, 6) + 0.0
     area = int(round(float(grid.quadrilateral_area(geo.unwrap_footprints(corners)))))
     nadir = tuple((np.round(query.camera.nadir, 1) + 0.0).tolist())
-    return ImageName(footprint=tuple(map(tuple, corners.tolist())), image_id=f"DEMO{seed % 100:02d}-E-{query.index:05d}",
-                     timestamp=query.date, nadir=nadir, area=area,
+    return ImageName(footprint=tuple(map(tuple, corners.tolist())),
+                     image_id=f"DEMO{seed % 100:02d}-E-{query.index:05d}", timestamp=query.date, nadir=nadir, area=area,
                      orientation=round(orientation(query.camera), 1) + 0.0)
 
 
-# ---- planning: which photos are taken ---------------------------------------------------------------------------------
+# ---- planning: which photos are taken ----
 
 
 def group_of(index):
-    """Group of query number `index`: a low-discrepancy walk, so that every prefix of the queries has the same shares."""
+    """Group of query number `index`: a low-discrepancy walk, so every prefix of the queries has the same shares."""
     bounds = np.cumsum([share for share, _, _ in GROUPS.values()])
     position = (index + 0.5) * (np.sqrt(5) - 1) / 2 % 1 * bounds[-1]
     return list(GROUPS)[int(np.searchsorted(bounds, position, side="right"))]
@@ -106,12 +107,14 @@ def draw_camera(rng, center=None, radius_km=None):
         corners = footprint(camera)
         if np.isnan(corners).any() or geo.distance_km(corners, nadir).max() > MAX_DISTANCE_KM:
             continue
-        if AREAS_KM2[0] <= grid.quadrilateral_area(geo.unwrap_footprints(corners)) <= AREAS_KM2[1]:
+        area = grid.quadrilateral_area(geo.unwrap_footprints(corners))
+        # Mosaics of 10 km/px show little on small ground: lean towards larger photos.
+        if AREAS_KM2[0] <= area <= AREAS_KM2[1] and rng.uniform() < np.sqrt(area / AREAS_KM2[1]):
             return camera
 
 
 def _sees_database(camera, regions):
-    """Whether any region of (centres (N, 2), radii (N,) km) could share ground with the photo; never says no wrongly."""
+    """Whether a region of (centres (N, 2), radii (N,) km) could share ground with the photo; never wrongly no."""
     corners = footprint(camera)
     center = geo.centers(corners)
     return bool((geo.distance_km(center, regions[0]) < geo.distance_km(center, corners).max() + regions[1]).any())
@@ -146,11 +149,11 @@ def plan_query(seed, index, regions, is_land):
     return Query(index, group, camera, str(date).replace("-", ""))
 
 
-# ---- rendering --------------------------------------------------------------------------------------------------------
+# ---- rendering ----
 
 
-def _resampling_weights(positions, size):
-    """positions (N,) in source pixels -> first source pixel (int) and weights (N, M) over M pixels from there.
+def _resampling_weights(positions):
+    """positions (N,) in source pixels -> source pixels (M,) int, may lie outside, and their weights (N, M) float32.
 
     Cubic convolution, widened where the source is finer than the output so that nothing aliases.
     """
@@ -168,8 +171,8 @@ def render_region(mosaic, zoom, row, col, size):
     height, width = mosaic.shape[1:]
     steps = (np.arange(size) + 0.5) / size * grid.TILES
     lat, lon = grid.tile_latitude(zoom, row + steps), grid.tile_longitude(zoom, col + steps)
-    rows, row_weights = _resampling_weights((90 - lat) / 180 * height - 0.5, height)
-    cols, col_weights = _resampling_weights((lon + 180) / 360 * width - 0.5, width)
+    rows, row_weights = _resampling_weights((90 - lat) / 180 * height - 0.5)
+    cols, col_weights = _resampling_weights((lon + 180) / 360 * width - 0.5)
     # Columns go around the Earth, rows end at the poles.
     patch = mosaic[:, rows.clip(0, height - 1)][:, :, cols % width].float()
     return (row_weights @ patch @ col_weights.T).round().clamp(0, 255).to(torch.uint8)
@@ -186,7 +189,8 @@ def sample_mosaic(mosaic, latlon):
     patch = mosaic[:, rows.clip(0, height - 1)][:, :, cols % width].float()
     places = np.stack([(x - cols[0]) / (len(cols) - 1), (y - rows[0]) / (len(rows) - 1)], axis=-1) * 2 - 1
     places = torch.from_numpy(places.astype(np.float32))
-    return F.grid_sample(patch[None], places[None], mode="bicubic", padding_mode="border", align_corners=True)[0].clamp(0, 255)
+    sampled = F.grid_sample(patch[None], places[None], mode="bicubic", padding_mode="border", align_corners=True)
+    return sampled[0].clamp(0, 255)
 
 
 def _pixel_grid(size, factor=1):
@@ -196,29 +200,33 @@ def _pixel_grid(size, factor=1):
 
 def render_ground(mosaic, camera, size=QUERY_SIZE):
     """What the camera sees through perfectly clear air: (3, h, w) float32 in 0...255. size: (width, height)."""
-    # As many samples a pixel as its coarsest corner needs to not skip pixels of the mosaic.
-    u, v = _pixel_grid(size)
-    lat_lon = ground_points(camera, u, v)
-    steps = [geo.distance_km(lat_lon[::8, 1::8], lat_lon[::8, :-1:8][:, :lat_lon[::8, 1::8].shape[1]]).max(),
-             geo.distance_km(lat_lon[1::8, ::8], lat_lon[:-1:8, ::8][:lat_lon[1::8, ::8].shape[0]]).max()]
-    spacing = 180 / mosaic.shape[1] * 111.2 * np.cos(np.radians(np.abs(lat_lon[..., 0]).max()))
-    factor = int(np.clip(np.ceil(max(steps) / spacing), 1, 4))
+    return _supersampled(mosaic, camera, ground_points(camera, *_pixel_grid(size)))
+
+
+def _supersampled(mosaic, camera, latlon):
+    """latlon (h, w, 2) of pixel centres -> (3, h, w), each the mean of as many samples as the coarsest pixel needs."""
+    km = geo.EARTH_RADIUS_KM * np.abs(np.diff(geo.to_unit_vectors(latlon[::16]), axis=1)).max() * np.sqrt(2)
+    km = max(km, geo.EARTH_RADIUS_KM * np.abs(np.diff(geo.to_unit_vectors(latlon[:, ::16]), axis=0)).max() * np.sqrt(2))
+    # A mosaic's pixel is narrower towards the poles.
+    spacing = np.pi * geo.EARTH_RADIUS_KM / mosaic.shape[1] * np.cos(np.radians(np.abs(latlon[..., 0]).max()))
+    factor = int(np.clip(np.ceil(km / spacing), 1, 4))
     if factor > 1:
-        lat_lon = ground_points(camera, *_pixel_grid(size, factor))
-    return F.avg_pool2d(sample_mosaic(mosaic, lat_lon)[None], factor)[0]
+        height, width = latlon.shape[:2]
+        latlon = ground_points(camera, *_pixel_grid((width, height), factor))
+    return F.avg_pool2d(sample_mosaic(mosaic, latlon)[None], factor)[0]
 
 
 def _fractal(rng, cells, size=384):
-    """Smooth random field (size, size), mean 0, spread 1, power falling from `cells` waves across towards finer ones."""
+    """Smooth random field (size, size), mean 0, spread 1, power falling beyond `cells` waves across."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     amplitude = (1 + (frequency / cells) ** 2) ** -0.85
     amplitude[0, 0] = 0
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * amplitude, s=(size, size))
+    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32)) * amplitude, s=(size, size))
     return torch.from_numpy((field / field.std()).astype(np.float32))
 
 
 def _clouds(rng, camera, latlon):
-    """Opacity and brightness (h, w) of procedural clouds that lie on the ground, so that they follow the perspective."""
+    """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
     center = ground_points(camera, 0.5, 0.5)
     up = geo.to_unit_vectors(center)
     east = np.array([-up[1], up[0], 0]) / np.hypot(up[0], up[1])
@@ -227,39 +235,43 @@ def _clouds(rng, camera, latlon):
     extent = np.abs(plane).max() * 1.05
     field = _fractal(rng, cells=2 * extent / rng.uniform(100, 500))
     places = torch.from_numpy((plane / extent).astype(np.float32))
-    field = F.grid_sample(field[None, None], places[None], mode="bicubic", padding_mode="border", align_corners=True)[0, 0]
+    field = F.grid_sample(field[None, None], places[None], mode="bicubic", padding_mode="border", align_corners=True)
+    field = field[0, 0]
     coverage = min(0.55, rng.beta(0.7, 4.5))
     edge = torch.quantile(field[::4, ::4], 1 - coverage)
-    above = (field - edge) / rng.uniform(0.3, 1.2)
-    opacity = 1 - torch.exp(-2.5 * above.clamp(min=0) ** 1.3)
-    return opacity * float(rng.uniform(0.75, 1.0)), (0.62 + 0.2 * torch.tanh(above))
+    above = (field - edge) / float(rng.uniform(0.7, 2.0))
+    opacity = 1 - torch.exp(-2 * above.clamp(min=0) ** 1.5)
+    return opacity * float(rng.uniform(0.75, 1.0)), 0.7 + 0.25 * torch.tanh(above)
 
 
 def render_query(mosaic, camera, rng, size=QUERY_SIZE):
     """A photo as an astronaut might have taken it: clouds, haze, exposure, colour, lens, noise -> (3, h, w) uint8."""
     u, v = _pixel_grid(size)
     latlon = ground_points(camera, u, v)
-    light = (render_ground(mosaic, camera, size) / 255) ** 2.2  # from here to the tone curve in linear light
+    light = (_supersampled(mosaic, camera, latlon) / 255) ** 2.2  # from here to the tone curve in linear light
 
     opacity, brightness = _clouds(rng, camera, latlon)
     light = light * (1 - opacity) + brightness * opacity
 
     # Air between: its path grows as 1 / cos(incidence) with the slant; blue scatters most.
-    path = torch.from_numpy(np.minimum(1 / incidence(camera, u, v), 8).astype(np.float32))
-    depth = torch.tensor([0.06, 0.09, 0.16])[:, None, None] * float(rng.lognormal(0, 0.45)) * path
+    # So smooth that a few points will do.
+    coarse = 1 / incidence(camera, *np.meshgrid(np.linspace(0, 1, 25), np.linspace(0, 1, 17)))
+    path = F.interpolate(torch.from_numpy(coarse.clip(max=8).astype(np.float32))[None, None], light.shape[1:],
+                         mode="bilinear", align_corners=True)[0, 0]
+    depth = torch.tensor([0.055, 0.08, 0.14])[:, None, None] * float(rng.lognormal(0, 0.35)) * path
     airlight = torch.tensor([0.17, 0.24, 0.36])[:, None, None]
     light = light * torch.exp(-depth) + airlight * (1 - torch.exp(-depth))
 
     balance = torch.from_numpy(rng.lognormal(0, 0.07, 3).astype(np.float32))[:, None, None]
     # Half-automatic exposure towards middle grey, with the photographer's taste on top.
-    exposure = float((0.16 / light.mean().clamp(min=0.01)) ** 0.75) * float(rng.lognormal(0, 0.22))
+    exposure = float((0.13 / light.mean().clamp(min=0.01)) ** 0.75) * float(rng.lognormal(0, 0.22))
     corner = float(rng.uniform(0, 0.3))
     radius = torch.from_numpy((((u - 0.5) ** 2 + (v - 0.5) ** 2) * 2).astype(np.float32))
     light = light * balance * exposure * (1 - corner * radius)
 
-    light = light + torch.from_numpy(rng.standard_normal(light.shape).astype(np.float32)) * (
+    light = light + torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32)) * (
         float(rng.uniform(0.002, 0.012)) * (light.clamp(min=0) + 0.02).sqrt())
-    tone = 1 - torch.exp(-1.2 * light.clamp(min=0))  # a soft shoulder, so that clouds do not clip hard
+    tone = 1 - torch.exp(-1.7 * light.clamp(min=0))  # a soft shoulder, so that clouds do not clip hard
     tone = tone ** (1 / float(rng.uniform(1.9, 2.4)))
     contrast, saturation = float(rng.uniform(0.9, 1.3)), float(rng.uniform(0.8, 1.2))
     tone = (tone - 0.5) * contrast + 0.5
