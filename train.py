@@ -106,11 +106,9 @@ def year_files(regions, year):
     return [regions.root / paths[column] for paths in regions.paths]
 
 
-def whiten(model, regions, augment, args, device, precision):
-    """Sets the model's fc to the whitening of augmented training views, in the mode that training uses."""
-    rng = np.random.default_rng([args.seed, 1])
-    rows = rng.permutation(len(regions))[:max(2 * args.batch_size, 2048 // len(regions.years))]
-    loader = BatchLoader(RegionDataset(regions, args.source_size), args.num_workers)
+def whiten(model, loader, regions, augment, args, device, precision):
+    """Sets the model's fc to the whitening of augmented views of up to 512 regions, in the mode that training uses."""
+    rows = np.random.default_rng([args.seed, 1]).permutation(regions)[:512]
     batches = rows[:len(rows) // args.batch_size * args.batch_size].reshape(-1, args.batch_size)
     generator = torch.Generator().manual_seed(args.seed)
     features = []
@@ -160,7 +158,7 @@ def main(args):
     if not checkpoint:  # what the trained model is compared with
         save_checkpoint(folder / "initial.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
     if args.fc_init == "whitening" and not checkpoint:
-        whiten(model, views, augment, args, device, precision)
+        whiten(model, loader, len(views), augment, args, device, precision)
     loss_fn = make_loss(args)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     start, clusters, best = 0, None, -1.0
@@ -227,6 +225,8 @@ def main(args):
             shared = torch.from_numpy(share_ground(footprints, footprints)).to(device)
             neutral = shared.repeat_interleave(years, 0).repeat_interleave(years, 1) & (labels[:, None] != labels)
         loss = loss_fn(descriptors.float(), labels, neutral)
+        if not torch.isfinite(descriptors).all():  # mining drops nan similarities: the loss would be a harmless 0
+            loss = loss * torch.nan
         if not torch.isfinite(loss):
             raise RuntimeError(f"iteration {iteration}: the loss is {loss.item()}; nothing was updated, the last good "
                                f"checkpoints are in {folder}. A smaller --lr or --precision fp32 may help")

@@ -51,8 +51,9 @@ class Augmentation:
     def __post_init__(self):
         if self.group not in GROUPS:
             raise ValueError(f"--augmentation {self.group}: choose one of {', '.join(GROUPS)}")
-        if not 0 <= self.perspective < 1:
-            raise ValueError(f"--perspective {self.perspective}: must be in [0, 1)")
+        if not 0 <= self.perspective < 2 / 3:
+            raise ValueError(f"--perspective {self.perspective}: must be in [0, 2/3), beyond it the "
+                             f"quadrilateral may fold")
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"--min_crop {self.min_crop}: must be in (0, 1]")
 

@@ -219,12 +219,11 @@ def _finish(output, jobs, changed):
 
 def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
     """Queries, each beside the best positive's four years (latest first) -> PIL image. groups: query index -> name."""
-    by_group = {}
-    for i, image_id in enumerate(queries.ids):
-        by_group.setdefault(groups[int(image_id.rsplit("-", 1)[1])], []).append(i)
-    # One of every group in turn, so that all kinds of queries show.
-    turns = [members[k] for k in range(max(map(len, by_group.values()), default=0)) for members in by_group.values()
-             if k < len(members)][:rows * blocks]
+    in_order = sorted(range(len(queries)), key=lambda i: queries.ids[i])
+    kinds = [groups[int(queries.ids[i].rsplit("-", 1)[1])] for i in in_order]
+    # One of every group, so that all kinds show, then the first ones as they come.
+    firsts = [in_order[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
+    turns = (firsts + [i for i in in_order if i not in firsts])[:rows * blocks]
     width = round(cell * 1.5)
     block, height = width + 4 * cell + 24, cell + 18
     sheet = Image.new("RGB", (blocks * block, 20 + height * rows), "white")

@@ -55,21 +55,19 @@ def _pose(camera):
 
 
 def _hits(camera, u, v):
-    """(...), (...) -> unit vectors (..., 3) of the points where the rays first meet Earth; NaN where they miss."""
+    """(...), (...), broadcast -> unit vectors (..., 3) of the points where the rays meet Earth; NaN where they miss."""
     position, forward, right, up = _pose(camera)
-    u, v = np.broadcast_arrays(np.asarray(u, dtype=np.float64), np.asarray(v, dtype=np.float64))
-    x = (u[..., None] - 0.5) * (camera.sensor_mm[0] / camera.focal_mm)
-    y = (0.5 - v[..., None]) * (camera.sensor_mm[1] / camera.focal_mm)
-    rays = forward + x * right + y * up
-    # |position + t ray|² = 1: the smaller root is the near side of Earth.
-    a = (rays**2).sum(axis=-1)
-    b = rays @ position
+    x = (np.asarray(u, dtype=np.float64) - 0.5) * (camera.sensor_mm[0] / camera.focal_mm)
+    y = (0.5 - np.asarray(v, dtype=np.float64)) * (camera.sensor_mm[1] / camera.focal_mm)
+    # ray = forward + x right + y up. |position + t ray|² = 1: the smaller root is the near side of Earth.
+    a = 1 + x**2 + y**2
+    b = forward @ position + x * (right @ position) + y * (up @ position)
     c = position @ position - 1
     square = b**2 - a * c
     hit = (square >= 0) & (b < 0)
     # c / (-b + root) is the smaller root without the cancellation of (-b - root) / a.
     t = c / np.where(hit, -b + np.sqrt(np.where(hit, square, 0)), np.nan)
-    return position + t[..., None] * rays
+    return position + t[..., None] * ((forward + x[..., None] * right) + y[..., None] * up)
 
 
 def ground_points(camera, u, v):

@@ -195,7 +195,7 @@ def sample_mosaic(mosaic, latlon):
 
 def _pixel_grid(size, factor=1):
     width, height = size[0] * factor, size[1] * factor
-    return np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height, sparse=True)
 
 
 def render_ground(mosaic, camera, size=QUERY_SIZE):
@@ -205,11 +205,12 @@ def render_ground(mosaic, camera, size=QUERY_SIZE):
 
 def _supersampled(mosaic, camera, latlon):
     """latlon (h, w, 2) of pixel centres -> (3, h, w), each the mean of as many samples as the coarsest pixel needs."""
-    km = geo.EARTH_RADIUS_KM * np.abs(np.diff(geo.to_unit_vectors(latlon[::16]), axis=1)).max() * np.sqrt(2)
-    km = max(km, geo.EARTH_RADIUS_KM * np.abs(np.diff(geo.to_unit_vectors(latlon[:, ::16]), axis=0)).max() * np.sqrt(2))
+    across = np.linalg.norm(np.diff(geo.to_unit_vectors(latlon[::16]), axis=1), axis=-1).max()
+    down = np.linalg.norm(np.diff(geo.to_unit_vectors(latlon[:, ::16]), axis=0), axis=-1).max()
+    km = geo.EARTH_RADIUS_KM * max(across, down)
     # A mosaic's pixel is narrower towards the poles.
     spacing = np.pi * geo.EARTH_RADIUS_KM / mosaic.shape[1] * np.cos(np.radians(np.abs(latlon[..., 0]).max()))
-    factor = int(np.clip(np.ceil(km / spacing), 1, 4))
+    factor = int(np.clip(np.ceil(0.8 * km / spacing), 1, 4))  # cubic weights bear a little more
     if factor > 1:
         height, width = latlon.shape[:2]
         latlon = ground_points(camera, *_pixel_grid((width, height), factor))

@@ -79,8 +79,11 @@ def schedule(clusters, batch_size, count, seed):
     rng = np.random.default_rng(seed)
     batches, last = [], -1
     while len(batches) < count:
-        passing = [(cluster, rows) for cluster, members in enumerate(clusters)
-                   for rows in _cut(rng.permutation(members), batch_size)]
+        cuts = [_cut(rng.permutation(members), batch_size) for members in clusters]
+        if len(cuts) > 1:  # with more than half of a pass, the largest would have to follow itself
+            largest = max(range(len(cuts)), key=lambda cluster: len(cuts[cluster]))
+            cuts[largest] = cuts[largest][:sum(map(len, cuts)) - len(cuts[largest])]
+        passing = [(cluster, rows) for cluster, batches_of in enumerate(cuts) for rows in batches_of]
         ordered = spread([cluster for cluster, _ in passing], rng, last)
         batches += [passing[position][1] for position in ordered]
         last = passing[ordered[-1]][0]

@@ -24,6 +24,8 @@ def load_checkpoint(path):
 
     Raises FileNotFoundError or ValueError naming the file: missing, truncated, or holding more than tensors.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     loaded = load_tensors(path)
     if not isinstance(loaded, dict) or not loaded:
         raise ValueError(f"{path}: holds no state dict; is it a checkpoint of train.py?")

@@ -1,0 +1,67 @@
+"""Flags files, and the model's flags."""
+
+from pathlib import Path
+
+import pytest
+
+import eval
+import train
+from models.earthloc import ModelConfig
+from utils.arguments import model_config, run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRESETS = sorted((REPOSITORY / "presets").glob("*.args"))
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("preset", [path.name for path in PRESETS])
+def test_presets_parse_and_describe_a_model(preset):
+    assert isinstance(model_config(train.parse_arguments([f"@presets/{preset}"])), ModelConfig)
+
+
+def test_the_papers_preset_is_the_default_recipe():
+    paper, default = vars(train.parse_arguments(["@presets/paper.args"])), vars(train.parse_arguments([]))
+    # Spelled out where the default is None, which means the same.
+    assert {key for key in paper if paper[key] != default[key]} <= {"log_dir", "cut_after", "freeze_until"}
+
+
+def test_a_preset_can_build_on_another_and_later_flags_win():
+    released = train.parse_arguments(["@presets/released.args", "--lr", "0.5"])
+    assert (released.batch_size, released.iterations, released.num_clusters) == (96, 10_000, 50)
+    assert (released.descriptor_dim, released.lr, released.log_dir) == (4096, 0.5, "released")
+
+
+def test_comments_quotes_and_empty_lines(tmp_path):
+    (tmp_path / "mine.args").write_text("# all of it\n\n--lr 0.25 --seed 3  # why\n--log_dir 'a b'\n")
+    args = train.parse_arguments([f"@{tmp_path / 'mine.args'}", "--seed", "4"])
+    assert (args.lr, args.seed, args.log_dir) == (0.25, 4, "a b")
+
+
+def test_a_missing_flags_file_and_a_wrong_flag_stop(tmp_path, capsys):
+    for argv in ([f"@{tmp_path / 'none.args'}"], ["--augmentation", "month"], ["--no_such_flag"]):
+        with pytest.raises(SystemExit) as stop:
+            train.parse_arguments(argv)
+        assert stop.value.code == 2
+    assert "none.args" in capsys.readouterr().err
+
+
+def test_default_model_is_the_papers():
+    config = model_config(train.parse_arguments([]))
+    assert config == ModelConfig()
+    assert model_config(eval.parse_arguments(["--dataset_path", "data"])) == config
+
+
+def test_expected_errors_are_one_line(capsys):
+    def fails(args):
+        raise ValueError("file.jpg: is broken; mend it")
+    args = train.parse_arguments([])
+    with pytest.raises(SystemExit) as stop:
+        run(fails, args)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: file.jpg: is broken; mend it\n"
+    args.traceback = True
+    with pytest.raises(ValueError):
+        run(fails, args)

@@ -1,0 +1,63 @@
+"""k-means clusters: a partition, none smaller than a batch."""
+
+import numpy as np
+import pytest
+
+from utils.clustering import cluster, merge_small
+
+
+def blobs(sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.normal(10 * k, 0.1, (size, 6)) for k, size in enumerate(sizes)])
+
+
+def rows_of(clusters):
+    return sorted(np.concatenate(clusters).tolist())
+
+
+def test_every_row_is_in_the_cluster_of_the_nearest_mean():
+    descriptors = blobs([20, 30, 25])
+    for seed in range(5):
+        clusters = cluster(descriptors, 3, 1, seed)
+        means = np.stack([descriptors[rows].mean(axis=0) for rows in clusters])
+        for k, rows in enumerate(clusters):
+            for row in rows:
+                assert np.argmin(((means - descriptors[row]) ** 2).sum(axis=1)) == k
+
+
+def test_well_separated_blobs_are_found_from_some_starts():
+    """One run of k-means may stop at a local optimum, not every one."""
+    blobs_of = [list(range(20)), list(range(20, 50)), list(range(50, 75))]
+    found = [sorted(rows.tolist() for rows in cluster(blobs([20, 30, 25]), 3, 5, seed)) for seed in range(12)]
+    assert found.count(blobs_of) >= 4
+
+
+def test_clusters_are_a_partition_and_fill_a_batch():
+    descriptors = np.random.default_rng(1).normal(size=(200, 8))
+    for seed in range(5):
+        clusters = cluster(descriptors, 15, 8, seed)
+        assert rows_of(clusters) == list(range(200)) and min(map(len, clusters)) >= 8 and len(clusters) > 1
+
+
+def test_equal_descriptors_and_more_clusters_than_fit():
+    clusters = cluster(np.ones((30, 4)), 5, 6, seed=0)
+    assert rows_of(clusters) == list(range(30)) and min(map(len, clusters)) >= 6
+    assert rows_of(cluster(np.random.default_rng(0).normal(size=(10, 4)), 200, 4, seed=0)) == list(range(10))
+
+
+def test_the_same_seed_gives_the_same_clusters():
+    descriptors = np.random.default_rng(2).normal(size=(100, 8))
+    first, second = cluster(descriptors, 6, 4, 3), cluster(descriptors, 6, 4, 3)
+    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in second]
+
+
+def test_a_small_cluster_joins_the_nearest():
+    descriptors = np.array([[0.0], [0.1], [0.2], [5.0], [9.0], [9.1], [9.2]])
+    merged = merge_small([np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 6]), np.array([], dtype=int)],
+                         descriptors, 3)
+    assert [rows.tolist() for rows in merged] == [[0, 1, 2], [3, 4, 5, 6]]
+
+
+def test_nan_descriptors_are_refused():
+    with pytest.raises(ValueError, match="nan or infinite"):
+        cluster(np.full((10, 3), np.nan), 2, 2, 0)

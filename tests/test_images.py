@@ -1,0 +1,80 @@
+"""Pictures of every kind become RGB tensors; those that cannot be read are named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import images
+from datasets.images import read_image
+
+
+def save(path, array, mode=None, **how):
+    Image.fromarray(array, mode).save(path, **how) if mode else Image.fromarray(array).save(path, **how)
+    return path
+
+
+def test_rgb_pixels_come_back_as_they_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    read = read_image(save(tmp_path / "a.png", pixels))
+    assert read.dtype == torch.uint8 and np.array_equal(read.permute(1, 2, 0).numpy(), pixels)
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png"),
+                                          ("LA", "png")])
+def test_other_modes_become_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"{mode}.{suffix}"
+    Image.new("RGB", (40, 30), (200, 200, 200)).convert(mode, dither=Image.Dither.NONE).save(path)
+    read = read_image(path, 16)
+    assert read.shape == (3, 16, 16) and read.dtype == torch.uint8
+    # A palette holds only some greys, one bit only white.
+    assert (read.float() - {"1": 255, "P": 204}.get(mode, 200)).abs().max() <= 3
+
+
+def test_transparent_pixels_are_black(tmp_path):
+    pixels = np.full((4, 4, 4), 255, dtype=np.uint8)
+    pixels[:, 2:, 3] = 0
+    read = read_image(save(tmp_path / "a.png", pixels))
+    assert (read[:, :, :2] == 255).all() and (read[:, :, 2:] == 0).all()
+
+
+def test_sixteen_bit_grey_is_scaled(tmp_path):
+    read = read_image(save(tmp_path / "a.png", np.full((4, 4), 257 * 100, dtype=np.uint16)))
+    assert read.shape == (3, 4, 4) and (read == 100).all()
+
+
+def test_not_square_is_squashed_and_antialiased(tmp_path):
+    stripes = np.zeros((64, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    read = read_image(save(tmp_path / "a.png", stripes), 16)
+    assert read.shape == (3, 16, 16) and (read[:, :, 2:-2].float() - 127.5).abs().max() < 12
+
+
+def test_exif_rotation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 20, 40)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = save(tmp_path / "a.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(ValueError, match="a.jpg"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all"])
+def test_what_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match="a.jpg.*replace or remove"):
+        read_image(tmp_path / "a.jpg", 8)
+
+
+def test_missing_and_huge_files_are_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="b.jpg"):
+        read_image(tmp_path / "b.jpg")
+    save(tmp_path / "a.png", np.zeros((11, 10, 3), dtype=np.uint8))
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="a.png: 10 × 11"):
+        read_image(tmp_path / "a.png")

@@ -1,0 +1,109 @@
+"""Names: round trip, what does not parse, and the columns of a catalogue."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets import grid
+from datasets.metadata import FIELDS, Catalogue, ImageName
+
+REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
+QUERY = "@10.000000@-20.500000@11.000000@-20.500000@11.000000@-19.000000@10.000000@-19.000000" \
+        "@ISS001-E-5@20150607@10.4@-19.9@18147@-.9@.jpg"
+DATABASE = "@0.00000@0.00000@2.81137@0.00000@2.81137@2.81250@0.00000@2.81250" \
+           "@09_0252_0256@2021@1.40568@1.40625@97735@0@.jpg"
+
+
+def test_a_query_name_is_read_field_by_field():
+    name = ImageName.parse("queries/" + QUERY)
+    assert name.footprint == ((10, -20.5), (11, -20.5), (11, -19), (10, -19))
+    assert (name.image_id, name.timestamp, name.year, name.is_database) == ("ISS001-E-5", "20150607", 2015, False)
+    assert (name.nadir, name.area, name.orientation, name.suffix) == ((10.4, -19.9), 18147, -0.9, ".jpg")
+
+
+@pytest.mark.parametrize("text", [QUERY, DATABASE, QUERY.replace("-.9", ".0"), QUERY.replace("-.9", "-179.9"),
+                                  QUERY.replace("-.9", "100.0"), QUERY.replace("-.9", "10.5")])
+def test_round_trip(text):
+    assert str(ImageName.parse(text)) == text
+
+
+def test_another_year_changes_the_timestamp_alone():
+    text = DATABASE.replace("97735", "2021")  # an area that looks like a year
+    assert str(ImageName.parse(text).in_year(2018)) == text.replace("@2021@1.40568", "@2018@1.40568")
+    with pytest.raises(ValueError, match="query has no other year"):
+        ImageName.parse(QUERY).in_year(2018)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("lat1", "north"), ("lat2", "91"), ("lon3", "-180.5"), ("lon4", "nan"), ("lat4", ""), ("image_id", ""),
+    ("timestamp", "201506"), ("timestamp", "June"), ("nadir_lat", "x"), ("nadir_lon", "inf"), ("sq_km_area", "big"),
+    ("sq_km_area", "inf"), ("orientation", "up")])
+def test_a_name_that_does_not_parse_says_which_field(field, value):
+    parts = QUERY.split("@")
+    parts[1 + FIELDS.index(field)] = value
+    text = "queries/" + "@".join(parts)
+    with pytest.raises(ValueError, match=f"field {field} ") as error:
+        ImageName.parse(text)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["photo.jpg", QUERY[1:], QUERY.replace("@-.9", ""), "@" + QUERY, ""])
+def test_a_name_of_the_wrong_number_of_fields(text):
+    with pytest.raises(ValueError, match="16|14"):
+        ImageName.parse(text)
+
+
+def test_catalogue_columns(tmp_path):
+    for name in (DATABASE, str(ImageName.parse(DATABASE).in_year(2018))):
+        folder = tmp_path / "database" / f"{ImageName.parse(name).year}_09" / "0_0"
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+        (folder / "notes.txt").touch()
+    both = Catalogue.read(tmp_path, "database")
+    assert both.years.tolist() == [2018, 2021] and both.paths[1] == f"database/2021_09/0_0/{DATABASE}"
+    latest = Catalogue.read(tmp_path, "database", year=2021)
+    assert len(latest) == 1 and latest.names == [DATABASE] and latest.ids == ["09_0252_0256"]
+    assert latest.footprints.shape == (1, 4, 2) and latest.areas.tolist() == [97735]
+    assert np.allclose(latest.centers, [[1.406, 1.406]], atol=2e-3)
+    assert both.select([1]).paths == latest.paths and both.select(both.years == 2018).years.tolist() == [2018]
+
+
+def test_catalogue_names_the_missing_folder_and_the_bad_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--dataset_path") as error:
+        Catalogue.read(tmp_path / "nowhere", "queries")
+    assert str(tmp_path / "nowhere") in str(error.value)
+    (tmp_path / "queries").mkdir()
+    assert len(Catalogue.read(tmp_path, "queries").centers) == 0
+    (tmp_path / "queries" / "photo.jpg").touch()
+    with pytest.raises(ValueError, match="queries/photo.jpg"):
+        Catalogue.read(tmp_path, "queries")
+
+
+def real_names(file):
+    path = REAL_NAMES / file
+    if not path.is_file():
+        pytest.skip("the public data set's names are not here")
+    return path.read_text().split("\n")[:-1]
+
+
+def test_every_real_query_name_round_trips():
+    names = real_names("queries.txt")
+    assert len(names) > 10_000
+    assert [name for name in names if str(ImageName.parse(name)) != name] == []
+
+
+def test_real_database_names_come_from_the_grid():
+    paths = real_names("database_2021_sample.txt")
+    different = []
+    for path in paths:
+        name = ImageName.parse(path)
+        assert str(name) == path.rsplit("/", 1)[-1]
+        made = grid.image_path(*map(int, name.image_id.split("_")), name.year)
+        if made != path:
+            made, real = made.split("@"), path.split("@")
+            area = 1 + FIELDS.index("sq_km_area")
+            different.append([k for k in range(len(real)) if made[k] != real[k]] == [area]
+                             and abs(int(made[area]) - int(real[area])) <= 1)
+    assert all(different)
+    assert len(different) == 98 and len(paths) - len(different) == 4140

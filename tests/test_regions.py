@@ -1,0 +1,112 @@
+"""Quadruplets from a folder, and the schedule of batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.metadata import YEARS, ImageName
+from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, spread
+
+CLUSTERS = [np.arange(0, 10), np.arange(10, 17), np.arange(17, 40), np.arange(40, 44)]
+
+
+def test_regions_hold_every_year_in_order(world):
+    regions, missing = Regions.read(world.path)
+    assert len(regions) == 24 and missing == [] and regions.years == YEARS
+    for paths, region_id, footprint in zip(regions.paths, regions.ids, regions.footprints):
+        names = [ImageName.parse(path) for path in paths]
+        assert [name.year for name in names] == list(YEARS) and {name.image_id for name in names} == {region_id}
+        assert np.allclose(names[0].footprint, footprint)
+
+
+def test_a_region_without_a_year_is_listed_and_left_out(own_world):
+    own_world.image(own_world.regions[5], 2019).unlink()
+    regions, missing = Regions.read(own_world.path)
+    assert missing == ["{:02d}_{:04d}_{:04d}".format(*own_world.regions[5])]
+    assert len(regions) == 23 and missing[0] not in regions.ids
+
+
+def test_no_whole_region_is_an_error(own_world):
+    for region in own_world.regions:
+        own_world.image(region, 2019).unlink()
+    with pytest.raises(ValueError, match="24 regions, none with an image of every year"):
+        Regions.read(own_world.path)
+
+
+def test_the_data_set_loads_the_four_years(world):
+    regions, _ = Regions.read(world.path)
+    row, images = RegionDataset(regions, 16)[3]
+    assert row == 3 and images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in images}) == 4
+    _, views = RegionDataset(regions.views_of(2021), 16)[3]
+    assert all(torch.equal(view, images[3]) for view in views)
+
+
+def test_a_loader_serves_what_is_scheduled(world):
+    regions, _ = Regions.read(world.path)
+    loader = BatchLoader(RegionDataset(regions, 8), 0)
+    for batches in (np.array([[3, 1], [7, 0]]), np.array([[5, 6]])):
+        served = list(loader.serve(batches))
+        assert [rows.tolist() for rows, _ in served] == batches.tolist()
+        assert served[0][1].shape == (2, 4, 3, 8, 8)
+
+
+def test_each_batch_is_of_one_cluster_without_repeats():
+    owner = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(CLUSTERS)])
+    batches = schedule(CLUSTERS, 4, 500, 0)
+    assert batches.shape == (500, 4)
+    assert all(len(set(batch)) == 4 and len(set(owner[batch])) == 1 for batch in batches.tolist())
+
+
+def test_no_two_batches_in_a_row_share_a_cluster():
+    owner = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(CLUSTERS)])
+    for batch_size in (2, 3, 4):  # at 4 the third cluster alone would fill 5 of 9 batches
+        for seed in range(20):
+            clusters = owner[schedule(CLUSTERS, batch_size, 300, seed)[:, 0]]
+            assert (clusters[1:] != clusters[:-1]).all()
+    clusters = schedule([np.arange(4), np.arange(4, 100)], 4, 300, 0)[:, 0] >= 4
+    assert (clusters[1:] != clusters[:-1]).all()
+
+
+def test_the_schedule_is_a_function_of_the_seed():
+    assert np.array_equal(schedule(CLUSTERS, 4, 50, [1, 2, 3]), schedule(CLUSTERS, 4, 50, [1, 2, 3]))
+    assert not np.array_equal(schedule(CLUSTERS, 4, 50, [1, 2, 3]), schedule(CLUSTERS, 4, 50, [1, 2, 4]))
+    np.random.seed(0)
+    torch.manual_seed(0)
+    first = schedule(CLUSTERS, 4, 50, 7)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert np.array_equal(first, schedule(CLUSTERS, 4, 50, 7))
+    assert np.array_equal(first[:20], schedule(CLUSTERS, 4, 20, 7))
+
+
+def test_every_region_comes_up():
+    assert set(schedule(CLUSTERS, 4, 200, 0).ravel().tolist()) == set(range(44))
+
+
+def test_one_cluster_still_makes_batches():
+    batches = schedule([np.arange(9)], 4, 10, 0)
+    assert batches.shape == (10, 4) and all(len(set(batch)) == 4 for batch in batches.tolist())
+
+
+def test_a_cluster_smaller_than_a_batch_is_an_error():
+    with pytest.raises(ValueError, match="--batch_size 5.*only 4"):
+        schedule(CLUSTERS, 5, 10, 0)
+
+
+def test_spread_keeps_all_positions_and_separates_equal_labels():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        labels = rng.integers(0, 4, 12).tolist()
+        order = spread(labels, rng, last=2)
+        assert sorted(order) == list(range(12))
+        if max(labels.count(k) + (k == 2) for k in range(4)) <= 6:
+            walk = [2] + [labels[k] for k in order]
+            assert all(a != b for a, b in zip(walk, walk[1:])), labels
+
+
+def test_random_clusters_split_all_regions():
+    clusters = random_clusters(50, 6, 8, 0)
+    assert sorted(np.concatenate(clusters).tolist()) == list(range(50)) and min(map(len, clusters)) >= 8
+    assert len(random_clusters(50, 6, 20, 0)) == 2
+    assert len(random_clusters(5, 6, 20, 0)) == 1

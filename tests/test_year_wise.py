@@ -1,0 +1,123 @@
+"""Augmentation by pixels: who shares a draw, no black wedge, colours as torchvision's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torchvision.transforms import functional as TF
+
+from augmentations.year_wise import SQUARE, Augmentation, Draw, apply, jitter
+
+HARD = dict(rotation=180.0, perspective=0.66, min_crop=0.2, aspect=2.0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def same_picture(batch=3, years=4, size=40):
+    """One smooth picture at every place, so that outputs differ by their draws alone."""
+    picture = torch.rand(1, 3, 6, 6, generator=generator(9))
+    picture = torch.nn.functional.interpolate(picture, size=(size, size), mode="bilinear") * 255
+    return picture.to(torch.uint8).expand(batch, years, -1, -1, -1)
+
+
+def alike(a, b):
+    return bool(torch.allclose(a, b, atol=1e-5))
+
+
+@pytest.mark.parametrize("group", ["none", "image", "batch", "year"])
+def test_who_shares_a_draw(group):
+    views = Augmentation(32, group)(same_picture(), generator())
+    assert views.shape == (3, 4, 3, 32, 32) and views.dtype == torch.float32
+    assert 0 <= views.min() and views.max() <= 1
+    places = [(b, y) for b in range(3) for y in range(4)]
+    for b, y in places:
+        for c, z in places:
+            shared = {"none": True, "batch": True, "year": y == z, "image": (b, y) == (c, z)}[group]
+            assert alike(views[b, y], views[c, z]) == shared, ((b, y), (c, z))
+
+
+def test_year_wise_draws_do_not_depend_on_the_batch():
+    augment = Augmentation(32)
+    one, many = (augment(same_picture(batch), generator()) for batch in (1, 5))
+    assert alike(one[0], many[4])
+
+
+def test_the_same_generator_state_gives_the_same_output():
+    augment, images = Augmentation(32, "image", hue=0.3), same_picture()
+    torch.manual_seed(1)
+    first = augment(images, generator(4))
+    torch.manual_seed(2)
+    assert torch.equal(first, augment(images, generator(4)))
+    assert not alike(first, augment(images, generator(5)))
+
+
+@pytest.mark.parametrize("settings", [{}, HARD, {**HARD, "perspective": 0.0}, {**HARD, "min_crop": 1.0}])
+def test_the_sampled_quadrilateral_lies_inside_and_keeps_its_turn(settings):
+    state = generator()
+    for _ in range(300):
+        quad = Augmentation(32, **settings).draw(state).quad
+        assert quad.abs().max() <= 1 + 1e-5
+        edges = quad.roll(-1, 0) - quad
+        following = edges.roll(-1, 0)
+        assert (edges[:, 0] * following[:, 1] - edges[:, 1] * following[:, 0] > 0).all()  # convex, not mirrored
+
+
+def test_white_stays_white_without_colour_jitter():
+    white = torch.full((1, 1, 3, 40, 40), 255, dtype=torch.uint8)
+    augment = Augmentation(32, "image", **HARD, brightness=0.0, contrast=0.0, saturation=0.0)
+    state = generator()
+    assert min(augment(white, state).min().item() for _ in range(60)) > 1 - 1e-5
+
+
+def test_no_black_pixel_from_a_white_image_with_everything_on():
+    white = torch.full((1, 1, 3, 40, 40), 255, dtype=torch.uint8)
+    augment, state = Augmentation(32, "image", **HARD, hue=0.5), generator()
+    for _ in range(60):
+        view = augment(white, state)
+        assert view.min() >= 0.1 - 1e-4 and view.max() - view.min() < 1e-4
+
+
+def test_a_quad_that_is_the_image_changes_nothing():
+    images = torch.rand(2, 3, 24, 24, generator=generator())
+    assert torch.allclose(apply(images, Draw(SQUARE, 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3)), 24), images, atol=1e-5)
+
+
+def test_a_quarter_turn_is_a_quarter_turn():
+    images = torch.rand(1, 3, 24, 24, generator=generator())
+    turned = apply(images, Draw(SQUARE.roll(1, 0), 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3)), 24)
+    # The output's upper left corner shows the source's lower left one.
+    assert torch.allclose(turned, torch.rot90(images, -1, (2, 3)), atol=1e-4)
+
+
+def test_a_linear_picture_is_sampled_where_the_quad_says():
+    x = (torch.arange(64) + 0.5) / 32 - 1
+    picture = torch.stack([x.expand(64, 64), x[:, None].expand(64, 64), torch.zeros(64, 64)])[None]
+    quad = torch.tensor([[-0.5, -0.25], [0.5, -0.25], [0.5, 0.25], [-0.5, 0.25]])
+    view = apply((picture + 1) / 2, Draw(quad, 1.0, 1.0, 1.0, 0.0, (0,)), 10) * 2 - 1
+    expected = (torch.arange(10) + 0.5) / 5 - 1
+    assert torch.allclose(view[0, 0], expected.mul(0.5).expand(10, 10), atol=1e-4)
+    assert torch.allclose(view[0, 1], expected.mul(0.25)[:, None].expand(10, 10), atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_colours_are_torchvisions(seed):
+    images = torch.rand(3, 3, 20, 20, generator=generator(seed))
+    draw = Augmentation(20, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5).draw(generator(seed))
+    steps = {0: (TF.adjust_brightness, draw.brightness), 1: (TF.adjust_contrast, draw.contrast),
+             2: (TF.adjust_saturation, draw.saturation), 3: (TF.adjust_hue, draw.hue)}
+    expected = images
+    for step in draw.order:
+        function, factor = steps[step]
+        alone = jitter(images, replace(draw, order=(step,)))
+        assert (alone - function(images, factor)).abs().max() < 1e-3, function.__name__
+        expected = function(expected, factor)
+    assert (jitter(images, draw) - expected).abs().max() < 1e-3
+    assert 0.1 <= min(draw.brightness, draw.contrast, draw.saturation) and abs(draw.hue) <= 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0}])
+def test_wrong_settings_name_their_flag(wrong):
+    with pytest.raises(ValueError, match="--augmentation|--perspective|--min_crop"):
+        Augmentation(32, **wrong)
