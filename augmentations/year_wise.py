@@ -13,7 +13,8 @@ from kornia.geometry import create_meshgrid, get_perspective_transform, transfor
 from torch.nn import functional as F
 
 GROUPS = ("none", "image", "batch", "year")
-SQUARE = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])  # (x, y) corners of an image, in its half sizes
+# (x, y) corners of an image, in its half sizes.
+SQUARE = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
 
 
 @dataclass(frozen=True)
