@@ -94,6 +94,11 @@ def learning_rate(iteration, args):
     return args.lr * warm * cosine
 
 
+def draws_of(seed, iteration):
+    """The generator of one iteration's augmentation, whatever came before it."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 3, iteration]).generate_state(1)[0]))
+
+
 def make_loss(args):
     if args.loss == "contrastive":
         return ContrastiveLoss(args.base or 0.5)
@@ -148,7 +153,8 @@ def main(args):
     # Model, optimiser, and where a resumed run stood.
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint and "optimizer" not in checkpoint:
-        raise ValueError(f"{args.resume}: holds weights only; --resume wants a last.pt of train.py, --weights takes this")
+        raise ValueError(f"{args.resume}: holds weights only; --resume wants a last.pt of train.py, "
+                         f"--weights takes this file")
     if checkpoint:
         model = EarthLoc(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
@@ -209,8 +215,7 @@ def main(args):
         began = time.perf_counter()
         rows, images = next(served)
         waited += time.perf_counter() - began
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, 3, iteration]).generate_state(1)[0]))
-        augmented = augment(images.to(device, non_blocking=True), generator)
+        augmented = augment(images.to(device, non_blocking=True), draws_of(args.seed, iteration))
         if iteration == 0:
             figures.save(figures.batch_figure(augmented[:20], regions.years), folder / "batch.jpg")
 

@@ -27,14 +27,14 @@ def add_model_arguments(parser):
     group.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     group.add_argument("--weights", default="imagenet",
                        help="imagenet, none (from scratch, nothing frozen), or a file with a state dict")
-    group.add_argument("--cut_after", help="last stage that is kept; default: layer3, or blocks4 for efficientnet_lite0")
+    group.add_argument("--cut_after", help="last kept stage; default: layer3, or blocks4 for efficientnet_lite0")
     group.add_argument("--freeze_until", help="last frozen stage, or none; default: layer2, or blocks2; "
                                               "nothing with --weights none")
     group.add_argument("--aggregator", choices=AGGREGATORS, default="mixvpr")
     group.add_argument("--descriptor_dim", type=int, default=4096)
     group.add_argument("--image_size", type=int, default=320, help="pixels a side, in training and in evaluation")
     group.add_argument("--mix_depth", type=int, default=4, help="mixers of MixVPR")
-    group.add_argument("--mix_channels", type=int, help="channels of MixVPR's output; default: descriptor_dim / out_rows")
+    group.add_argument("--mix_channels", type=int, help="MixVPR's output channels; default: descriptor_dim / out_rows")
     group.add_argument("--out_rows", type=int, default=4, help="rows of MixVPR's output")
     group.add_argument("--gem_grid", type=int, default=1, help="GeM pools over so many cells a side")
 

@@ -14,8 +14,8 @@ def cluster(descriptors, count, min_size, seed):
     if not np.isfinite(descriptors).all():
         raise ValueError("clustering: a descriptor is nan or infinite")
     count = max(1, min(count, len(descriptors) // min_size))
-    kmeans = faiss.Kmeans(descriptors.shape[1], count, niter=20, seed=int(seed), max_points_per_centroid=len(descriptors),
-                          min_points_per_centroid=1)
+    kmeans = faiss.Kmeans(descriptors.shape[1], count, niter=20, seed=int(seed), min_points_per_centroid=1,
+                          max_points_per_centroid=len(descriptors))
     kmeans.train(descriptors)
     labels = kmeans.index.search(descriptors, 1)[1][:, 0]
     return merge_small([np.flatnonzero(labels == k) for k in range(count)], descriptors, min_size)
