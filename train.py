@@ -56,6 +56,8 @@ def parse_arguments(argv=None):
     augmentation.add_argument("--contrast", type=float, default=0.9)
     augmentation.add_argument("--saturation", type=float, default=0.9)
     augmentation.add_argument("--hue", type=float, default=0.0)
+    augmentation.add_argument("--clouds", type=float, default=0.0, help="largest share of an image under clouds")
+    augmentation.add_argument("--haze", type=float, default=0.0, help="largest opacity of the air")
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
     loss.add_argument("--loss", choices=("multi_similarity", "contrastive"), default="multi_similarity")
     loss.add_argument("--neutral", choices=("on", "off"), default="on",
@@ -148,7 +150,8 @@ def main(args):
     loader = BatchLoader(RegionDataset(views, args.source_size), args.num_workers)
     validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
     augment = Augmentation(args.image_size, args.augmentation, args.rotation, args.perspective, args.min_crop,
-                           args.aspect, args.brightness, args.contrast, args.saturation, args.hue)
+                           args.aspect, args.brightness, args.contrast, args.saturation, args.hue,
+                           args.clouds, args.haze)
 
     # Model, optimiser, and where a resumed run stood.
     checkpoint = load_checkpoint(args.resume) if args.resume else None
