@@ -41,13 +41,22 @@ def quadrilateral_area(footprint):
     return np.abs((span * np.sin(lat)).sum(axis=-1)) * AREA_RADIUS_KM**2 / 2
 
 
+def name_area(footprints):
+    """(..., 4, 2) corners as the names write them -> (...) int km², the area that the public names hold.
+
+    Those were computed from corners in single precision and cut, not rounded: with it all 4,238 known names come out,
+    in double precision 98 of them are off by one.
+    """
+    return np.trunc(quadrilateral_area(np.asarray(footprints, dtype=np.float32))).astype(np.int64)
+
+
 def image_name(zoom, row, col, year):
     """Region and year -> ImageName, as the public data set names it."""
     footprint = footprints([(zoom, row, col)])[0]
     center = (float(tile_latitude(zoom, row) + tile_latitude(zoom, row + TILES)) / 2,
               float(tile_longitude(zoom, col) + tile_longitude(zoom, col + TILES)) / 2)
     return ImageName(footprint=tuple(map(tuple, footprint.tolist())), image_id=f"{zoom:02d}_{row:04d}_{col:04d}",
-                     timestamp=f"{year:04d}", nadir=center, area=int(quadrilateral_area(footprint)), orientation=0.0)
+                     timestamp=f"{year:04d}", nadir=center, area=int(name_area(footprint)), orientation=0.0)
 
 
 def image_path(zoom, row, col, year):
