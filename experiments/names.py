@@ -1,14 +1,13 @@
 """Does the grid make the public names, character by character? python -m experiments.names DATABASE [--queries NAMES]
 
-DATABASE is a data set's folder, or a text file with one database path a line. Each is made again from its zoom_row_col
+DATABASE is a data set's folder, or a text file with one database path a line. Each of 2021 is made again from its zoom_row_col
 and year; each query name is read and written again. Every name that differs is listed with the fields that do.
 """
 
 from collections import Counter
 
 from datasets import grid
-from datasets.metadata import FIELDS, ImageName
-from experiments.table1 import read_names
+from datasets.metadata import FIELDS, Catalogue, ImageName
 from utils.arguments import make_parser, run
 
 
@@ -43,7 +42,7 @@ def main(args):
         jobs.append((args.queries, "queries", lambda path: path[:path.find("@")] + str(ImageName.parse(path))))
     different = 0
     for names, folder, make in jobs:
-        catalogue = read_names(names, folder)
+        catalogue = Catalogue.read_source(names, folder)
         found = compare(catalogue.paths, make)
         different += len(found)
         for real, made, fields in found[:args.shown]:

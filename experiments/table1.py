@@ -13,7 +13,6 @@ as everywhere (median 10,287 km², Toshka 10,316). Its row would fit a database 
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -31,31 +30,6 @@ TABLE_1 = {"Texas": (6142, 34_000), "Alps": (2394, 53_000), "California": (3568,
            "Gobi Desert": (726, 54_000), "Amazon": (682, 19_000), "Toshka Lakes": (2164, 63_000)}
 RANDOM_CHOICE = {"Texas": (0.2, 1.7, 15.5), "Alps": (0.1, 1.1, 11.6), "California": (0.2, 2.3, 20.1),
                  "Gobi Desert": (0.1, 1.0, 13.2), "Amazon": (0.1, 1.1, 11.5), "Toshka Lakes": (0.2, 1.2, 9.1)}
-
-
-def read_names(path, folder):
-    """A data set's folder, or a text file of names one a line -> Catalogue. folder: "queries" or "database"."""
-    path = Path(path)
-    year = DATABASE_YEAR if folder == "database" else None
-    if path.is_dir():
-        catalogue = Catalogue.read(path, folder, year)
-        if not len(catalogue):
-            raise ValueError(f"{path / folder}: no .jpg in it; give a data set's folder, or a file of names one a line")
-        return catalogue
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such folder or file; give the folder of a data set (with {folder}/ in "
-                                f"it), or a text file with one name of {folder} a line")
-    try:
-        names = path.read_text().split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file; it should hold one name of {folder} a line") from None
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ValueError(f"{path}: is empty; it should hold one name of {folder} a line")
-    try:
-        return Catalogue.from_paths(path.parent, names)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; it should hold one name of {folder} a line") from None
 
 
 def compute_sets(queries, footprints):
@@ -108,13 +82,10 @@ def table_2(sets, ks=RANKS):
 
 def main(args):
     began = time.perf_counter()
-    queries = read_names(args.names, "queries")
+    queries = Catalogue.read_source(args.names, "queries")
     if args.database:
-        database = read_names(args.database, "database")
-        database = database.select(database.years == DATABASE_YEAR)
-        footprints, said = database.footprints, f"names of {args.database}, {DATABASE_YEAR}"
-        if not len(footprints):
-            raise ValueError(f"{args.database}: no name of {DATABASE_YEAR}; evaluation searches the images of that year")
+        footprints = Catalogue.read_source(args.database, "database").footprints
+        said = f"names of {args.database}, {DATABASE_YEAR}"
     else:
         footprints = grid.footprints(grid.land_regions(ZOOMS, args.max_latitude, args.min_land))
         said = f"all regions of zooms {', '.join(map(str, ZOOMS))} with land, centre within ±{args.max_latitude:g}"

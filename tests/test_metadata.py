@@ -80,6 +80,19 @@ def test_catalogue_names_the_missing_folder_and_the_bad_name(tmp_path):
         Catalogue.read(tmp_path, "queries")
 
 
+@pytest.mark.parametrize("make, says", [
+    (lambda path: None, "no such folder or file.*folder of a data set"),
+    (lambda path: path.write_text("\n"), "holds no name of queries"),
+    (lambda path: path.write_text("a photo.jpg\n"), "names.txt: a photo.jpg.*one name of queries a line"),
+    (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not a text file"),
+    (lambda path: path.mkdir(), "queries: no such folder"),
+])
+def test_wrong_inputs_say_what_is_needed(tmp_path, make, says):
+    make(tmp_path / "names.txt")
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        Catalogue.read_source(tmp_path / "names.txt", "queries")
+
+
 def real_names(file):
     path = REAL_NAMES / file
     if not path.is_file():

@@ -1,7 +1,6 @@
 """Shared ground against shapely and small numbers, at the antimeridian too; the intersections file."""
 
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -130,11 +129,10 @@ def test_table_of_the_tiny_world(world):
         assert np.isclose(max(iou for _, iou in found), 0.5625, atol=2e-3)
 
 
-def test_the_command_writes_the_file(own_world, monkeypatch, capsys):
+def test_the_command_writes_the_file(own_world, capsys):
     expected = load_intersections(own_world.path / INTERSECTIONS_FILE)
     (own_world.path / INTERSECTIONS_FILE).unlink()
-    monkeypatch.setattr(sys, "argv", ["overlap", str(own_world.path)])
-    overlap.main()
+    overlap.main(overlap.parse_arguments([str(own_world.path)]))
     assert load_intersections(own_world.path / INTERSECTIONS_FILE) == expected
     assert "10 of 10 queries have a positive among 24 images" in capsys.readouterr().out
 

@@ -46,19 +46,6 @@ def test_random_choice_by_simulation(world):
     assert mean == np.mean([len(positives) for positives in one.positives])
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda path: None, "no such folder or file.*folder of a data set"),
-    (lambda path: path.write_text("\n"), "is empty"),
-    (lambda path: path.write_text("a photo.jpg\n"), "names.txt: a photo.jpg.*one name of queries a line"),
-    (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not a text file"),
-    (lambda path: path.mkdir(), "queries: no such folder"),
-])
-def test_wrong_inputs_say_what_is_needed(tmp_path, make, says):
-    make(tmp_path / "names.txt")
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
-        table1.read_names(tmp_path / "names.txt", "queries")
-
-
 def test_names_that_the_grid_does_not_make_are_listed_with_their_fields(tmp_path, capsys):
     good = grid.image_path(9, 200, 100, 2021)
     folder, name = good.rsplit("/", 1)
