@@ -29,13 +29,14 @@ RACY_SECONDS = 2  # the coarsest time stamps of file systems in use
 SUFFIXES = (".jpg", ".jpeg")
 
 
-def read_columns(root, folder, parse, prefix="", min_images=MIN_IMAGES):
+def read_columns(root, folder, parse, prefix="", min_images=None):
     """The .jpg files under root/folder, sorted -> dict of columns (N, …): "paths" and what `parse` gives.
 
     parse: Strings of paths relative to root -> dict of columns; it sees only names that the index does not hold.
-    prefix: only paths that start so. The file is written for min_images names or more.
+    prefix: only paths that start so. The file is written for min_images names or more, by default
+    MIN_IMAGES.
     """
-    root = Path(root)
+    root, min_images = Path(root), MIN_IMAGES if min_images is None else min_images
     file = root / f"index_{folder}.npz"
     began = time.perf_counter()
     old = load(file)
