@@ -26,7 +26,7 @@ from utils.strings import Strings
 VERSION = 1  # raise when the columns change
 MIN_IMAGES = 20_000  # below, listing takes less than a second and no index is written
 RACY_SECONDS = 2  # the coarsest time stamps of file systems in use
-SUFFIXES = (".jpg", ".jpeg")
+SUFFIXES = (b".jpg", b".jpeg")
 
 
 def read_columns(root, folder, parse, prefix="", min_images=None):
@@ -67,11 +67,11 @@ def scan(root, folder, old=None):
     """Lists the folders whose times are not those of the old index.
 
     -> {"folders" (F,) bytes, sorted; "folder_times" (F, 2) int ns, -1 for what may still change; "folder_kept" (F,)
-    int, the folder's row in the old index or -1}, and a list of (path, folder row) of the images in the others.
+    int, the folder's row in the old index or -1}, and the images in the others: paths (N,) bytes, folder rows (N,).
     """
     known = {name: row for row, name in enumerate(old["folders"].tolist())} if old is not None else {}
     inside = _subfolders(known)
-    found, images, seen = {}, [], set()
+    found, seen, images, blocks, counts = {}, set(), [], [], []
     waiting = [os.fsencode(folder)]
     top = os.fsencode(root)
     while waiting:
@@ -94,18 +94,26 @@ def scan(root, folder, old=None):
         if max(times) > now - RACY_SECONDS * 10**9:
             times = (-1, -1)
         found[name] = (times, -1)
+        before = len(images)
         with os.scandir(place) as entries:
             for entry in entries:
-                if entry.name.lower().endswith(tuple(map(os.fsencode, SUFFIXES))) and not entry.is_dir():
-                    images.append((name + b"/" + entry.name, name))
-                elif entry.is_dir():
+                if entry.is_dir():
                     waiting.append(name + b"/" + entry.name)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    images.append(name + b"/" + entry.name)
+        counts.append((name, len(images) - before))
+        if len(images) > 50_000:  # bytes objects take twice the room of an array
+            blocks.append(np.array(images, dtype=np.bytes_))
+            images = []
     order = sorted(found)
     position = {name: row for row, name in enumerate(order)}
+    listed = (np.concatenate([*blocks, np.array(images, dtype=np.bytes_)]),
+              np.repeat(np.array([position[name] for name, _ in counts], dtype=np.int32),
+                        np.array([count for _, count in counts], dtype=np.int64)))
     folders = {"folders": np.array(order, dtype=np.bytes_),
                "folder_times": np.array([found[name][0] for name in order], dtype=np.int64).reshape(-1, 2),
                "folder_kept": np.array([found[name][1] for name in order], dtype=np.int64)}
-    return folders, [(path, position[name]) for path, name in images]
+    return folders, listed
 
 
 def _subfolders(names):
@@ -121,27 +129,31 @@ def assemble(old, folders, listed, parse, prefix=""):
     Listed images that the old index knows are not parsed again. "folder_of" (N,) is each row's folder.
     """
     kept = folders.pop("folder_kept")
-    parts = []
+    paths, folder_of = listed
+    if prefix:
+        rows = np.char.startswith(paths, os.fsencode(prefix))
+        paths, folder_of = paths[rows], folder_of[rows]
+    parts = []  # (columns, their rows, the folders of those)
     if old is not None:
-        place = np.full(len(old["folders"]), -1)
+        place = np.full(len(old["folders"]), -1, dtype=np.int32)
         place[kept[kept >= 0]] = np.flatnonzero(kept >= 0)
-        folder_of = place[old["folder_of"]]
-        rows = np.flatnonzero(folder_of >= 0)
-        parts.append((old, rows, folder_of[rows]))
-    listed = [(path, of) for path, of in listed if path.startswith(os.fsencode(prefix))]
-    paths = np.array([path for path, _ in listed], dtype=np.bytes_)
-    folder_of = np.array([of for _, of in listed], dtype=np.int64)
+        now = place[old["folder_of"]]
+        parts.append((old, np.flatnonzero(now >= 0), now[now >= 0]))
     if old is not None and len(old["paths"]) and len(paths):
         where = np.minimum(np.searchsorted(old["paths"], paths), len(old["paths"]) - 1)
         again = old["paths"][where] == paths
         parts.append((old, where[again], folder_of[again]))
         paths, folder_of = paths[~again], folder_of[~again]
     new = {"paths": paths, **parse(Strings(paths))}
-    parts.append((new, np.arange(len(paths)), folder_of))
-    columns = {key: np.concatenate([part[key][rows] for part, rows, _ in parts]) for key in new}
-    columns["folder_of"] = np.concatenate([of for *_, of in parts]).astype(np.int32)
-    order = np.argsort(columns["paths"], kind="stable")
-    return {key: column[order] for key, column in columns.items()}
+    parts.append((new, slice(None), folder_of))
+    order, columns = None, {}
+    for key in list(new):  # one column at a time: the old ones go as the sorted ones come
+        column = np.concatenate([part[key][rows] for part, rows, _ in parts])
+        order = np.argsort(column, kind="stable") if order is None else order  # paths come first
+        columns[key] = column[order]
+        del new[key]
+    columns["folder_of"] = np.concatenate([of for *_, of in parts])[order]
+    return columns
 
 
 def try_store(file, arrays):

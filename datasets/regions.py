@@ -43,8 +43,9 @@ class Regions:
             raise ValueError(f"{Path(root) / 'database'}: {len(ids)} regions, none with an image of every year "
                              f"({', '.join(map(str, years))}); is the data set complete?")
         rows = rows[whole]
-        return cls(Path(root), catalogue.paths[rows], catalogue.footprints[rows[:, -1]], Strings(ids[whole]),
-                   tuple(years)), missing
+        paths, footprints = catalogue.paths, catalogue.footprints[rows[:, -1]]
+        del catalogue, region  # 100 MB of a full data set that need not be there while the paths are copied
+        return cls(Path(root), paths[rows], footprints, Strings(ids[whole]), tuple(years)), missing
 
     def __len__(self):
         return len(self.paths)

@@ -61,15 +61,15 @@ def make_tree(folder, queries, zooms):
 
 
 def measured(function, *args):
-    """Runs it in a fresh process -> (what it returns, seconds, peak memory in GB before and after)."""
+    """Runs it in a fresh process -> (what it returns, seconds, those of CPU, peak memory in GB before and after)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (function, *args))
 
 
 def _measure(function, *args):
-    before, began = _peak_gb(), time.perf_counter()
+    before, began, spent = _peak_gb(), time.perf_counter(), time.process_time()
     result = function(*args)
-    return result, time.perf_counter() - began, before, _peak_gb()
+    return result, time.perf_counter() - began, time.process_time() - spent, before, _peak_gb()
 
 
 def _peak_gb():
@@ -121,12 +121,12 @@ def main(args):
                  ("train.py: both, index", open_both, None),
                  ("both, one folder changed", open_both, one / "@stranger.txt"),
                  ("neutral test", neutral_test, None)]
-        print(f"{'':26}{'seconds':>8}{'GB imports':>12}{'GB peak':>9}")
+        print(f"{'':26}{'seconds':>8}{'CPU s':>8}{'GB imports':>12}{'GB peak':>9}")
         for title, function, touched in steps:
             if touched:
                 touched.touch()
-            said, seconds, before, peak = measured(function, folder)
-            print(f"{title:26}{seconds:8.2f}{before:12.2f}{peak:9.2f}   {said}", flush=True)
+            said, seconds, cpu, before, peak = measured(function, folder)
+            print(f"{title:26}{seconds:8.2f}{cpu:8.2f}{before:12.2f}{peak:9.2f}   {said}", flush=True)
             if touched:
                 touched.unlink()
         for file in sorted(folder.glob("index_*.npz")):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from datasets import grid
-from datasets.metadata import FIELDS, Catalogue, ImageName
+from datasets.metadata import FIELDS, Catalogue, ImageName, parse_columns
+from utils.strings import Strings
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
 QUERY = "@10.000000@-20.500000@11.000000@-20.500000@11.000000@-19.000000@10.000000@-19.000000" \
@@ -52,6 +53,37 @@ def test_a_name_that_does_not_parse_says_which_field(field, value):
 def test_a_name_of_the_wrong_number_of_fields(text):
     with pytest.raises(ValueError, match="16|14"):
         ImageName.parse(text)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("lat1", "north"), ("lat2", "91"), ("lon3", "-180.5"), ("lon4", "nan"), ("lat4", ""), ("image_id", ""),
+    ("timestamp", "201506"), ("timestamp", "June"), ("nadir_lon", "inf"), ("sq_km_area", "inf"), ("orientation", "up")])
+def test_columns_name_the_name_that_does_not_parse(field, value):
+    parts = QUERY.split("@")
+    parts[1 + FIELDS.index(field)] = value
+    with pytest.raises(ValueError, match=f"field {field} ") as error:
+        Catalogue.from_paths("/nowhere", [DATABASE, QUERY, "@".join(parts), DATABASE])
+    assert "@".join(parts) in str(error.value)
+
+
+def test_columns_are_what_parsing_one_by_one_gives():
+    rng = np.random.default_rng(0)
+    names = []
+    for k in range(300):
+        corners = tuple((float(lat), float(lon)) for lat, lon in rng.uniform((-90, -180), (90, 180), (4, 2)))
+        names.append(ImageName(corners, f"ISS{k:03d}-E-{'é' * (k % 3)}{k}", ("2019", "20190531")[k % 2],
+                               tuple(rng.uniform((-90, -180), (90, 180)).tolist()), int(rng.integers(1e6)),
+                               float(rng.uniform(-180, 180))))
+    paths = [f"folder/{name}" for name in names]
+    for extra in ([], [QUERY.replace("@18147@", "@1_8147.9@").replace("10.4", " 10.4")]):  # what float() takes
+        columns = parse_columns(Strings(paths + extra), block=70)
+        parsed = [ImageName.parse(path) for path in paths + extra]
+        assert np.array_equal(columns["footprints"], [name.footprint for name in parsed])
+        assert np.array_equal(columns["nadirs"], [name.nadir for name in parsed])
+        for key in ("area", "orientation", "year"):
+            assert columns[f"{key}s"].tolist() == [getattr(name, key) for name in parsed]
+        assert Strings(columns["ids"]) == [name.image_id for name in parsed]
+    assert len(parse_columns(Strings())["footprints"]) == 0
 
 
 def test_catalogue_columns(tmp_path):
