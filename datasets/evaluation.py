@@ -137,8 +137,8 @@ def build_set(name, query_rows, database_rows, pairs):
 
 
 def positive_pairs(queries, database, intersections):
-    """Positives, or {query name: [(database path, IoU)]} -> pairs (P, 2) of catalogue rows, sorted, and notes on what is
-    missing.
+    """Positives, or {query name: [(database path, IoU)]} -> pairs (P, 2) of catalogue rows, sorted, and notes on what
+    is missing.
 
     Images are matched by file name, which is unique and does not change when a data set's folders are moved.
     """

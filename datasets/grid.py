@@ -1,6 +1,7 @@
 """The Web Mercator grid of regions: zoom/row/col <-> footprint <-> name, and which regions hold land.
 
-A region is TILES × TILES map tiles; rows and columns step by STEP tiles, so neighbours overlap by half (paper, sec. 3.2).
+A region is TILES × TILES map tiles; rows and columns step by STEP tiles, so neighbours overlap by half (paper,
+sec. 3.2).
 """
 
 import numpy as np

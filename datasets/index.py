@@ -37,26 +37,17 @@ def read_columns(root, folder, parse, prefix="", min_images=None):
     MIN_IMAGES.
     """
     root, min_images = Path(root), MIN_IMAGES if min_images is None else min_images
-    file = root / f"index_{folder}.npz"
-    began = time.perf_counter()
-    old = load(file)
-    folders, listed = scan(root, folder, old)
-    if old is not None and np.array_equal(folders["folder_kept"], np.arange(len(old["folders"]))):  # nothing changed
-        columns = {key: old[key] for key in old if not key.startswith("folder")}
-    else:
-        writable = os.access(root, os.W_OK)
-        everything = writable or not prefix
-        columns = assemble(old, folders, listed, parse, "" if everything else prefix)
-        count = len(columns["paths"])
-        if count >= min_images or old is not None:
-            seconds = time.perf_counter() - began
-            if writable and try_store(file, {**columns, **folders}):
-                logging.info(f"{root / folder}: {count:,} images listed in {seconds:.1f} s, {file.name} written for "
-                             f"the next start")
-            else:
-                logging.info(f"{root / folder}: {count:,} images listed in {seconds:.1f} s; {root} cannot be written "
-                             f"to, so there is no {file.name} and every start lists them")
-        columns.pop("folder_of")
+    file, began = root / f"index_{folder}.npz", time.perf_counter()
+    old, writable = load(file), os.access(root, os.W_OK)
+    arrays = assemble(old, *scan(root, folder, old), parse, "" if writable else prefix)
+    count = len(arrays["paths"])
+    if arrays is not old and (old is not None or count >= min_images):
+        if writable and try_store(file, arrays):
+            end = f"{file.name} written for the next start"
+        else:
+            end = f"{root} cannot be written to, so there is no {file.name} and every start lists them"
+        logging.info(f"{root / folder}: {count:,} images listed in {time.perf_counter() - began:.1f} s; {end}")
+    columns = {key: array for key, array in arrays.items() if not key.startswith("folder")}
     if prefix:
         rows = np.char.startswith(columns["paths"], os.fsencode(prefix))
         columns = {key: column[rows] for key, column in columns.items()}
@@ -124,11 +115,15 @@ def _subfolders(names):
 
 
 def assemble(old, folders, listed, parse, prefix=""):
-    """Old rows of the folders that did not change, and rows of the listed images -> columns, sorted by path.
+    """Rows of the old index in folders that did not change, and rows of the listed images -> all arrays of the index.
 
-    Listed images that the old index knows are not parsed again. "folder_of" (N,) is each row's folder.
+    Columns are sorted by path, "folder_of" (N,) is each row's folder. Listed images that the old index knows are not
+    parsed again. Where nothing changed, old itself comes back; else its columns are taken out of it on the way, so that
+    a full-size data set is not in memory twice.
     """
     kept = folders.pop("folder_kept")
+    if old is not None and np.array_equal(kept, np.arange(len(old["folders"]))):
+        return old
     paths, folder_of = listed
     if prefix:
         rows = np.char.startswith(paths, os.fsencode(prefix))
@@ -145,15 +140,32 @@ def assemble(old, folders, listed, parse, prefix=""):
         parts.append((old, where[again], folder_of[again]))
         paths, folder_of = paths[~again], folder_of[~again]
     new = {"paths": paths, **parse(Strings(paths))}
-    parts.append((new, slice(None), folder_of))
-    order, columns = None, {}
-    for key in list(new):  # one column at a time: the old ones go as the sorted ones come
-        column = np.concatenate([part[key][rows] for part, rows, _ in parts])
+    parts.append((new, np.arange(len(paths)), folder_of))
+    del paths, listed
+    order, arrays = None, dict(folders)
+    for key in list(new):
+        column = _gather(parts, key)
         order = np.argsort(column, kind="stable") if order is None else order  # paths come first
-        columns[key] = column[order]
-        del new[key]
-    columns["folder_of"] = np.concatenate([of for *_, of in parts])[order]
-    return columns
+        arrays[key] = column[order]
+    arrays["folder_of"] = np.concatenate([of for *_, of in parts])[order]
+    return arrays
+
+
+def _gather(parts, key, block=50_000):
+    """One column of all parts, which is taken out of them."""
+    columns = [(part[key], rows) for part, rows, _ in parts]
+    for part, *_ in parts:
+        part.pop(key, None)
+    first = columns[-1][0]
+    out = np.empty((sum(len(rows) for _, rows in columns), *first.shape[1:]),
+                   dtype=np.result_type(*[column for column, _ in columns]))
+    start = 0
+    for column, rows in columns:
+        for at in range(0, len(rows), block):
+            chosen = column[rows[at:at + block]]
+            out[start:start + len(chosen)] = chosen
+            start += len(chosen)
+    return out
 
 
 def try_store(file, arrays):
@@ -167,7 +179,7 @@ def try_store(file, arrays):
 
 
 def load(file):
-    """-> dict of arrays as `try_store` got them; None where there is no such file, or it is damaged or of another version."""
+    """-> dict of arrays as `try_store` got them; None where there is no such file, or one that cannot be used."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}

@@ -95,9 +95,9 @@ def _number(name, field, text):
 
 
 def parse_columns(paths, block=20_000):
-    """Strings (N,) of names or paths -> dict of columns as in Catalogue: footprints, nadirs, areas, orientations, years, ids.
+    """Strings (N,) of names or paths -> dict of columns as in Catalogue: all but its paths, ids as bytes.
 
-    The same values and errors as ImageName.parse gives, but on columns: 700,000 names in 5 s.
+    The same values and errors as ImageName.parse gives, one by one, at a fifth of the time.
     """
     parts = [_parse_block(paths[start:start + block]) for start in range(0, len(paths), block)]
     parts = parts or [_columns_of([])]
@@ -109,7 +109,8 @@ def _parse_block(paths):
     if all(len(row) == len(FIELDS) + 2 and not row[0] and row[9] for row in rows):
         text = {field: np.array(column) for field, column in zip(FIELDS, list(zip(*rows))[1:])}
         try:
-            number = {field: text[field].astype(np.float64) for field in FIELDS if field not in ("image_id", "timestamp")}
+            number = {field: column.astype(np.float64) for field, column in text.items()
+                      if field not in ("image_id", "timestamp")}
         except ValueError:
             number = None
         stamps = text["timestamp"]
@@ -186,7 +187,8 @@ class Catalogue:
         """
         source = Path(source)
         year = DATABASE_YEAR if folder == "database" else None
-        needed = f"give the folder of a data set (with {folder}/ in it), or a text file with one name of {folder} a line"
+        needed = (f"give the folder of a data set (with {folder}/ in it), or a text file with one name of {folder} a "
+                  f"line")
         if source.is_dir():
             catalogue = cls.read(source, folder, year)
         elif not source.is_file():

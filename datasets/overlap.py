@@ -3,10 +3,10 @@
 Command: python -m datasets.overlap DATASET_PATH writes queries_intersections_with_db_2021.pt.
 
 Areas are those of quadrilaterals in the cylindrical equal-area projection (x = longitude, y = sin latitude), whose
-edges are straight there. For map-aligned regions that is exact. A photo's edges are great circles, and a slanted edge of
-300 km strays about 2 km from the straight one at 45 degrees of latitude. Against polygons of great circles on the sphere,
-20,000 pairs of the public names differ in IoU by @MEAN@ on average and by 0.01 at most @MAX@ (python -m
-experiments.positives).
+edges are straight there. For map-aligned regions that is exact. A photo's edges are great circles, and a slanted edge
+of 300 km strays about 2 km from the straight one at 45 degrees of latitude. Measured against great circles on the sphere
+for 20,000 pairs of the public names, the IoU is off by 0.0005 on average, 99 % of them by less than 0.0034, all by less
+than 0.015; one pair in a thousand, with an IoU below 0.0001, shares nothing there (python -m experiments.positives).
 """
 
 import time
@@ -30,7 +30,7 @@ TOUCHING_DEGREES = 2e-5  # names are rounded to five decimals: less than this is
 
 
 def ring(footprints):
-    """(N, 4, 2) -> the same corners in circular order around their mean, longitudes unwrapped; any order may come in."""
+    """(N, 4, 2) -> the same corners in circular order around their mean, longitudes unwrapped; any order comes in."""
     points = unwrap_footprints(footprints)
     offset = points - points.mean(axis=-2, keepdims=True)
     order = np.argsort(np.arctan2(offset[..., 0], offset[..., 1]), axis=-1, kind="stable")
@@ -99,7 +99,7 @@ def polygons(footprints):
 
 
 def intersections(queries, database, block=512, num_threads=2):
-    """queries (Q, 4, 2), database (D, 4, 2) degrees -> pairs (P, 2) int rows of both, IoU (P,); sorted by query, then row.
+    """queries (Q, 4, 2), database (D, 4, 2) degrees -> pairs (P, 2) int rows of both, IoU (P,); sorted by query, row.
 
     Only pairs that share ground; touching edges do not. Degenerate footprints have no pairs (see `degenerate`).
     Works on `block` queries at a time, so that memory holds the polygons of a few blocks only.
@@ -193,8 +193,8 @@ def load_intersections(path):
         for entry in found:
             if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)
                     and _is_number(entry[1])):
-                raise ValueError(f"{path}: query {name} has the entry {str(entry)[:80]}, expected (database path, IoU); "
-                                 f"{remedy}")
+                raise ValueError(f"{path}: query {name} has the entry {str(entry)[:80]}, expected (database path, "
+                                 f"IoU); {remedy}")
     return table
 
 
@@ -212,14 +212,14 @@ def load_positives(path, min_pairs=100_000):
     file = path.with_name("index_positives.npz")
     began = time.time()
     state = path.stat() if path.is_file() else None
-    mark = np.array([state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] if state else [], dtype=np.int64)
+    mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] if state else []
     stored = index.load(file) if state else None
-    if stored is not None and np.array_equal(stored["mark"], mark):
+    if stored is not None and np.array_equal(stored["mark"], np.array(mark, dtype=np.int64)):
         return Positives(Strings(stored["queries"]), Strings(stored["images"]), stored["pairs"], stored["iou"])
     positives = Positives.from_table(load_intersections(path))
     settled = max(mark[1:3]) < (began - index.RACY_SECONDS) * 1e9  # else it could change without a new time
     if settled and len(positives.pairs) >= min_pairs:
-        index.try_store(file, {"mark": mark, "queries": positives.queries.array, "images": positives.images.array,
+        index.try_store(file, {"mark": np.array(mark, dtype=np.int64), "queries": positives.queries.array, "images": positives.images.array,
                                "pairs": positives.pairs.astype(np.int32), "iou": positives.iou})
     return positives
 
@@ -229,8 +229,8 @@ def report(catalogue, kind, shown=10):
     lines = []
     rows = np.flatnonzero(degenerate(catalogue.footprints))
     if len(rows):
-        lines.append(f"{len(rows)} {kind} have a degenerate footprint (no area, or half the globe wide) and share ground "
-                     f"with nothing:")
+        lines.append(f"{len(rows)} {kind} have a degenerate footprint (no area, or half the globe wide) and share "
+                     f"ground with nothing:")
         lines += [f"    {catalogue.paths[row]}" for row in rows[:shown].tolist()]
         lines += [f"    and {len(rows) - shown} more"] if len(rows) > shown else []
     crossing = int(self_crossing(catalogue.footprints).sum())

@@ -1,4 +1,4 @@
-"""Start-up at full size: python -m experiments.full_size --queries NAMES makes a tree of 720,000 empty files and opens it.
+"""Start-up at full size: python -m experiments.full_size --queries NAMES makes 737,692 empty files and opens them.
 
 The tree has the database of all regions with land in four years, the queries of NAMES (a data set's folder or a text
 file; without it, one made-up query a region of zoom 9), and their positives. It goes to a temporary folder, or to

@@ -1,7 +1,8 @@
 """Does the grid make the public names, character by character? python -m experiments.names DATABASE [--queries NAMES]
 
-DATABASE is a data set's folder, or a text file with one database path a line. Each of 2021 is made again from its zoom_row_col
-and year; each query name is read and written again. Every name that differs is listed with the fields that do.
+DATABASE is a data set's folder, or a text file with one database path a line. Each of 2021 is made again from its
+zoom_row_col and year; each query name is read and written again. Every name that differs is listed with the fields that
+do.
 """
 
 from collections import Counter
@@ -12,7 +13,7 @@ from utils.arguments import make_parser, run
 
 
 def made_path(path):
-    """Database path -> the path that the grid makes from its id and year. Raises ValueError where the id is no region."""
+    """Database path -> the path that the grid makes from its id and year. ValueError where the id is no region."""
     name = ImageName.parse(path)
     try:
         zoom, row, col = map(int, name.image_id.split("_"))

@@ -1,9 +1,9 @@
 """Positives at full size: time, memory, and the error of their IoU. python -m experiments.positives NAMES
 
 NAMES is a data set's folder or a text file of query names; the database is made of all regions that hold land, or is
-that of --database. For --pairs random pairs the IoU is computed again on the sphere: a photo's edges as great circles, a
-region's as meridians and parallels, cut in the gnomonic projection (where great circles are straight), areas by spherical
-excess.
+that of --database. For --pairs random pairs the IoU is computed again on the sphere: a photo's edges as great circles,
+a region's as meridians and parallels, cut in the gnomonic projection (where great circles are straight), areas by
+spherical excess.
 """
 
 import resource

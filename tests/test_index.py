@@ -1,4 +1,4 @@
-"""The index of a data set's folder against plain listings: after every change, damaged, read-only, with many readers."""
+"""The index of a data set's folder against plain listings: after changes, damaged, read-only, with many readers."""
 
 import logging
 import os

@@ -12,7 +12,8 @@ def test_they_read_like_a_list():
     strings = Strings(TEXTS)
     assert list(strings) == TEXTS and len(strings) == 5 and strings == TEXTS and strings == tuple(TEXTS)
     assert [strings[i] for i in range(-5, 5)] == TEXTS + TEXTS and strings[np.int64(2)] == TEXTS[2]
-    assert strings[1:3] == TEXTS[1:3] and strings[[4, 0]] == [TEXTS[4], "b"] and strings[np.array([True] * 5)] == strings
+    assert strings[1:3] == TEXTS[1:3] and strings[[4, 0]] == [TEXTS[4], "b"]
+    assert strings[np.array([True] * 5)] == strings
     assert "b" in strings and "c" not in strings and 3 not in strings
     assert strings != TEXTS[:4] and strings != TEXTS[::-1] and not strings == "b"
     with pytest.raises(IndexError):

@@ -52,7 +52,7 @@ class Strings(Sequence):
 
 
 def find(texts, wanted):
-    """Strings (N,), Strings (M,) -> (M,) int: where each wanted one stands in texts (the last of equals), -1 for nowhere."""
+    """Strings (N,) and (M,) -> (M,) int: where each wanted one stands in texts (the last of equals), -1 for nowhere."""
     if not len(texts):
         return np.full(len(wanted), -1)
     order = np.argsort(texts.array, kind="stable")
