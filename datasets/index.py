@@ -58,7 +58,8 @@ def scan(root, folder, old=None):
     """Lists the folders whose times are not those of the old index.
 
     -> {"folders" (F,) bytes, sorted; "folder_times" (F, 2) int ns, -1 for what may still change; "folder_kept" (F,)
-    int, the folder's row in the old index or -1}, and the images in the others: paths (N,) bytes, folder rows (N,).
+    int, the folder's row in the old index or -1}, and the images in the others, sorted: paths (N,) bytes, their
+    folders' rows (N,).
     """
     known = {name: row for row, name in enumerate(old["folders"].tolist())} if old is not None else {}
     inside = _subfolders(known)
@@ -98,13 +99,15 @@ def scan(root, folder, old=None):
             images = []
     order = sorted(found)
     position = {name: row for row, name in enumerate(order)}
-    listed = (np.concatenate([*blocks, np.array(images, dtype=np.bytes_)]),
-              np.repeat(np.array([position[name] for name, _ in counts], dtype=np.int32),
-                        np.array([count for _, count in counts], dtype=np.int64)))
+    paths = np.concatenate([*blocks, np.array(images, dtype=np.bytes_)])
+    del images, blocks
+    folder_of = np.repeat(np.array([position[name] for name, _ in counts], dtype=np.int32),
+                          np.array([count for _, count in counts], dtype=np.int64))
+    by_path = np.argsort(paths, kind="stable")
     folders = {"folders": np.array(order, dtype=np.bytes_),
                "folder_times": np.array([found[name][0] for name in order], dtype=np.int64).reshape(-1, 2),
                "folder_kept": np.array([found[name][1] for name in order], dtype=np.int64)}
-    return folders, listed
+    return folders, (paths[by_path], folder_of[by_path])
 
 
 def _subfolders(names):
@@ -140,6 +143,8 @@ def assemble(old, folders, listed, parse, prefix=""):
         parts.append((old, where[again], folder_of[again]))
         paths, folder_of = paths[~again], folder_of[~again]
     new = {"paths": paths, **parse(Strings(paths))}
+    if not parts:
+        return {**folders, **new, "folder_of": folder_of}
     parts.append((new, np.arange(len(paths)), folder_of))
     del paths, listed
     order, arrays = None, dict(folders)

@@ -4,9 +4,10 @@ Command: python -m datasets.overlap DATASET_PATH writes queries_intersections_wi
 
 Areas are those of quadrilaterals in the cylindrical equal-area projection (x = longitude, y = sin latitude), whose
 edges are straight there. For map-aligned regions that is exact. A photo's edges are great circles, and a slanted edge
-of 300 km strays about 2 km from the straight one at 45 degrees of latitude. Measured against great circles on the sphere
-for 20,000 pairs of the public names, the IoU is off by 0.0005 on average, 99 % of them by less than 0.0034, all by less
-than 0.015; one pair in a thousand, with an IoU below 0.0001, shares nothing there (python -m experiments.positives).
+of 300 km strays about 2 km from the straight one at 45 degrees of latitude. Measured against great circles on the
+sphere for 20,000 pairs of the public names, the IoU is off by 0.0005 on average, 99 % of them by less than 0.0034, all
+by less than 0.015; one pair in a thousand, with an IoU below 0.0001, shares nothing there (python -m
+experiments.positives).
 """
 
 import time
@@ -219,8 +220,9 @@ def load_positives(path, min_pairs=100_000):
     positives = Positives.from_table(load_intersections(path))
     settled = max(mark[1:3]) < (began - index.RACY_SECONDS) * 1e9  # else it could change without a new time
     if settled and len(positives.pairs) >= min_pairs:
-        index.try_store(file, {"mark": np.array(mark, dtype=np.int64), "queries": positives.queries.array, "images": positives.images.array,
-                               "pairs": positives.pairs.astype(np.int32), "iou": positives.iou})
+        index.try_store(file, {"mark": np.array(mark, dtype=np.int64), "queries": positives.queries.array,
+                               "images": positives.images.array, "pairs": positives.pairs.astype(np.int32),
+                               "iou": positives.iou})
     return positives
 
 

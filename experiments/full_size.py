@@ -35,17 +35,19 @@ def made_up_queries(regions):
     return names
 
 
-def make_tree(folder, queries, zooms):
-    """Empty files of all land regions × four years and of the queries, and the intersections file -> number of files.
+def make_tree(folder, queries, regions):
+    """Empty files of the regions × four years and of the queries, and the intersections file -> number of files.
+
+    regions: function that gives rows of zoom, row, col, sorted. queries: as for --queries, or None.
 
     A file full_size.json marks the tree as whole; an unfinished one goes on.
     """
     done = folder / "full_size.json"
     if done.exists():
         return json.loads(done.read_text())["files"]
-    regions = grid.land_regions(zooms)
+    regions = regions()
     names = [Path(path).name for path in Catalogue.read_source(queries, "queries").paths] if queries else \
-        made_up_queries(regions[regions[:, 0] == zooms[0]])
+        made_up_queries(regions[regions[:, 0] == regions[0, 0]])
     paths = [grid.image_path(*region, DATABASE_YEAR) for region in regions.tolist()]
     of_year = {year: [f"database/{year}{path[len('database/2021'):path.rfind('/')]}/"
                       f"{ImageName.parse(path).in_year(year)}" for path in paths] for year in YEARS}
@@ -110,7 +112,7 @@ def main(args):
         folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        count = make_tree(folder, args.queries, args.zooms)
+        count = make_tree(folder, args.queries, lambda: grid.land_regions(args.zooms))
         print(f"{folder}: {count:,} empty files, ready in {time.perf_counter() - began:.0f} s", flush=True)
         for file in folder.glob("index_*.npz"):
             file.unlink()

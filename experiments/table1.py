@@ -33,7 +33,7 @@ RANDOM_CHOICE = {"Texas": (0.2, 1.7, 15.5), "Alps": (0.1, 1.1, 11.6), "Californi
 
 
 def compute_sets(queries, footprints):
-    """Catalogue, (D, 4, 2) -> {set: (queries in reach, EvaluationSet)}; the set has no query without a positive."""
+    """Catalogue, (D, 4, 2) -> {set: (queries in reach, EvaluationSet)}, the latter of those with a positive."""
     pairs, _ = intersections(queries.footprints, footprints)
     centers = geo.centers(footprints)
     sets = {}
