@@ -40,11 +40,15 @@ def make_tree(folder, queries, regions):
 
     regions: function that gives rows of zoom, row, col, sorted. queries: as for --queries, or None.
 
-    A file full_size.json marks the tree as whole; an unfinished one goes on.
+    full_size.json marks the folder as such a tree, and whole once it holds the number; an unfinished one goes on.
+    Raises ValueError where the folder holds anything else: a data set must not be filled with empty files.
     """
     done = folder / "full_size.json"
-    if done.exists():
-        return json.loads(done.read_text())["files"]
+    if done.exists() and (count := json.loads(done.read_text())["files"]):
+        return count
+    if not done.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty and no tree of this script; name a new folder")
+    done.write_text(json.dumps({"files": 0}))
     regions = regions()
     names = [Path(path).name for path in Catalogue.read_source(queries, "queries").paths] if queries else \
         made_up_queries(regions[regions[:, 0] == regions[0, 0]])

@@ -37,6 +37,21 @@ def test_openings_say_what_they_found(tree):
     assert "ms a batch of 32" in full_size.neutral_test(tree[0], batches=2)
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(world):
+    before = sorted(world.path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{world.path}: is not empty"):
+        full_size.make_tree(world.path, None, lambda: REGIONS)
+    assert sorted(world.path.rglob("*")) == before
+
+
+def test_an_unfinished_tree_goes_on(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        full_size.make_tree(tmp_path, None, stop)
+    assert full_size.make_tree(tmp_path, None, lambda: REGIONS[:2]) == 2 * 4 + 2
+
+
 @pytest.mark.slow
 def test_the_script(tree, capfd):
     full_size.main(full_size.parse_arguments(["--folder", str(tree[0]), "--zooms", "5"]))
