@@ -201,6 +201,9 @@ class Catalogue:
                 raise ValueError(f"{source}: not a text file; {needed}") from None
             except ValueError as error:
                 raise ValueError(f"{source}: {error}; {needed}") from None
+            if len(catalogue) and ImageName.parse(catalogue.paths[0]).is_database != (folder == "database"):
+                raise ValueError(f"{source}: {catalogue.paths[0]} is no name of {folder} (a database image's timestamp "
+                                 f"is a year, a query's a day); {needed}")
             if year is not None:
                 catalogue = catalogue.select(catalogue.years == year)
         if not len(catalogue):

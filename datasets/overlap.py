@@ -244,14 +244,16 @@ def report(catalogue, kind, shown=10):
 def main(args):
     """The command: positives of a data set's queries among its 2021 images."""
     began = time.perf_counter()
+    output = Path(args.output or Path(args.dataset_path) / INTERSECTIONS_FILE)
+    if output.is_dir():
+        raise ValueError(f"{output}: is a folder; name the file to write, such as {output / INTERSECTIONS_FILE}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent}: no such folder to write {output.name} to; make it, or give --output")
     queries = Catalogue.read_source(args.queries or args.dataset_path, "queries")
     database = Catalogue.read_source(args.database or args.dataset_path, "database")
     for line in report(queries, "queries") + report(database, "database images"):
         print(line)
     table = intersections_table(queries, database)
-    output = Path(args.output or Path(args.dataset_path) / INTERSECTIONS_FILE)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent}: no such folder to write {output.name} to; make it, or give --output")
     save_intersections(output, table)
     found = sum(bool(positives) for positives in table.values())
     print(f"{output}: {found} of {len(table)} queries have a positive among {len(database)} images, "

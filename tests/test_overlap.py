@@ -216,6 +216,10 @@ def test_the_command_takes_lists_of_names_and_lists_bad_footprints(tmp_path, cap
     assert "1 queries list their corners" in text
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder.*--output"):
         overlap.main(overlap.parse_arguments([str(tmp_path / "nowhere"), *flags]))
+    with pytest.raises(ValueError, match="is a folder; name the file to write"):
+        overlap.main(overlap.parse_arguments([str(tmp_path), *flags, "--output", str(tmp_path)]))
+    with pytest.raises(ValueError, match="is no name of database.*timestamp is a year"):
+        overlap.main(overlap.parse_arguments([str(tmp_path), "--queries", flags[1], "--database", flags[1]]))
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder or file.*text file"):
         overlap.main(overlap.parse_arguments([str(tmp_path), "--queries", str(tmp_path / "nowhere")]))
 
