@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import grid
-from datasets.area import add_area_arguments, check_years, select_regions
+from datasets.area import add_area_arguments, check_years, image_paths, select_regions
 from datasets.images import save_jpeg
 
 LEFT_OUT_FILE = "left_out.csv"
@@ -272,8 +272,10 @@ def make_image(results, tile_size, image_size, max_blank):
 
 def plan(output, regions, years):
     """-> jobs that are missing, (path, year, region) by year, zoom, row and col; and the number of all images."""
-    jobs = [(grid.image_path(*region, year), year, tuple(region))
-            for year in sorted(set(years)) for region in regions.tolist()]
+    years = sorted(set(years))
+    regions = [tuple(region) for region in regions.tolist()]
+    paths = [image_paths(region, years) for region in regions]
+    jobs = [(paths[i][k], year, region) for k, year in enumerate(years) for i, region in enumerate(regions)]
     return [job for job in jobs if not (output / job[0]).exists()], len(jobs)
 
 
@@ -283,8 +285,11 @@ def year_and_zoom(job):
 
 def describe_plan(jobs, total, rate, image_size, tile_kb):
     """What --dry_run says."""
-    requests = sum(len({tile for _, year, region in group for tile in tiles_of(year, region)})
-                   for _, group in groupby(jobs, year_and_zoom))
+    requests = 0
+    for (_, zoom), group in groupby(jobs, year_and_zoom):
+        corners = np.array([row * 2**zoom + col for _, _, (_, row, col) in group])
+        offsets = [i * 2**zoom + j for i in range(grid.TILES) for j in range(grid.TILES)]
+        requests += len(np.unique(corners[:, None] + offsets))
     disk = len(jobs) * IMAGE_KB * (image_size / 1024) ** 2
     hours = requests / rate / 3600
     return (f"{total:,} images, {total - len(jobs):,} of them are there, {len(jobs):,} to build: {requests:,} requests "

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from datasets import build, grid, tiles
-from datasets.area import all_regions, in_box, select_regions
+from datasets.area import all_regions, image_paths, in_box, select_regions
 from datasets.metadata import Catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -345,6 +345,12 @@ def test_regions_that_only_touch_the_box_stay_outside():
     bottom, left, top, right = corner[0, 0], corner[0, 1], corner[2, 0], corner[2, 1]
     inside = {tuple(region) for region in regions[in_box(regions, (bottom, left, top, right))].tolist()}
     assert inside == {(6, 24 + i, 30 + j) for i in (-2, 0, 2) for j in (-2, 0, 2)}
+
+
+def test_paths_of_several_years_are_the_grids():
+    for region in ((9, 262, 202), (10, 2, 0), (11, 700, 2044)):
+        years = (2018, 2021, 2030)
+        assert image_paths(region, years) == [grid.image_path(*region, year) for year in years]
 
 
 def test_land_only_leaves_the_ocean_out():
