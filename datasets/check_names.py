@@ -4,6 +4,7 @@ A check returns Findings. Everything is arrays: 720,000 names take seconds, and 
 """
 
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from utils import geo
 
 PROBLEM, NOTE = "problem", "note"
 NUMBERS = (*CORNER_FIELDS, "nadir_lat", "nadir_lon", "sq_km_area", "orientation")
-CHUNK = 50_000  # names split at a time: their fields as strings take a kilobyte each
+LIMITS = np.array([90 if "lat" in name else 180 if "lon" in name else np.inf for name in NUMBERS])
+NOTHING = [""] * (len(FIELDS) + 2)  # stands for a name of another form, so that the others make columns
+CHUNK = 2000  # names split at a time: their fields as strings, a kilobyte each, stay in the cache
 COORDINATE_TOLERANCE = 2e-5  # degrees; names hold five decimals
 AREA_TOLERANCE = 0.005, 2.0  # share, and km²: the real names hold 0.0002 and whole numbers
 MAX_NADIR_KM = 2500  # to the footprint's centre: what the crew can see (paper, eq. 1 rounded up)
@@ -33,7 +36,8 @@ class Finding:
 @dataclass(frozen=True)
 class Names:
     """Names that parse, as columns: paths (N), footprints (N, 4, 2), nadirs (N, 2), areas (N,), orientations (N,),
-    years (N,), ids (N), dates (N) as written, folders (N): what stands before the name, without its last slash."""
+    years (N,), ids (N), dates (N) as written, folders (N): what
+    stands before the name, without its last slash, regions (N, 3) int: zoom, row and col of the id, -1 where it has none."""
 
     paths: list
     footprints: np.ndarray
@@ -44,6 +48,7 @@ class Names:
     ids: list
     dates: list
     folders: list
+    regions: np.ndarray
 
     def __len__(self):
         return len(self.paths)
@@ -51,34 +56,33 @@ class Names:
 
 def parse_names(paths):
     """-> Names of those that parse, Findings for the others."""
-    kept, numbers, wrong = [], [], []
+    kept, numbers, wrong = [], [np.zeros((0, len(NUMBERS)))], []
     ids, dates, folders = [], [], []
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start:start + CHUNK]
         split = [path.rpartition("/") for path in chunk]
         parts = [name.split("@") for _, _, name in split]
-        fits = np.array([len(each) == len(FIELDS) + 2 and not each[0] and each[10].isdigit() and len(each[10]) in (4, 8)
-                         and bool(each[9]) for each in parts], dtype=bool)
-        whole = [each if fit else [""] * (len(FIELDS) + 2) for each, fit in zip(parts, fits)]
-        columns = np.stack([_numbers([each[1 + FIELDS.index(name)] for each in whole]) for name in NUMBERS], axis=1)
-        limits = np.array([90 if "lat" in name else 180 if "lon" in name else np.inf for name in NUMBERS])
+        fits = np.array([len(each) == len(FIELDS) + 2 and not each[0] and bool(each[9]) and each[10].isdigit()
+                         and len(each[10]) in (4, 8) for each in parts], dtype=bool)
+        columns = list(zip(*[each if fit else NOTHING for each, fit in zip(parts, fits)]))
+        values = np.stack([_numbers(columns[1 + FIELDS.index(name)]) for name in NUMBERS], axis=1)
         # Comparisons with NaN are false, so what is no number fits nowhere.
-        fits &= (np.abs(columns) <= limits).all(axis=1) & np.isfinite(columns).all(axis=1)
-        rows = np.flatnonzero(fits)
-        numbers.append(columns[rows])
-        kept += [chunk[row] for row in rows]
-        ids += [parts[row][9] for row in rows]
-        dates += [parts[row][10] for row in rows]
-        folders += [split[row][0] for row in rows]
-        wrong += [_why(chunk[row]) for row in np.flatnonzero(~fits)]
-    columns = np.concatenate(numbers) if numbers else np.zeros((0, len(NUMBERS)))
-    names = Names(kept, columns[:, :8].reshape(-1, 4, 2), columns[:, 8:10], columns[:, 10], columns[:, 11],
-                  np.array([int(date[:4]) for date in dates], dtype=np.int64), ids, dates, folders)
+        fits &= (np.abs(values) <= LIMITS).all(axis=1) & np.isfinite(values).all(axis=1)
+        numbers.append(values[fits])
+        kept += compress(chunk, fits)
+        ids += compress(columns[9], fits)
+        dates += compress(columns[10], fits)
+        folders += compress([folder for folder, _, _ in split], fits)
+        wrong += [_why(path) for path in compress(chunk, ~fits)]
+    values = np.concatenate(numbers)
+    years = {date: int(date[:4]) for date in set(dates)}
+    names = Names(kept, values[:, :8].reshape(-1, 4, 2), values[:, 8:10], values[:, 10], values[:, 11],
+                  np.array([years[date] for date in dates], dtype=np.int64), ids, dates, folders, read_ids(ids))
     return names, [Finding("names that do not parse", PROBLEM, wrong)]
 
 
 def _numbers(texts):
-    """Strings -> float64, NaN where it is none. Names of a grid share few strings, so each is read once."""
+    """Strings -> float64, NaN where one is no number. Names of a grid share few strings, so each is read once."""
     values = {}
     for text in set(texts):
         try:
@@ -194,7 +198,7 @@ def read_ids(ids):
 
 def check_database(names):
     """Names of database images -> Findings."""
-    regions = read_ids(names.ids)
+    regions = names.regions
     known = regions[:, 0] >= 0
     corners = np.array(names.footprints)
     corners[known] = grid.footprints(regions[known])
@@ -203,8 +207,7 @@ def check_database(names):
     centers = geo.unwrap_footprints(names.footprints).mean(axis=1)
     centers[:, 1] = geo.wrap_longitude(centers[:, 1])
     shift = np.stack([names.nadirs[:, 0] - centers[:, 0], geo.wrap_longitude(names.nadirs[:, 1] - centers[:, 1])], axis=1)
-    misplaced, expected = wrong_folders(names, regions, centers)
-    keys = list(zip(names.ids, names.years.tolist()))
+    misplaced, expected = wrong_folders(names, centers)
     return [
         listed("database images whose id is not zoom_row_col (no region of the grid)", NOTE, names, ~known),
         listed("database images whose corners are not those of their zoom_row_col", PROBLEM, names, off_grid),
@@ -215,14 +218,14 @@ def check_database(names):
                lambda row: f"the corners' is {centers[row, 0]:.5f}, {centers[row, 1]:.5f}"),
         listed("database images in a folder that does not fit their name", PROBLEM, names, misplaced, expected),
         listed("database images with an orientation other than 0", PROBLEM, names, names.orientations != 0),
-        Finding("database images of a region and year that is there already", PROBLEM, _repeated(names, keys)),
+        Finding("database images of a region and year that is there already", PROBLEM, _repeated(names, zip(names.ids, names.years.tolist()))),
         missing_years(names),
     ]
 
 
-def wrong_folders(names, regions, centers):
+def wrong_folders(names, centers):
     """-> (N,) bool, and a function of a row that says the folder it should be in."""
-    said = {}
+    said, zooms = {}, names.regions[:, 0]
     for folder in set(names.folders):
         try:
             (year, zoom), (lat, lon) = (part.split("_") for part in folder.split("/")[-2:])
@@ -233,30 +236,31 @@ def wrong_folders(names, regions, centers):
     # A centre half-way between two tens may be rounded to either, as its corners are rounded themselves.
     wrong = np.abs(said[:, 2:] - centers).max(axis=1, initial=0) > 5 + COORDINATE_TOLERANCE
     wrong |= said[:, 0] != names.years
-    wrong |= (said[:, 1] != regions[:, 0]) & (regions[:, 0] >= 0)
+    wrong |= (said[:, 1] != zooms) & (zooms >= 0)
 
     def expected(row):
         lat10, lon10 = (round(value / 10) * 10 for value in centers[row].tolist())
-        zoom = f"{regions[row, 0]:02d}" if regions[row, 0] >= 0 else "ZOOM"
+        zoom = f"{zooms[row]:02d}" if zooms[row] >= 0 else "ZOOM"
         return f"belongs into database/{names.years[row]}_{zoom}/{lat10}_{lon10}"
     return wrong & ~np.isnan(said[:, 0]), expected
 
 
 def missing_years(names):
     """Regions that lack one of the years that other regions have: training leaves them out."""
-    rows_of = {}
-    for image_id, year in zip(names.ids, names.years.tolist()):
-        rows_of.setdefault(image_id, set()).add(year)
-    every = set(names.years.tolist())
+    number = {}
+    rows = np.array([number.setdefault(image_id, len(number)) for image_id in names.ids], dtype=np.int64)
+    years = np.unique(names.years)
+    there = np.zeros((len(number), len(years)), dtype=bool)
+    there[rows, np.searchsorted(years, names.years)] = True
+    ids = list(number)
+    lacking = sorted(np.flatnonzero(~there.all(axis=1)).tolist(), key=ids.__getitem__)
     return Finding("regions without an image of each year (training leaves them out)", PROBLEM,
-                   [f"{image_id}: without {', '.join(map(str, sorted(every - years)))}"
-                    for image_id, years in sorted(rows_of.items()) if years != every])
+                   [f"{ids[row]}: without {', '.join(map(str, years[~there[row]].tolist()))}" for row in lacking])
 
 
 def count_zooms(names):
     """-> {zoom as text: {year: images}}, by the names' ids."""
-    zooms = read_ids(names.ids)[:, 0]
-    counts = {}
+    counts, zooms = {}, names.regions[:, 0]
     pairs, numbers = np.unique(np.stack([zooms, names.years], axis=1), axis=0, return_counts=True)
     for (zoom, year), number in zip(pairs.tolist(), numbers.tolist()):
         counts.setdefault(f"zoom {zoom}" if zoom >= 0 else "no zoom", {})[year] = number
