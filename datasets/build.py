@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import demo_world, grid, own, tiles
+from datasets import demo_world, grid, own, raster, tiles
 from datasets.camera import Camera
 from datasets.images import read_image, save_jpeg
 from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue
@@ -272,7 +272,7 @@ def parse_arguments(arguments=None):
                       help="equirectangular pictures of Earth in place of blue_marble/'s")
     demo.add_argument("--query_mosaic", default=str(QUERY_MOSAIC), metavar="FILE", help="what the queries show")
     demo.set_defaults(command_main=demo_main)
-    for source in (tiles, own):
+    for source in (tiles, raster, own):
         source.add_command(commands, argparse.ArgumentDefaultsHelpFormatter)
     return parser.parse_args(arguments)
 
