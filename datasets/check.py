@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from datasets.check_names import (NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names)
 from datasets.images import MAX_PIXELS
+from datasets.metadata import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from utils.arguments import make_parser, run
 
@@ -47,7 +48,7 @@ def list_file(path):
     database, queries = [], []
     for line in filter(None, lines):
         fields = line.split("@")
-        in_database = len(fields[10]) == 4 if len(fields) == 18 else "database/" in line
+        in_database = len(fields[10]) == 4 if len(fields) == len(FIELDS) + 2 else "database/" in line
         (database if in_database else queries).append(line)
     if not (database or queries):
         raise ValueError(f"{path}: holds no name; give a data set's folder, or a text file of names, one a line")
