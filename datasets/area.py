@@ -12,13 +12,13 @@ MAX_LATITUDE = 60.0  # of a region's centre (paper, sec. 3.2)
 
 
 def check_box(box):
-    """(south, west, north, east) degrees; west > east spans the antimeridian. Raises ValueError saying what is wrong."""
+    """(south, west, north, east) degrees; west > east spans the antimeridian. Raises ValueError saying what is not."""
     south, west, north, east = box
     if not -90 <= south < north <= 90:
-        raise ValueError(f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST with -90 <= south < north <= "
-                         f"90; south is {south}, north is {north}")
+        raise ValueError(f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST with -90 <= south < north "
+                         f"<= 90; south is {south}, north is {north}")
     if not (-180 <= west <= 180 and -180 <= east <= 180) or west == east:
-        raise ValueError(f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST with west and east different "
+        raise ValueError(f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST, WEST and EAST different "
                          f"and within ±180 (west > east spans the antimeridian); west is {west}, east is {east}")
 
 
@@ -55,8 +55,8 @@ def select_regions(zooms, box=None, land_only=True):
     if box is not None:
         regions = regions[in_box(regions, box)]
     if not len(regions):
-        raise ValueError(f"no region{' with land' if land_only else ''} at --zooms {list(zooms)} in --bbox {box}; choose "
-                         f"a larger box{', or --no-land_only' if land_only else ''} (centres lie within "
+        raise ValueError(f"no region{' with land' if land_only else ''} at --zooms {list(zooms)} in --bbox {box}; "
+                         f"choose a larger box{', or --no-land_only' if land_only else ''} (centres lie within "
                          f"±{MAX_LATITUDE:g} degrees of latitude)")
     return regions
 
@@ -67,7 +67,7 @@ def check_years(years):
 
 
 def image_paths(region, years):
-    """(zoom, row, col) -> grid.image_path of each year; the numbers are computed once, which counts at 175,000 regions."""
+    """(zoom, row, col) -> grid.image_path of each year; numbers are computed once, which counts at 175,000 regions."""
     fields = grid.image_path(*region, years[0]).split("@")  # database/{year}_{zoom}/{tens}/, 16 fields, .jpg
     folder, tens = fields[0].split("/")[0], fields[0].split("/")[2]
     return ["@".join([f"{folder}/{year:04d}_{region[0]:02d}/{tens}/", *fields[1:10], f"{year:04d}", *fields[11:]])

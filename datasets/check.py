@@ -76,7 +76,8 @@ def check_images(root, database, queries, size=None, num_workers=2):
     None: what most of them are."""
     paths = database + queries
     # Decoding leaves Python's lock, so threads use all cores; in pieces, so that few futures wait at a time.
-    with ThreadPoolExecutor(max(1, num_workers)) as pool, tqdm(total=len(paths), desc="images", unit="image", mininterval=0.5) as bar:
+    bar = tqdm(total=len(paths), desc="images", unit="image", mininterval=0.5)
+    with ThreadPoolExecutor(max(1, num_workers)) as pool, bar:
         seen = []
         for start in range(0, len(paths), 4096):
             for result in pool.map(look_at, [root / path for path in paths[start:start + 4096]]):

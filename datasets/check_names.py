@@ -37,7 +37,7 @@ class Finding:
 class Names:
     """Names that parse, as columns: paths (N), footprints (N, 4, 2), nadirs (N, 2), areas (N,), orientations (N,),
     years (N,), ids (N), dates (N) as written, folders (N): what
-    stands before the name, without its last slash, regions (N, 3) int: zoom, row and col of the id, -1 where it has none."""
+    stands before the name, without its last slash, regions (N, 3) int: zoom, row and col of the id, or -1."""
 
     paths: list
     footprints: np.ndarray
@@ -113,7 +113,7 @@ def wrong_areas(names):
 
 
 def crossing(footprints):
-    """(N, 4, 2) -> (N,) bool: the corners as they come cross over. Then a diagonal of the ring is one of their edges."""
+    """(N, 4, 2) -> (N,) bool: the corners as they come cross over: a diagonal of the ring is one of their edges."""
     points, around = geo.unwrap_footprints(footprints), ring(footprints)
     opposite = np.abs(points[:, 0, None] - around).sum(-1).argmin(-1)
     across = np.take_along_axis(around, ((opposite + 2) % 4)[:, None, None], axis=1)[:, 0]
@@ -140,8 +140,8 @@ def check_queries(names):
                names, _by_size(distances, distances > MAX_NADIR_KM), lambda row: f"{distances[row]:,.0f} km"),
         listed("queries with an orientation beyond -180 … 360", PROBLEM, names,
                (names.orientations < -180) | (names.orientations > 360)),
-        listed(f"queries whose orientation and corners differ by more than {MAX_TURN:g} degrees (not used by training or "
-               "evaluation)", PROBLEM, names, (np.abs(turned) > MAX_TURN) & ~degenerates & ~crossed,
+        listed(f"queries whose orientation and corners differ by more than {MAX_TURN:g} degrees (not used by training "
+               "or evaluation)", PROBLEM, names, (np.abs(turned) > MAX_TURN) & ~degenerates & ~crossed,
                lambda row: f"orientation {names.orientations[row]:g}, off by {turned[row]:.0f}"),
         listed("queries with a negative orientation", NOTE, names, names.orientations < 0,
                lambda row: f"{names.orientations[row]:g}"),
@@ -206,7 +206,8 @@ def check_database(names):
     areas_wrong, areas = wrong_areas(names)
     centers = geo.unwrap_footprints(names.footprints).mean(axis=1)
     centers[:, 1] = geo.wrap_longitude(centers[:, 1])
-    shift = np.stack([names.nadirs[:, 0] - centers[:, 0], geo.wrap_longitude(names.nadirs[:, 1] - centers[:, 1])], axis=1)
+    shift = names.nadirs - centers
+    shift[:, 1] = geo.wrap_longitude(shift[:, 1])
     misplaced, expected = wrong_folders(names, centers)
     return [
         listed("database images whose id is not zoom_row_col (no region of the grid)", NOTE, names, ~known),
@@ -218,7 +219,8 @@ def check_database(names):
                lambda row: f"the corners' is {centers[row, 0]:.5f}, {centers[row, 1]:.5f}"),
         listed("database images in a folder that does not fit their name", PROBLEM, names, misplaced, expected),
         listed("database images with an orientation other than 0", PROBLEM, names, names.orientations != 0),
-        Finding("database images of a region and year that is there already", PROBLEM, _repeated(names, zip(names.ids, names.years.tolist()))),
+        Finding("database images of a region and year that is there already", PROBLEM,
+                _repeated(names, zip(names.ids, names.years.tolist()))),
         missing_years(names),
     ]
 

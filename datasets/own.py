@@ -72,7 +72,8 @@ def read_csv(path, text):
     unknown = [name for name in names if name not in COLUMNS]
     if "path" not in names or "date" not in names:
         raise ValueError(f"{path}, line 1: expected a header with path, date, and {CORNER_FIELDS[0]} … "
-                         f"{CORNER_FIELDS[-1]} or lat, lon, size_km, separated by commas; found {', '.join(names) or 'nothing'}")
+                         f"{CORNER_FIELDS[-1]} or lat, lon, size_km, separated by commas; "
+                         f"found {', '.join(names) or 'nothing'}")
     if unknown or len(set(names)) < len(names):
         raise ValueError(f"{path}, line 1: column {(unknown or names)[0]!r} is unknown or there twice; columns are "
                          f"{', '.join(COLUMNS)}")
@@ -89,7 +90,7 @@ def read_csv(path, text):
 
 
 def read_geojson(path, text):
-    """Features with a Polygon of four corners, or a Point and size_km; coordinates are lon, lat, as GeoJSON has them."""
+    """Features with a Polygon of four corners, or a Point and size_km; coordinates are lon, lat, as in GeoJSON."""
     try:
         features = json.loads(text)["features"]
         features = [(feature["properties"] or {}, feature["geometry"]["type"], feature["geometry"]["coordinates"])
@@ -113,7 +114,8 @@ def read_geojson(path, text):
                 columns |= {name: str(value) for name, value in
                             zip(CORNER_FIELDS, (value for lon, lat in corners for value in (lat, lon)))}
             else:
-                raise ValueError(f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and size_km")
+                raise ValueError(f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and "
+                                 f"size_km")
         except (TypeError, IndexError) as error:
             raise ValueError(f"{place}, geometry: coordinates are not those of a {kind}") from error
         rows.append(Row(place, columns))
@@ -134,7 +136,8 @@ def square_corners(center, width_km, height_km, azimuth):
 def footprint_of(row):
     """-> (4, 2) degrees. ValueError where it is no quadrilateral."""
     if any(row.columns.get(name) for name in CORNER_FIELDS):
-        corners = np.array([row.number(name, limit=90 if "lat" in name else 360) for name in CORNER_FIELDS]).reshape(4, 2)
+        numbers = [row.number(name, limit=90 if "lat" in name else 360) for name in CORNER_FIELDS]
+        corners = np.array(numbers).reshape(4, 2)
     else:
         lat, lon = row.number("lat", limit=90), row.number("lon", limit=360)
         size = None if row.columns.get("width_km") and row.columns.get("height_km") else row.number("size_km")
@@ -144,7 +147,7 @@ def footprint_of(row):
         corners = square_corners((lat, lon), width, height, row.number("azimuth", 0.0))
     corners[:, 1] = np.where(np.abs(corners[:, 1]) <= 180, corners[:, 1], geo.wrap_longitude(corners[:, 1]))
     if degenerate(corners[None])[0]:
-        raise row.error(CORNER_FIELDS[0], "the four corners have no area between them; are latitude and longitude right?")
+        raise row.error(CORNER_FIELDS[0], "the four corners have no area; are latitude and longitude right?")
     if crossing(corners[None])[0]:
         raise row.error(CORNER_FIELDS[0], "the edges cross over; list the corners in the order around the image")
     return corners
@@ -209,7 +212,7 @@ def plan_image(row, folder, is_query):
 
 
 def plan_images(rows, folder, is_query):
-    """-> [(file, is JPEG, path in the data set)], nothing written. Raises ValueError with the first errors of all rows."""
+    """-> [(file, is JPEG, path in the data set)], nothing written. Raises ValueError with the rows' first errors."""
     images, errors, seen = [], [], {}
     for row in rows:
         try:
@@ -217,7 +220,7 @@ def plan_images(rows, folder, is_query):
             name = ImageName.parse(image[2])
             key = (name.image_id, name.timestamp if not is_query else "")
             if seen.setdefault(key, row.place) != row.place:
-                raise row.error("id", f"{name.image_id} is that of {seen[key]} already; give each image an id of its own"
+                raise row.error("id", f"{name.image_id} is that of {seen[key]} already; give each image its own"
                                 + ("" if is_query else " (one id for the years of one region)"))
             images.append(image)
         except ValueError as error:
@@ -261,7 +264,7 @@ def build_own(output, list_file, is_query, link=False):
 def add_command(commands, formatter):
     parser = commands.add_parser(
         "own", help="your own images, from a CSV or GeoJSON list", formatter_class=formatter,
-        description="Columns (GeoJSON: properties, and the geometry): path, date; lat1 lon1 … lat4 lon4 around the image, "
+        description="Columns (GeoJSON: properties and geometry): path, date; lat1 lon1 … lat4 lon4 around the image, "
         "or lat lon size_km (or width_km height_km, and azimuth of the image's up); and if known nadir_lat nadir_lon "
         "orientation id zoom. A database image's date can be a year; one id for the years of a region.")
     parser.add_argument("output", type=Path, help="folder of the data set; can hold one already")

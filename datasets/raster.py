@@ -35,8 +35,8 @@ class Raster:
             raise ValueError(f"{path}: --bands {self.bands}, the file has {source.count}; give three of them, or one")
         types = {source.dtypes[band - 1] for band in self.bands}
         if types != {"uint8"} and scale is None:
-            raise ValueError(f"{path}: holds {', '.join(sorted(types))}; say with --scale LOW HIGH which values are to be "
-                             f"black and white (for instance 0 3000 for Sentinel-2 reflectances)")
+            raise ValueError(f"{path}: holds {', '.join(sorted(types))}; say with --scale LOW HIGH which values are "
+                             f"to be black and white (for instance 0 3000 for Sentinel-2 reflectances)")
         if source.count == 1 and source.colorinterp[0].name == "palette":
             raise ValueError(f"{path}: holds a palette; make colours of it first: gdal_translate -expand rgb")
         self.crs, self.transform = _place(path, source)
@@ -109,7 +109,7 @@ class Raster:
         return {"XSCALE": str(abs(self.transform.a) / width), "YSCALE": str(abs(self.transform.e) / height)}
 
     def _warp(self, left, top, side, size, turn, options):
-        """Square of Web Mercator -> (bands, size, size) of the file's type, and bool (size, size) where there is data."""
+        """Square of Web Mercator -> (bands, size, size) of the file's type, bool (size, size) where there is data."""
         from affine import Affine
         from rasterio.enums import Resampling
         from rasterio.vrt import WarpedVRT
@@ -129,7 +129,7 @@ class Raster:
 
 
 def _place(path, source):
-    """-> (coordinate system, affine transform) of an open file. ValueError where nothing says where on Earth it lies."""
+    """-> (coordinate system, affine transform) of an open file. ValueError where nothing says where it lies."""
     from rasterio.crs import CRS
     from rasterio.transform import from_bounds
 
@@ -137,16 +137,18 @@ def _place(path, source):
         return source.crs, source.transform
     if source.width == 2 * source.height:
         return CRS.from_epsg(4326), from_bounds(-180, -90, 180, 90, source.width, source.height)
-    raise ValueError(f"{path}: nothing in the file says where it lies, and it is not twice as wide as high ({source.width} "
-                     f"× {source.height}), so no picture of the whole Earth: georeference it (gdal_translate -a_srs -a_ullr)")
+    raise ValueError(f"{path}: nothing in the file says where it lies, and it is not twice as wide as high "
+                     f"({source.width} × {source.height}), so no picture of the whole Earth: georeference it "
+                     f"(gdal_translate -a_srs -a_ullr)")
 
 
 def within(raster, regions):
-    """regions (N, 3) -> (N,) bool: the box around the file, in degrees, could show some of it. Saves reading the others."""
+    """regions (N, 3) -> (N,) bool: the box around the file, in degrees, could show some of it; saves reading others."""
     from rasterio.warp import transform_bounds
 
     x, y = raster.corners()
-    west, south, east, north = transform_bounds(raster.crs, "EPSG:4326", min(x), min(y), max(x), max(y), densify_pts=101)
+    box = min(x), min(y), max(x), max(y)
+    west, south, east, north = transform_bounds(raster.crs, "EPSG:4326", *box, densify_pts=101)
     boxes = grid.footprints(regions)
     left, right = boxes[:, 0, 1], boxes[:, 2, 1]
     if west > east:  # over the antimeridian
@@ -218,7 +220,7 @@ def main(args):
     years = [year for year, _ in args.rasters]
     check_years(years)
     if len(set(years)) < len(years):
-        raise ValueError(f"--rasters: {max(years, key=years.count)} is there twice; join a year's files with gdalbuildvrt")
+        raise ValueError(f"--rasters: {max(years, key=years.count)} is there twice; join its files with gdalbuildvrt")
     if args.image_size < 1 or not 0 <= args.min_coverage <= 1 or not 1 <= args.quality <= 100:
         raise ValueError(f"--image_size {args.image_size} --min_coverage {args.min_coverage} --quality {args.quality}: "
                          f"expected 1 or more, 0 to 1, and 1 to 100")
@@ -235,7 +237,8 @@ def main(args):
         for raster in rasters.values():
             raster.close()
     if not counts["made"] + counts["there"]:
-        raise ValueError(f"none of {len(regions):,} regions lies within the rasters with {args.min_coverage:.0%} of data; "
-                         f"do --zooms {args.zooms} and --bbox fit them? A region of zoom 9 is 300 km wide at the equator")
-    return (f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['empty']:,} left "
-            f"out for lack of data, {counts['outside']:,} lie outside of their raster")
+        raise ValueError(f"none of {len(regions):,} regions lies within the rasters with {args.min_coverage:.0%} of "
+                         f"data; do --zooms {args.zooms} and --bbox fit them? A region of zoom 9 is 300 km wide at the "
+                         f"equator")
+    return (f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['empty']:,} "
+            f"left out for lack of data, {counts['outside']:,} lie outside of their raster")

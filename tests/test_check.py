@@ -1,4 +1,4 @@
-"""Each thing that can be wrong with a data set is planted in a copy of the tiny world and must be found, and only it."""
+"""Each thing that can be wrong is planted in a copy of the tiny world and must be found, and only that."""
 
 import json
 import os
@@ -97,7 +97,6 @@ def test_a_year_twice(own_world):
     problems = found(own_world.path, names_only=True)
     assert len(problems) == 2
     assert path.name in problems["database images of a region and year that is there already"][0]
-    assert any(path.parent.name in item for item in problems["database images of a region and year that is there already"])
     assert "0_0" in problems["database images in a folder that does not fit their name"][0]
 
 
@@ -105,15 +104,16 @@ def test_a_year_twice(own_world):
     ({"area": "123"}, "area does not fit"), ({"nadir_lat": "12.00000"}, "centre does not fit"),
     ({"nadir_lon": "12.00000"}, "centre does not fit"), ({"orientation": "90"}, "orientation other than 0"),
     ({"image_id": "09_0208_9999"}, "corners are not those"), ({"area": "much"}, "do not parse"),
-    ({"timestamp": "19"}, "do not parse"), ({"nadir_lat": "95.0"}, "do not parse"), ({"nadir_lat": "nan"}, "do not parse")])
+    ({"timestamp": "19"}, "do not parse"), ({"nadir_lat": "95.0"}, "do not parse"),
+    ({"nadir_lat": "nan"}, "do not parse")])
 def test_database_names(own_world, changes, text):
     new = rename(own_world.path, own_world.image(own_world.regions[3], 2019), **changes)
     problems = found(own_world.path, names_only=True)
     what = [key for key in problems if text in key]
     assert len(what) == 1 and len(problems[what[0]]) == 1 and new.name in problems[what[0]][0]
     # A name that cannot be read, or of another region, leaves its region without a year.
-    assert {key for key in problems if text not in key} <= {"regions without an image of each year (training leaves them "
-                                                           "out)"}
+    others = [key for key in problems if text not in key]
+    assert all(key.startswith("regions without an image of each year") for key in others)
 
 
 def test_folders(own_world):
@@ -136,9 +136,8 @@ def test_query_names(own_world, changes, text):
     new = rename(own_world.path, first, **changes)
     drop_table(own_world)
     problems = found(own_world.path, names_only=True)
-    assert [key for key in problems if text in key] and all(any(new.name in item for item in items) or "E-1@" in items[0]
-                                                            for items in problems.values())
-    assert len(problems) == 1
+    items = only(problems, text)
+    assert any(new.name in item for item in items) or "E-1@" in items[0]
 
 
 def test_positives(own_world):

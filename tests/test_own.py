@@ -159,9 +159,11 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
     ("a.csv", "path,date,lat\n", "holds no image"),
     ("a.csv", "", "line 1: expected a header"),
     ("a.json", "{}", "no GeoJSON FeatureCollection"),
-    ("a.json", '{"features": [{"properties": {}, "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [0, 1]]]}}]}',
+    ("a.json", json.dumps({"features": [{"properties": {}, "geometry": {
+        "type": "Polygon", "coordinates": [[[0, 0], [1, 1], [0, 1]]]}}]}),
      "feature 1, geometry: a Polygon of 3 corners"),
-    ("a.json", '{"features": [{"properties": {}, "geometry": {"type": "LineString", "coordinates": []}}]}', "is a LineString"),
+    ("a.json", '{"features": [{"properties": {}, "geometry": {"type": "LineString", "coordinates": []}}]}',
+     "is a LineString"),
 ])
 def test_lists_of_another_form(tmp_path, capsys, name, text, message):
     (tmp_path / name).write_text(text)

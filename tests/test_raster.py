@@ -80,7 +80,8 @@ def test_longitudes_from_0_to_360_show_all_of_the_earth(tmp_path, region):
 
 def test_equirectangular_picture_without_a_place(tmp_path):
     lat, lon = 90 - (np.arange(360) + 0.5) / 2, (np.arange(720) + 0.5) / 2 - 180
-    Image.fromarray(np.round(colours(lat[:, None], lon[None])).astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / "e.png")
+    pixels = np.round(colours(lat[:, None], lon[None])).astype(np.uint8)
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "e.png")
     for region in ((4, 6, 0), (4, 4, 6), (4, 6, 12)):
         assert_shows_its_place(Raster(tmp_path / "e.png"), region, tolerance=4)
 
@@ -121,7 +122,8 @@ def test_holes_and_the_outside_are_left_out_and_counted(tmp_path):
     apart = (corners[:, 2] <= (30, 0)).any(axis=1) | (corners[:, 0] >= (60, 30)).any(axis=1)
     assert counts["outside"] == apart.sum() and counts["made"] + counts["empty"] == (~apart).sum()
     found = set(Catalogue.read(tmp_path / "out", "database").ids)
-    assert whole.sum() > 3 and {"%02d_%04d_%04d" % tuple(region) for region in regions[whole]} <= found and len(found) == counts["made"]
+    assert whole.sum() > 3 and len(found) == counts["made"]
+    assert {"%02d_%04d_%04d" % tuple(region) for region in regions[whole]} <= found
     again = build_rasters(tmp_path / "out", {2021: Raster(file)}, regions, SIZE, min_coverage=0.9)
     assert again == {"there": counts["made"], "empty": counts["empty"], "outside": counts["outside"]}
     with Image.open(next((tmp_path / "out").rglob("*.jpg"))) as image:
@@ -132,7 +134,8 @@ def test_the_command_and_its_errors(tmp_path, capsys):
     file = degrees_file(tmp_path / "a.tif", 0, 40, 40, 65)
     base = ["--zooms", "7", "--bbox", "50", "10", "56", "20", "--no-land_only", "--image_size", "16"]
     assert build.main(["raster", str(tmp_path / "out"), "--rasters", f"2020={file}", f"2021={file}", *base]) == 0
-    assert len(Catalogue.read(tmp_path / "out", "database", 2020)) == len(Catalogue.read(tmp_path / "out", "database")) / 2
+    years = Catalogue.read(tmp_path / "out", "database").years.tolist()
+    assert years.count(2020) == years.count(2021) == len(years) / 2 > 0
     (tmp_path / "broken.tif").write_bytes(b"II*\0 no raster")
     Image.new("RGB", (30, 20)).save(tmp_path / "photo.png")
     for flags, message in (([f"2021={tmp_path / 'none.tif'}"], "none.tif: no such raster"),
