@@ -1,5 +1,7 @@
 """Makes a data set in EarthLoc's layout. `python -m datasets.build demo OUTPUT`: the demo world, from mosaics of Earth.
 
+Other sources have modules of their own: tiles (a tile server), raster (GeoTIFFs), own (a list of localized images).
+
 database/{year}_{zoom}/…, queries/@…@.jpg, the intersections file, and figures/demo_world.jpg to look at. world.json
 holds what the world was made from: a second run continues where the first one stopped, never with other parameters.
 """
@@ -18,9 +20,9 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import demo_world, grid
+from datasets import demo_world, grid, own, raster, tiles
 from datasets.camera import Camera
-from datasets.images import read_image
+from datasets.images import read_image, save_jpeg
 from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue
 from utils import geo
 
@@ -152,7 +154,7 @@ class _Renderer:
             rng = np.random.default_rng([self.seed, item.index, 2])
             quality = int(rng.integers(80, 96))
             pixels = demo_world.render_query(mosaic, item.camera, rng)
-        _save_jpeg(self.output / path, Image.fromarray(pixels.permute(1, 2, 0).numpy()), quality)
+        save_jpeg(self.output / path, Image.fromarray(pixels.permute(1, 2, 0).numpy()), quality)
 
 
 _renderer = None  # of a worker process: set once by its initializer
@@ -191,13 +193,6 @@ def _write(path, data):
     os.replace(temporary, path)
 
 
-def _save_jpeg(path, image, quality):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.tmp")
-    image.save(temporary, "JPEG", quality=quality)
-    os.replace(temporary, path)
-
-
 def _finish(output, jobs, changed):
     """Writes the intersections file and the contact sheet where they are missing or older than the images."""
     from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections
@@ -212,7 +207,7 @@ def _finish(output, jobs, changed):
     table = intersections_table(queries, database)
     save_intersections(table_path, table)
     groups = {item[2].index: item[2].group for _, item in jobs if item[0] == "query"}
-    _save_jpeg(output / FIGURE, contact_sheet(output, queries, table, groups), 88)
+    save_jpeg(output / FIGURE, contact_sheet(output, queries, table, groups), 88)
 
 
 def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
@@ -274,18 +269,29 @@ def parse_arguments(arguments=None):
     demo.add_argument("--mosaics", type=_year_and_file, nargs="+", default=[], metavar="YEAR=FILE",
                       help="equirectangular pictures of Earth in place of blue_marble/'s")
     demo.add_argument("--query_mosaic", default=str(QUERY_MOSAIC), metavar="FILE", help="what the queries show")
+    demo.set_defaults(command_main=demo_main)
+    for source in (tiles, raster, own):
+        source.add_command(commands, argparse.ArgumentDefaultsHelpFormatter)
     return parser.parse_args(arguments)
+
+
+def demo_main(args):
+    made = build_demo(args.output, args.seed, args.num_queries, args.zooms, args.image_size, args.num_workers,
+                      dict(args.mosaics), args.query_mosaic)
+    return f"{args.output}: {made:,} images made now; look at {Path(args.output) / FIGURE}"
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
     try:
-        made = build_demo(args.output, args.seed, args.num_queries, args.zooms, args.image_size, args.num_workers,
-                          dict(args.mosaics), args.query_mosaic)
+        message = args.command_main(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.output}: {made:,} images made now; look at {Path(args.output) / FIGURE}")
+    except KeyboardInterrupt:
+        print("stopped; run again to continue", file=sys.stderr)
+        return 130
+    print(message)
     return 0
 
 

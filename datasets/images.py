@@ -1,5 +1,7 @@
 """Reading one image into a uint8 tensor, whatever its mode, or an error that names the file."""
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -39,3 +41,11 @@ def _to_rgb(image):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def save_jpeg(path, image, quality):
+    """PIL image -> file, whole or not at all; its folder is made. Several processes must not write one file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, "JPEG", quality=quality)
+    os.replace(temporary, path)

@@ -1,0 +1,282 @@
+"""Your own images in the data set's layout: python -m datasets.build own OUTPUT --list FILE --as queries
+
+FILE is a CSV or a GeoJSON. Each row is an image: its path, its date, and its four corners or its centre and size.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets import grid
+from datasets.check_names import corner_orientations, crossing
+from datasets.images import save_jpeg
+from datasets.metadata import CORNER_FIELDS, DATABASE_YEAR, Catalogue, ImageName
+from datasets.overlap import INTERSECTIONS_FILE, degenerate, intersections_table, ring, save_intersections
+from utils import geo
+
+OPTIONAL = ("nadir_lat", "nadir_lon", "orientation", "id", "zoom")
+CENTER = ("lat", "lon", "size_km", "width_km", "height_km", "azimuth")
+COLUMNS = ("path", "date", *CORNER_FIELDS, *CENTER, *OPTIONAL)
+MAX_ERRORS = 10  # reported at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: where it stands, for messages, and its columns as text ('' where there is none)."""
+
+    place: str
+    columns: dict
+
+    def error(self, column, problem):
+        return ValueError(f"{self.place}, column {column}: {problem}")
+
+    def number(self, column, default=None, limit=np.inf):
+        text = self.columns.get(column, "")
+        if not text and default is not None:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            raise self.error(column, f"{text!r} is no number" if text else "is empty or missing") from None
+        if not abs(value) <= limit or not np.isfinite(value):
+            raise self.error(column, f"{text} is not within ±{limit:g}")
+        return value
+
+
+def read_list(path):
+    """CSV or GeoJSON file -> [Row]. Raises ValueError naming the file, the row and the column."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a .csv or .geojson list of images")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 text ({error}); save the list as UTF-8") from error
+    rows = read_geojson(path, text) if path.suffix.lower() in (".json", ".geojson") else read_csv(path, text)
+    if not rows:
+        raise ValueError(f"{path}: holds no image")
+    return rows
+
+
+def read_csv(path, text):
+    lines = text.splitlines()
+    header = next(csv.reader(lines[:1]), [])
+    names = [name.strip().lower() for name in header]
+    unknown = [name for name in names if name not in COLUMNS]
+    if "path" not in names or "date" not in names:
+        raise ValueError(f"{path}, line 1: expected a header with path, date, and {CORNER_FIELDS[0]} … "
+                         f"{CORNER_FIELDS[-1]} or lat, lon, size_km, separated by commas; "
+                         f"found {', '.join(names) or 'nothing'}")
+    if unknown or len(set(names)) < len(names):
+        raise ValueError(f"{path}, line 1: column {(unknown or names)[0]!r} is unknown or there twice; columns are "
+                         f"{', '.join(COLUMNS)}")
+    rows, reader = [], csv.reader(lines)
+    next(reader)
+    for fields in reader:
+        place = f"{path}, line {reader.line_num}"
+        if not any(field.strip() for field in fields):
+            continue
+        if len(fields) != len(names):
+            raise ValueError(f"{place}: {len(fields)} columns, the header has {len(names)}")
+        rows.append(Row(place, {name: field.strip() for name, field in zip(names, fields)}))
+    return rows
+
+
+def read_geojson(path, text):
+    """Features with a Polygon of four corners, or a Point and size_km; coordinates are lon, lat, as in GeoJSON."""
+    try:
+        features = json.loads(text)["features"]
+        features = [(feature["properties"] or {}, feature["geometry"]["type"], feature["geometry"]["coordinates"])
+                    for feature in features]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no GeoJSON FeatureCollection whose features have properties and a geometry "
+                         f"({type(error).__name__}: {error})") from error
+    rows = []
+    for number, (properties, kind, coordinates) in enumerate(features, start=1):
+        place = f"{path}, feature {number}"
+        columns = {str(name).lower(): "" if value is None else str(value) for name, value in properties.items()}
+        columns = {name: value for name, value in columns.items() if name in COLUMNS}
+        try:
+            if kind == "Point":
+                columns["lon"], columns["lat"] = map(str, coordinates[:2])
+            elif kind == "Polygon":
+                corners = [tuple(point[:2]) for point in coordinates[0]]
+                corners = corners[:-1] if corners[0] == corners[-1] else corners
+                if len(corners) != 4:
+                    raise ValueError(f"{place}, geometry: a Polygon of {len(corners)} corners, expected 4")
+                columns |= {name: str(value) for name, value in
+                            zip(CORNER_FIELDS, (value for lon, lat in corners for value in (lat, lon)))}
+            else:
+                raise ValueError(f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and "
+                                 f"size_km")
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"{place}, geometry: coordinates are not those of a {kind}") from error
+        rows.append(Row(place, columns))
+    return rows
+
+
+def square_corners(center, width_km, height_km, azimuth):
+    """Centre (lat, lon), km, and the compass direction of the picture's up -> (4, 2): BL, TL, TR, BR, on the sphere."""
+    right, up = np.array([-1, -1, 1, 1]) * width_km / 2, np.array([-1, 1, 1, -1]) * height_km / 2
+    bearing = np.arctan2(right, up) + np.radians(azimuth)
+    angle = np.hypot(right, up) / geo.EARTH_RADIUS_KM
+    lat, lon = np.radians(center)
+    sin_lat = np.sin(lat) * np.cos(angle) + np.cos(lat) * np.sin(angle) * np.cos(bearing)
+    east = np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat), np.cos(angle) - np.sin(lat) * sin_lat)
+    return np.stack([np.degrees(np.arcsin(sin_lat)), geo.wrap_longitude(np.degrees(lon + east))], axis=1)
+
+
+def footprint_of(row):
+    """-> (4, 2) degrees. ValueError where it is no quadrilateral."""
+    if any(row.columns.get(name) for name in CORNER_FIELDS):
+        numbers = [row.number(name, limit=90 if "lat" in name else 360) for name in CORNER_FIELDS]
+        corners = np.array(numbers).reshape(4, 2)
+    else:
+        lat, lon = row.number("lat", limit=90), row.number("lon", limit=360)
+        size = None if row.columns.get("width_km") and row.columns.get("height_km") else row.number("size_km")
+        width, height = row.number("width_km", size), row.number("height_km", size)
+        if not (0 < width < 10_000 and 0 < height < 10_000):
+            raise row.error("size_km", f"{width:g} × {height:g} km is not between 0 and 10,000")
+        corners = square_corners((lat, lon), width, height, row.number("azimuth", 0.0))
+    corners[:, 1] = np.where(np.abs(corners[:, 1]) <= 180, corners[:, 1], geo.wrap_longitude(corners[:, 1]))
+    if degenerate(corners[None])[0]:
+        raise row.error(CORNER_FIELDS[0], "the four corners have no area; are latitude and longitude right?")
+    if crossing(corners[None])[0]:
+        raise row.error(CORNER_FIELDS[0], "the edges cross over; list the corners in the order around the image")
+    return corners
+
+
+def date_of(row, is_query):
+    text = row.columns.get("date", "")
+    digits = re.sub(r"(\d{4})-(\d\d)-(\d\d)([T ].*)?", r"\1\2\3", text)
+    try:
+        if not re.fullmatch(r"\d{8}" if is_query else r"\d{4}(\d{4})?", digits):
+            raise ValueError
+        np.datetime64("-".join(filter(None, (digits[:4], digits[4:6], digits[6:]))))
+    except ValueError:
+        raise row.error("date", f"{text!r} is no date yyyy-mm-dd{'' if is_query else ' or year'}") from None
+    return digits if is_query else digits[:4]
+
+
+def source_of(row, folder, is_query):
+    """-> the image's file, and whether it is a JPEG that can stay as it is."""
+    text = row.columns.get("path", "")
+    if not text:
+        raise row.error("path", "is empty")
+    path = (folder / text).absolute()
+    try:
+        with Image.open(path) as image:
+            size, is_jpeg = image.size, image.format == "JPEG"
+    except FileNotFoundError:
+        raise row.error("path", f"{path} does not exist (paths are relative to the list's folder)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise row.error("path", f"{path} cannot be read as an image ({error})") from None
+    if not is_query and size[0] != size[1]:
+        raise row.error("path", f"{path} is {size[0]} × {size[1]} pixels; database images are square and north-up")
+    return path, is_jpeg
+
+
+def plan_image(row, folder, is_query):
+    """Row -> (its file, whether that is a JPEG, path in the data set)."""
+    source, is_jpeg = source_of(row, folder, is_query)
+    corners, date = footprint_of(row), date_of(row, is_query)
+    corners = np.round(corners, 6 if is_query else 5) + 0.0  # no -0.0
+    center = geo.centers(corners)
+    if not is_query:
+        center = geo.unwrap_footprints(corners).mean(axis=0)
+        center[1] = geo.wrap_longitude(center[1])
+    nadir = (row.number("nadir_lat", float(center[0]), 90), row.number("nadir_lon", float(center[1]), 180))
+    if bool(row.columns.get("nadir_lat")) != bool(row.columns.get("nadir_lon")):
+        raise row.error("nadir_lat", "nadir_lat and nadir_lon come together or not at all")
+    if not is_query and row.columns.get("nadir_lat"):
+        raise row.error("nadir_lat", "a database image has no nadir: its name holds its centre")
+    own = f"OWN-{zlib.crc32(corners.tobytes()):08x}" if not is_query else source.stem
+    image_id = re.sub(r"[@/\\\s]+", "-", row.columns.get("id", "") or own)
+    turn = row.number("orientation", float(corner_orientations(corners[None])[0])) if is_query else 0.0
+    name = ImageName(tuple(map(tuple, corners.tolist())), image_id, date, nadir,
+                     int(grid.quadrilateral_area(ring(corners[None]))[0]), turn)
+    if is_query:
+        return source, is_jpeg, f"queries/{name}"
+    # A region of the public data set is 4 tiles wide; the zoom says only which folder, and goes by the width.
+    width = np.ptp(geo.unwrap_footprints(corners)[:, 1])
+    zoom = int(row.number("zoom", float(np.clip(np.round(np.log2(360 * grid.TILES / width)), 0, 25)), 25))
+    lat10, lon10 = (round(value / 10) * 10 for value in center.tolist())
+    return source, is_jpeg, f"database/{date}_{zoom:02d}/{lat10}_{lon10}/{name}"
+
+
+def plan_images(rows, folder, is_query):
+    """-> [(file, is JPEG, path in the data set)], nothing written. Raises ValueError with the rows' first errors."""
+    images, errors, seen = [], [], {}
+    for row in rows:
+        try:
+            image = plan_image(row, folder, is_query)
+            name = ImageName.parse(image[2])
+            key = (name.image_id, name.timestamp if not is_query else "")
+            if seen.setdefault(key, row.place) != row.place:
+                raise row.error("id", f"{name.image_id} is that of {seen[key]} already; give each image its own"
+                                + ("" if is_query else " (one id for the years of one region)"))
+            images.append(image)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        more = [f"… and {len(errors) - MAX_ERRORS} more"] if len(errors) > MAX_ERRORS else []
+        raise ValueError("\n  ".join([f"{len(errors)} of {len(rows)} rows cannot be used, nothing was written:",
+                                      *errors[:MAX_ERRORS], *more]))
+    return images
+
+
+def place(source, is_jpeg, target, link):
+    """Puts the image there, whole or not at all. What is no JPEG becomes one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not is_jpeg:
+        with Image.open(source) as image:
+            save_jpeg(target, image.convert("RGB"), 95)
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    os.symlink(source, temporary) if link else shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def build_own(output, list_file, is_query, link=False):
+    """-> images placed, and a sentence on the intersections file, which is written anew where there are both kinds."""
+    output, list_file = Path(output), Path(list_file)
+    images = plan_images(read_list(list_file), list_file.parent, is_query)
+    for source, is_jpeg, path in images:
+        place(source, is_jpeg, output / path, link)
+    if not ((output / "queries").is_dir() and any(output.glob(f"database/{DATABASE_YEAR}_*"))):
+        return len(images), (f"evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
+                             f"another list, or from datasets.build tiles or raster")
+    queries, database = Catalogue.read(output, "queries"), Catalogue.read(output, "database", DATABASE_YEAR)
+    table = intersections_table(queries, database)
+    save_intersections(output / INTERSECTIONS_FILE, table)
+    found = sum(bool(positives) for positives in table.values())
+    return len(images), f"{found:,} of {len(table):,} queries have a positive among {len(database):,} images"
+
+
+def add_command(commands, formatter):
+    parser = commands.add_parser(
+        "own", help="your own images, from a CSV or GeoJSON list", formatter_class=formatter,
+        description="Columns (GeoJSON: properties and geometry): path, date; lat1 lon1 … lat4 lon4 around the image, "
+        "or lat lon size_km (or width_km height_km, and azimuth of the image's up); and if known nadir_lat nadir_lon "
+        "orientation id zoom. A database image's date can be a year; one id for the years of a region.")
+    parser.add_argument("output", type=Path, help="folder of the data set; can hold one already")
+    parser.add_argument("--list", required=True, type=Path, metavar="FILE", help=".csv, .geojson or .json")
+    parser.add_argument("--as", required=True, choices=("queries", "database"), dest="kind")
+    parser.add_argument("--link", action="store_true", help="symbolic links instead of copies")
+    parser.set_defaults(command_main=main)
+
+
+def main(args):
+    """The command -> what to tell at its end."""
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"{args.output}: is a file; name a folder for the data set")
+    count, sentence = build_own(args.output, args.list, args.kind == "queries", args.link)
+    return f"{args.output}: {count:,} images as {args.kind}; {sentence}"

@@ -1,0 +1,171 @@
+"""A client for tile servers (XYZ, WMTS): URL templates, the rate, retries, and what counts as a tile."""
+
+import io
+import random
+import re
+import threading
+import time
+
+import urllib3
+from PIL import Image
+
+RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
+REDIRECTS_ONLY = urllib3.Retry(total=3, connect=0, read=0, redirect=3, status=0, other=0, raise_on_status=False,
+                               respect_retry_after_header=False)
+FAILURES_IN_A_ROW = 32  # tiles whose every try failed, one after another: the server is gone, or refuses
+FRUITLESS = 128  # tiles that the server does not have before the first one that it has: the template is wrong
+PLACEHOLDERS = {"{TileMatrix}": "{z}", "{TileRow}": "{y}", "{TileCol}": "{x}"}  # as WMTS capabilities call them
+
+
+class TileError(Exception):
+    """A tile that cannot be had, and why."""
+
+
+class ServerError(ValueError):
+    """The server serves nothing that could be used: going on makes no sense."""
+
+
+def check_template(template, years):
+    """URL template -> the same one with {z} {x} {y} (or {-y}, rows counted from the south) and {year}. ValueError."""
+    for other, ours in PLACEHOLDERS.items():
+        template = template.replace(other, ours)
+    found = re.findall(r"\{([^{}]*)\}", template)
+    if not re.match(r"https?://[^/]", template):
+        raise ValueError(f"--url {template}: expected http://… or https://…")
+    unknown = sorted(set(found) - {"z", "x", "y", "-y", "year"})
+    if unknown:
+        raise ValueError(f"--url {template}: unknown {', '.join('{' + name + '}' for name in unknown)}; only {{z}} "
+                         f"{{x}} {{y}} (or {{-y}}) and {{year}} are filled in, write the rest out")
+    missing = [f"{{{name}}}" for name in ("z", "x", "y") if name not in found and f"-{name}" not in found]
+    if missing:
+        raise ValueError(f"--url {template}: {' and '.join(missing)} is missing")
+    if "year" not in found and len(set(years)) > 1:
+        raise ValueError(f"--url {template}: {{year}} is missing, so all of --years {sorted(set(years))} would be the "
+                         f"same images; add it, or build one year at a time")
+    return template
+
+
+def tile_url(template, year, zoom, row, col):
+    values = {"{z}": zoom, "{x}": col, "{y}": row, "{-y}": 2**zoom - 1 - row, "{year}": year}
+    return re.sub("|".join(map(re.escape, values)), lambda match: str(values[match[0]]), template)
+
+
+def open_tile(data, size):
+    """Bytes -> RGB picture of size × size. Raises TileError where they hold no such image, or not all of it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.size != (size, size):
+                raise TileError(f"is {image.width} × {image.height} pixels, not {size} × {size}")
+            if "A" in image.mode or "transparency" in image.info:  # transparent is where the server has nothing: black
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise TileError(f"is no whole image ({error})") from None
+
+
+def is_blank(tile, tolerance=3):
+    """RGB picture -> whether it is one colour but for compression."""
+    return all(high - low <= tolerance for low, high in tile.getextrema())
+
+
+class RateLimit:
+    """At most `rate` requests a second over all threads; a pause holds all of them."""
+
+    def __init__(self, rate, stop):
+        self.interval, self.stop = 1 / rate, stop
+        self.next, self.lock = 0.0, threading.Lock()
+
+    def wait(self):
+        with self.lock:
+            turn = max(self.next, time.monotonic())
+            self.next = turn + self.interval
+        self.stop.wait(max(0.0, turn - time.monotonic()))
+
+    def pause(self, seconds):
+        with self.lock:
+            self.next = max(self.next, time.monotonic() + seconds)
+
+
+class TileServer:
+    """Fetches tiles, from many threads, within the rate. error_tiles: pictures (bytes) that it sends for nothing."""
+
+    def __init__(self, template, tile_size=256, rate=10.0, concurrency=8, retries=5, timeout=30.0, headers=None,
+                 error_tiles=()):
+        self.template, self.tile_size, self.retries = template, tile_size, retries
+        self.stop = threading.Event()
+        self.limit = RateLimit(rate, self.stop)
+        headers = {"User-Agent": "EarthLoc datasets.build", **(headers or {})}
+        self.http = urllib3.PoolManager(maxsize=concurrency, block=True, headers=headers,
+                                        timeout=urllib3.Timeout(connect=timeout, read=timeout))
+        self.error_tiles = {bytes(data) for data in error_tiles}
+        self.lock, self.requests, self.received, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0, 0
+
+    def fetch(self, tile):
+        """(year, zoom, row, col) -> the bytes of a whole image of the right size.
+
+        Raises TileError, or ServerError after many tiles in a row that could not be had.
+        """
+        for attempt in range(self.retries + 1):
+            data, problem, delay, again = self._try(tile_url(self.template, *tile), attempt)
+            if data is not None:
+                with self.lock:
+                    self.got, self.failed = self.got + 1, 0
+                return data
+            if not again or self.stop.is_set():
+                break
+            if attempt < self.retries:
+                self.stop.wait(delay)
+        self._count_failure(problem, answered=not again)
+        raise TileError(problem)
+
+    def _try(self, url, attempt):
+        """One request -> (bytes or None, problem, seconds until the next try, whether one makes sense)."""
+        delay = min(BACKOFF_SECONDS * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1)
+        self.limit.wait()
+        if self.stop.is_set():
+            return None, "stopped", 0, False
+        with self.lock:
+            self.requests += 1
+        try:
+            # Its own retries would not keep to the rate, and know nothing of broken images: only redirects are its.
+            response = self.http.request("GET", url, retries=REDIRECTS_ONLY)
+        except urllib3.exceptions.HTTPError as error:
+            return None, f"no answer ({type(getattr(error, 'reason', None) or error).__name__})", delay, True
+        with self.lock:
+            self.received += len(response.data)
+        if response.status == 200:
+            if response.data in self.error_tiles:
+                return None, "is the server's error tile", delay, False
+            try:
+                open_tile(response.data, self.tile_size)
+            except TileError as error:
+                return None, str(error), delay, True
+            return response.data, None, 0, False
+        try:
+            retry_after = urllib3.Retry().get_retry_after(response)
+        except urllib3.exceptions.InvalidHeader:
+            retry_after = None
+        if retry_after and response.status in (429, 503):
+            self.limit.pause(min(retry_after, MAX_RETRY_AFTER_SECONDS))  # the server means all of us
+            delay = 0
+        return None, f"HTTP {response.status}", delay, response.status in RETRIED_STATUS
+
+    def _count_failure(self, problem, answered):
+        with self.lock:
+            if answered:
+                self.absent += 1
+            else:
+                self.failed += 1
+            if self.failed >= FAILURES_IN_A_ROW:
+                raise ServerError(f"{self.failed} tiles in a row could not be had in {self.retries + 1} tries each, "
+                                  f"the last one: {problem}; is the server up, and --rate within what it allows? What "
+                                  f"is built so far is whole, run again to continue")
+            if not self.got and self.absent >= FRUITLESS:
+                raise ServerError(f"the first {self.absent} tiles could not be had, the last one: {problem}; do --url, "
+                                  f"--header, --zooms and --years fit what the server has?")
+
+    def close(self):
+        self.stop.set()
+        self.http.clear()

@@ -1,0 +1,381 @@
+"""The tile builder against a real HTTP server that serves tiles cut from the Blue Marble, and misbehaves on purpose."""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import build, grid, tile_server, tiles
+from datasets.area import all_regions, image_paths, in_box, select_regions
+from datasets.metadata import Catalogue
+
+ROOT = Path(__file__).parent.parent
+SIZE = 32  # pixels of a tile
+ZOOM = 6
+BOX = (38, 72, 46, 95)  # central Asia: no tile is blank
+
+
+@pytest.fixture(scope="module")
+def marble():
+    with Image.open(ROOT / "datasets" / "blue_marble" / "bmng_may_2048.jpg") as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def cut(marble, zoom, row, col, size=SIZE):
+    """One tile, nearest pixel by pixel -> uint8 (size, size, 3)."""
+    y = (row + (np.arange(size) + 0.5) / size) / 2**zoom
+    x = (col + (np.arange(size) + 0.5) / size) / 2**zoom
+    latitude = np.degrees(2 * np.arctan(np.exp(np.pi * (1 - 2 * y))) - np.pi / 2)
+    height, width = marble.shape[:2]
+    return marble[((90 - latitude) / 180 * height).astype(int)[:, None], (x * width).astype(int)[None]]
+
+
+def encode(pixels, format="PNG"):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format)
+    return stream.getvalue()
+
+
+class Server:
+    """faults: (zoom, row, col) -> list of what to answer the first times; the last one stays if it is 'always …'."""
+
+    def __init__(self, marble):
+        self.marble, self.faults, self.requests, self.times, self.queries = marble, {}, Counter(), [], []
+        self.lock, self.active, self.most_active, self.delay = threading.Lock(), 0, 0, 0.0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                with outer.lock:
+                    outer.active += 1
+                    outer.most_active = max(outer.most_active, outer.active)
+                try:
+                    outer.answer(self)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True
+                finally:
+                    with outer.lock:
+                        outer.active -= 1
+
+            def log_message(self, *_):
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            def handle_error(self, *_):  # a client that was killed
+                pass
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def answer(self, handler):
+        url = urlparse(handler.path)
+        fields = {key: values[0] for key, values in parse_qs(url.query).items()} or dict(
+            zip(("year", "z", "y", "x"), url.path.strip("/").removesuffix(".png").split("/")))
+        tile = tuple(int(fields[key]) for key in ("z", "y", "x"))
+        with self.lock:
+            self.requests[(int(fields["year"]), *tile)] += 1
+            self.times.append(time.monotonic())
+            self.queries.append(handler.path)
+            turns = self.faults.get(tile, [])
+            fault = turns[0] if turns and turns[0].startswith("always") else turns.pop(0) if turns else ""
+        time.sleep(self.delay)
+        self.send(handler, fault.removeprefix("always "), tile)
+
+    def send(self, handler, fault, tile):
+        status, headers, body = 200, {}, encode(cut(self.marble, *tile))
+        if fault == "slow":
+            time.sleep(1.2)
+        elif fault == "429":
+            status, headers, body = 429, {"Retry-After": "1"}, b"too many"
+        elif fault in ("404", "403", "500", "503"):
+            status, body = int(fault), b"<html>sorry</html>"
+        elif fault == "truncated":
+            body = encode(cut(self.marble, *tile), "JPEG")
+            body = body[:len(body) // 2]
+        elif fault == "cut connection":
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body[:50])
+            handler.close_connection = True
+            return
+        elif fault == "wrong size":
+            body = encode(cut(self.marble, *tile, size=SIZE // 2))
+        elif fault == "html":
+            body = b"<html>no such layer</html>"
+        elif fault == "blank":
+            body = encode(np.full((SIZE, SIZE, 3), 200, np.uint8))
+        elif fault == "placeholder":
+            body = placeholder()
+        else:
+            assert fault == "", fault
+        handler.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            handler.send_header(name, str(value))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+def placeholder():
+    stripes = np.zeros((SIZE, SIZE, 3), np.uint8)
+    stripes[::4] = 255
+    return encode(stripes)
+
+
+@pytest.fixture
+def server(marble):
+    server = Server(marble)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(tile_server, "BACKOFF_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def regions():
+    return select_regions([ZOOM], BOX, land_only=False)
+
+
+OPTIONS = dict(tile_size=SIZE, image_size=4 * SIZE, rate=5000, timeout=10, retries=3)
+
+
+def fetch(server, output, regions, years=(2021,), **options):
+    return tiles.build_tiles(output, server.url + "/{year}/{z}/{y}/{x}.png", regions, years, **{**OPTIONS, **options})
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(float)
+
+
+def expected(marble, region):
+    zoom, row, col = region
+    return np.concatenate([np.concatenate([cut(marble, zoom, row + i, col + j) for j in range(4)], axis=1)
+                           for i in range(4)], axis=0).astype(float)
+
+
+def left_out(output):
+    with open(output / tiles.LEFT_OUT_FILE, newline="") as stream:
+        return list(csv.reader(stream))[1:]
+
+
+def test_images_are_the_ground_of_their_names(server, marble, tmp_path, regions):
+    made, lost, _ = fetch(server, tmp_path, regions, years=(2020, 2021), quality=95)
+    catalogue = Catalogue.read(tmp_path, "database")
+    assert (made, lost) == (2 * len(regions), 0) and len(catalogue) == made and len(regions) >= 6
+    for path, image_id in zip(catalogue.paths, catalogue.ids):
+        region = tuple(map(int, image_id.split("_")))
+        pixels = pixels_of(tmp_path / path)
+        assert pixels.shape == (4 * SIZE, 4 * SIZE, 3)
+        assert np.abs(pixels - expected(marble, region)).mean() < 8  # JPEG at 95, chroma halved
+        assert np.abs(np.roll(pixels, SIZE, axis=1) - expected(marble, region)).mean() > 12
+    assert not (tmp_path / tiles.LEFT_OUT_FILE).exists()
+
+
+def test_a_tile_is_asked_for_once_though_four_regions_hold_it(server, tmp_path, regions):
+    _, _, requests = fetch(server, tmp_path, regions)
+    needed = {(2021, zoom, row + i, col + j) for zoom, row, col in regions.tolist() for i in range(4) for j in range(4)}
+    assert set(server.requests) == needed and set(server.requests.values()) == {1}
+    assert requests == len(needed) < 16 * len(regions) / 2
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "truncated", "cut connection", "wrong size", "slow", "html"])
+def test_a_fault_that_passes_leaves_no_trace(server, marble, tmp_path, regions, fault):
+    bad = tuple(regions[0] + [0, 1, 1])
+    server.faults[bad] = [fault, fault]
+    began = time.monotonic()
+    timeout = 0.6 if fault == "slow" else 10  # a busy machine is slow, too
+    made, lost, _ = fetch(server, tmp_path, regions[:1], quality=95, timeout=timeout)
+    assert (made, lost) == (1, 0) and server.requests[(2021, *bad)] == 3
+    path = tmp_path / grid.image_path(*regions[0], 2021)
+    assert np.abs(pixels_of(path) - expected(marble, tuple(regions[0]))).mean() < 8
+    if fault == "429":
+        assert time.monotonic() - began > 1.9  # Retry-After twice
+
+
+@pytest.mark.parametrize("fault, reason, tries", [
+    ("404", "HTTP 404", 1), ("403", "HTTP 403", 1), ("500", "HTTP 500", 4), ("truncated", "no whole image", 4),
+    ("wrong size", "16 × 16 pixels, not 32 × 32", 4), ("slow", "ReadTimeoutError", 4), ("html", "no whole image", 4)])
+def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path, regions, fault, reason, tries):
+    bad = tuple(regions[0].tolist())  # its first tile: in no other region's first rows or columns
+    server.faults[bad] = ["always " + fault]
+    made, lost, _ = fetch(server, tmp_path, regions, timeout=0.6 if fault == "slow" else 10)
+    holders = [grid.image_path(*region, 2021) for region in regions.tolist()
+               if 0 <= bad[1] - region[1] < 4 and 0 <= bad[2] - region[2] < 4]
+    assert made == len(regions) - len(holders) and lost == len(holders) >= 1
+    assert server.requests[(2021, *bad)] == tries
+    rows = left_out(tmp_path)
+    assert sorted(row[0] for row in rows) == sorted(holders)
+    assert all(row[1] == f"{bad[0]}/{bad[2]}/{bad[1]}" and row[2] == "left out" and reason in row[3] for row in rows)
+    assert not any((tmp_path / path).exists() for path in holders) and not list(tmp_path.rglob("*.jpg.tmp"))
+
+    server.faults.clear()  # the server recovers: only what is missing is asked for
+    server.requests.clear()
+    assert fetch(server, tmp_path, regions)[0] == len(holders)
+    assert sum(server.requests.values()) <= 16 * len(holders)
+    assert left_out(tmp_path) == [] and len(Catalogue.read(tmp_path, "database")) == len(regions)
+
+
+def test_blank_tiles_are_listed_and_wholly_blank_regions_left_out(server, tmp_path, regions):
+    first, other = regions[0], regions[-1]
+    for tile in tiles.tiles_of(2021, other):
+        server.faults[tile[1:]] = ["always blank"]
+    server.faults[tuple(first)] = ["always blank"]
+    made, lost, _ = fetch(server, tmp_path, np.array([first, other]))
+    assert (made, lost) == (1, 1)
+    rows = left_out(tmp_path)
+    assert Counter((row[0], row[2], row[3]) for row in rows) == {
+        (grid.image_path(*other, 2021), "left out", "is blank"): 16,
+        (grid.image_path(*first, 2021), "written", "is blank"): 1}
+    (tmp_path / grid.image_path(*first, 2021)).unlink()
+    assert fetch(server, tmp_path, np.array([first]), max_blank=0)[:2] == (0, 1)
+    assert len([row for row in left_out(tmp_path) if row[0] == grid.image_path(*other, 2021)]) == 16  # not tried: stays
+
+
+def test_placeholders_are_no_ground(server, tmp_path, regions):
+    one = tuple(regions[0])
+    server.faults[one] = server.faults[tuple(regions[0] + [0, 3, 3])] = ["always placeholder"]
+    assert fetch(server, tmp_path / "twice", regions[:1])[:2] == (0, 1)
+    assert "placeholder" in left_out(tmp_path / "twice")[0][3]
+    del server.faults[tuple(regions[0] + [0, 3, 3])]
+    assert fetch(server, tmp_path / "once", regions[:1])[:2] == (1, 0)  # only once: nothing gives it away …
+    assert fetch(server, tmp_path / "known", regions[:1], error_tiles=[placeholder()])[:2] == (0, 1)  # … unless known
+
+
+def test_requests_keep_to_the_rate_and_to_the_concurrency(server, tmp_path, regions):
+    server.delay = 0.05
+    fetch(server, tmp_path, regions[:2], rate=40, concurrency=3)
+    times = np.array(sorted(server.times))
+    assert len(times) == 24
+    assert times[-1] - times[0] > 0.9 * 23 / 40
+    assert 1 < server.most_active <= 3
+
+
+def test_a_server_that_is_gone_stops_the_build(server, tmp_path, regions, monkeypatch):
+    monkeypatch.setattr(tile_server, "FAILURES_IN_A_ROW", 5)
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(tile_server.ServerError, match=r"\d tiles in a row.*2 tries.*is the server up"):
+        fetch(server, tmp_path, regions, retries=1)
+
+
+def test_a_wrong_address_stops_the_build_early(server, tmp_path, monkeypatch, regions):
+    monkeypatch.setattr(tile_server, "FRUITLESS", 20)
+    for region in regions:
+        for tile in tiles.tiles_of(2021, region):
+            server.faults[tile[1:]] = ["always 404"]
+    with pytest.raises(tile_server.ServerError, match="first 2[0-9] tiles.*HTTP 404.*--url"):
+        fetch(server, tmp_path, regions)
+    assert sum(server.requests.values()) < 20 + 40
+
+
+def test_kill_and_resume_gives_the_same_files_and_no_half_image(server, tmp_path, regions):
+    fetch(server, tmp_path / "whole", regions)
+    server.delay = 0.02
+    command = [sys.executable, "-m", "datasets.build", "tiles", str(tmp_path / "killed"), "--url",
+               server.url + "/{year}/{z}/{y}/{x}.png", "--zooms", str(ZOOM), "--years", "2021", "--bbox",
+               *map(str, BOX), "--no-land_only", "--tile_size", str(SIZE), "--image_size", str(4 * SIZE),
+               "--rate", "50"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while process.poll() is None and len(list((tmp_path / "killed").rglob("*.jpg"))) < 2:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = sorted((tmp_path / "killed").rglob("*.jpg"))
+    assert 2 <= len(before) < len(regions)
+    for path in before:
+        with Image.open(path) as image:
+            image.load()
+    server.delay = 0
+    assert fetch(server, tmp_path / "killed", regions)[0] == len(regions) - len(before)
+    files = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.jpg")}
+    assert files == {path.relative_to(tmp_path / "killed"): path.read_bytes()
+                     for path in (tmp_path / "killed").rglob("*.jpg")}
+
+
+def test_wmts_template_and_rows_from_the_south(server, tmp_path, regions):
+    wmts = "/?SERVICE=WMTS&year={year}&x={TileCol}&y={TileRow}&z={TileMatrix}"
+    arguments = ["tiles", str(tmp_path), "--url", server.url + wmts, "--zooms", str(ZOOM), "--years", "2019", "--bbox",
+                 *map(str, BOX), "--no-land_only", "--tile_size", str(SIZE), "--image_size", "64", "--rate", "5000"]
+    assert build.main(arguments) == 0
+    assert len(Catalogue.read(tmp_path, "database", 2019)) == len(regions)
+    assert {pixels_of(path).shape for path in tmp_path.rglob("*.jpg")} == {(64, 64, 3)}
+    assert tile_server.tile_url("http://a/{-y}/{y}/{x}/{z}/{year}", 2020, 3, 1, 5) == "http://a/6/1/5/3/2020"
+
+
+def test_dry_run_says_how_much_and_asks_for_nothing(server, tmp_path, regions, capsys):
+    arguments = ["tiles", str(tmp_path / "new"), "--url", server.url + "/{year}/{z}/{y}/{x}.png", "--zooms", str(ZOOM),
+                 "--years", "2020", "2021", "--bbox", *map(str, BOX), "--no-land_only", "--dry_run", "--tile_kb", "100"]
+    assert build.main(arguments) == 0
+    needed = {(row + i, col + j) for _, row, col in regions.tolist() for i in range(4) for j in range(4)}
+    out = capsys.readouterr().out
+    assert f"{2 * len(needed):,} requests" in out and f"{2 * len(needed) * 1e5 / 1e9:.1f} GB to download" in out
+    assert not server.requests and not (tmp_path / "new").exists()
+
+
+def test_box_over_the_antimeridian():
+    regions = all_regions([6])
+    inside = regions[in_box(regions, (-20, 170, -10, -170))]
+    # Left edges step by 2 · 360 / 64 = 11.25 degrees, a region is 22.5 wide, and none crosses the antimeridian itself.
+    assert sorted(set(grid.footprints(inside)[:, 0, 1])) == [-180, 157.5]
+    everywhere = select_regions([6], (-20, -180, -10, 180), land_only=False)
+    assert len(everywhere) == 31 * len({row for _, row, _ in everywhere.tolist()})  # 64 columns in steps of 2
+
+
+def test_regions_that_only_touch_the_box_stay_outside():
+    corner = grid.footprints([(6, 24, 30)])[0]
+    regions = all_regions([6])
+    bottom, left, top, right = corner[0, 0], corner[0, 1], corner[2, 0], corner[2, 1]
+    inside = {tuple(region) for region in regions[in_box(regions, (bottom, left, top, right))].tolist()}
+    assert inside == {(6, 24 + i, 30 + j) for i in (-2, 0, 2) for j in (-2, 0, 2)}
+
+
+def test_paths_of_several_years_are_the_grids():
+    for region in ((9, 262, 202), (10, 2, 0), (11, 700, 2044)):
+        years = (2018, 2021, 2030)
+        assert image_paths(region, years) == [grid.image_path(*region, year) for year in years]
+
+
+def test_land_only_leaves_the_ocean_out():
+    box = (-5, -140, 20, -70)  # Pacific to Colombia
+    land, every = (select_regions([5], box, land_only) for land_only in (True, False))
+    assert set(map(tuple, land)) < set(map(tuple, every))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--url", "http://a/{z}/{x}"], "{y} is missing"),
+    (["--url", "http://a/{z}/{x}/{y}"], "{year} is missing"),
+    (["--url", "http://a/{z}/{x}/{y}/{year}/{s}"], "unknown {s}"),
+    (["--url", "a/{z}/{x}/{y}/{year}"], "expected http"),
+    (["--bbox", "40", "0", "30", "10"], "south is 40.0, north is 30.0"),
+    (["--bbox", "30", "190", "40", "10"], "west is 190"),
+    (["--zooms", "30"], "from 2 to 19"),
+    (["--years", "21"], "four digits"),
+    (["--rate", "0"], "--rate 0.0"),
+    (["--header", "secret"], "NAME:VALUE"),
+    (["--error_tile", "nowhere.png"], "nowhere.png"),
+])
+def test_wrong_flags_are_named(tmp_path, capsys, flags, message):
+    base = ["tiles", str(tmp_path), "--url", "http://127.0.0.1:9/{z}/{x}/{y}/{year}", "--zooms", "5", "--no-land_only"]
+    assert build.main(base + flags) == 1
+    assert message in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
