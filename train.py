@@ -57,6 +57,9 @@ def parse_arguments(argv=None):
     augmentation.add_argument("--hue", type=float, default=0.0)
     augmentation.add_argument("--clouds", type=float, default=0.0, help="largest share of an image under clouds")
     augmentation.add_argument("--haze", type=float, default=0.0, help="largest opacity of the air")
+    augmentation.add_argument("--exposure", type=float, default=0.0,
+                              help="largest strength of a camera's automatic exposure; with any of these three, half of "
+                                   "the images become such photos")
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
     loss.add_argument("--loss", choices=("multi_similarity", "contrastive"), default="multi_similarity")
     loss.add_argument("--neutral", choices=("on", "off"), default="on",
@@ -327,7 +330,7 @@ def main(args):
     validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
     augment = Augmentation(args.image_size, args.augmentation, args.rotation, args.perspective, args.min_crop,
                            args.aspect, args.brightness, args.contrast, args.saturation, args.hue,
-                           args.clouds, args.haze)
+                           args.clouds, args.haze, args.exposure)
 
     if args.resume:
         run = resume_run(args.resume, args.lr, device)

@@ -1,14 +1,16 @@
-"""Clouds and haze: what astronaut photos have and the database of cloud-free composites does not (not in the paper).
+"""Clouds, haze and exposure: what astronaut photos have and the database of cloud-free composites has not (not in the
+paper).
 
-Drawn for each image on its own, whatever the other augmentations share: weather is no mark of a year. About half of the
-images get clouds, half get haze, and a quarter stays clear, as the database is.
+Drawn for each image on its own, whatever the other augmentations share: weather is no mark of a year. Half of the
+images become such photos, the others stay clear, as the database is.
 """
 
 import torch
 from torch.nn import functional as F
 
-CELLS = (2, 4, 8, 16, 32)  # noise of so many cells a side, coarse to fine
+CELLS = (3, 6, 12, 24, 48)  # noise of so many cells a side, coarse to fine
 HAZE_COLOUR = (0.55, 0.65, 0.80)
+MIDDLE_GREY = 0.42
 
 
 def uniform(low, high, count, generator):
@@ -18,7 +20,7 @@ def uniform(low, high, count, generator):
 
 def fractal(count, size, generator):
     """(count, 1, size, size) smooth random fields of mean 0 and spread 1, some rough, some soft."""
-    roughness = uniform(0.4, 0.8, count, generator)
+    roughness = uniform(0.5, 0.9, count, generator)
     field = torch.zeros(count, 1, size, size)
     for octave, cells in enumerate(each for each in CELLS if each <= size):
         noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)
@@ -28,35 +30,49 @@ def fractal(count, size, generator):
 
 
 def cloud_opacity(coverage, count, size, generator):
-    """(count, 1, size, size) in [0, 1): zero outside the clouds, which cover up to `coverage` of half of the images."""
+    """(count, 1, size, size) in [0, 1): zero outside the clouds, which cover up to `coverage`, mostly less."""
     field = fractal(count, size, generator)
-    share = coverage * torch.rand(count, generator=generator) * torch.randint(2, (count,), generator=generator)
+    share = coverage * torch.rand(count, generator=generator) ** 2
     ordered = field.flatten(1).sort(dim=1, descending=True).values
     edge = ordered.gather(1, (share * (ordered.shape[1] - 1)).long()[:, None])
-    return 1 - torch.exp(-uniform(1, 6, count, generator) * (field - edge[:, :, None, None]).clamp(min=0))
+    depth = uniform(0.5, 4, count, generator) * (field - edge[:, :, None, None]).clamp(min=0)
+    return uniform(0.75, 1, count, generator) * (1 - torch.exp(-depth))
 
 
 def haze_opacity(haze, count, size, generator):
-    """(count, 1, size, size) in [0, haze]: on half of the images, in any direction thicker towards one side."""
+    """(count, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
     places = torch.linspace(-1, 1, size)
     angle = uniform(0, 2 * torch.pi, count, generator)
     slope = (torch.cos(angle) * places + torch.sin(angle) * places[:, None]) / 2 ** 0.5  # in [-1, 1]
-    some = torch.randint(2, (count, 1, 1, 1), generator=generator)
-    return some * uniform(0, haze, count, generator) * (1 + uniform(0, 1, count, generator) * slope) / 2
+    return uniform(0, haze, count, generator) * (1 + uniform(0, 1, count, generator) * slope) / 2
 
 
-def add_weather(images, clouds, haze, generator):
-    """images (N, 3, S, S) float32 in [0, 1] -> the same behind bluish air and under white clouds.
+def expose(images, strength):
+    """images (N, 3, S, S), strength (N, 1, 1, 1) -> each brought from its mean towards middle grey, with a soft shoulder.
 
-    clouds: largest share of an image under clouds. haze: largest opacity of the air. 0 draws nothing.
+    Strength 1 is a camera's full automatic, 0 changes nothing but the shoulder.
     """
-    count, size = len(images), images.shape[-1]
+    gain = (MIDDLE_GREY / images.mean(dim=(1, 2, 3), keepdim=True).clamp(min=0.02)) ** strength
+    return 1 - torch.exp(-1.3 * gain * images)
+
+
+def add_weather(images, clouds, haze, exposure, generator):
+    """images (N, 3, S, S) float32 in [0, 1] -> half of them behind bluish air, under white clouds, exposed anew.
+
+    clouds: largest share of an image under clouds. haze: largest opacity of the air. exposure: largest strength of the
+    automatic exposure. Zeros draw nothing.
+    """
+    if not (clouds or haze or exposure):
+        return images
+    count, size, device = len(images), images.shape[-1], images.device
+    photos = torch.randint(2, (count, 1, 1, 1), generator=generator).bool().to(device)
+    photo = images
     if haze:
-        opacity = haze_opacity(haze, count, size, generator).to(images.device)
-        colour = torch.tensor(HAZE_COLOUR)[:, None, None].to(images.device)
-        images = images + opacity * (colour - images)
+        opacity = haze_opacity(haze, count, size, generator).to(device)
+        photo = photo + opacity * (torch.tensor(HAZE_COLOUR, device=device)[:, None, None] - photo)
     if clouds:
-        opacity = cloud_opacity(clouds, count, size, generator).to(images.device)
-        brightness = uniform(0.75, 1, count, generator).to(images.device)
-        images = images + opacity * (brightness - images)
-    return images
+        opacity = cloud_opacity(clouds, count, size, generator).to(device)
+        photo = photo + opacity * (1 - photo)
+    if exposure:
+        photo = expose(photo, uniform(0, exposure, count, generator).to(device))
+    return torch.where(photos, photo, images)

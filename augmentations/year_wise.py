@@ -38,7 +38,7 @@ class Augmentation:
     size: side of the output, pixels. rotation: degrees, drawn in ±rotation. perspective: torchvision's distortion
     scale. min_crop: smallest side of the crop as a share of the largest that fits. aspect: the crop's sides are
     stretched against each other by up to this factor. brightness, contrast, saturation, hue: torchvision's ColorJitter.
-    clouds, haze: of each image on its own, see augmentations.weather.
+    clouds, haze, exposure: of each image on its own, see augmentations.weather.
     """
 
     size: int
@@ -53,6 +53,7 @@ class Augmentation:
     hue: float = 0.0
     clouds: float = 0.0
     haze: float = 0.0
+    exposure: float = 0.0
 
     def __post_init__(self):
         if self.group not in GROUPS:
@@ -62,7 +63,7 @@ class Augmentation:
                              f"quadrilateral may fold")
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"--min_crop {self.min_crop}: must be in (0, 1]")
-        for name in ("clouds", "haze"):
+        for name in ("clouds", "haze", "exposure"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1]")
 
@@ -81,7 +82,8 @@ class Augmentation:
         views = torch.empty(batch * years, 3, self.size, self.size, device=images.device)
         for rows in groups.to(images.device):
             draw = self.draw(generator)
-            views[rows] = jitter(add_weather(warp(flat[rows], draw, self.size), self.clouds, self.haze, generator), draw)
+            views[rows] = add_weather(jitter(warp(flat[rows], draw, self.size), draw),
+                                      self.clouds, self.haze, self.exposure, generator)
         return views.unflatten(0, (batch, years))
 
     def draw(self, generator):
