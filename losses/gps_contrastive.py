@@ -30,7 +30,7 @@ def neutral_mask(points, candidates, km):
     if km <= 0:
         return np.zeros((len(points), len(candidates)), dtype=bool)
     cosines = geo.to_unit_vectors(points) @ geo.to_unit_vectors(candidates).T
-    return cosines > np.cos(km / geo.EARTH_RADIUS_KM)
+    return cosines > np.cos(min(km / geo.EARTH_RADIUS_KM, np.pi)) - (km >= np.pi * geo.EARTH_RADIUS_KM)
 
 
 def gps_cross_entropy(logits, targets, neutral=None, readable=None):
