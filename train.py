@@ -6,16 +6,15 @@ logs and pictures go to logs/LOG_DIR/date_time; python eval.py --resume …/best
 
 import logging
 import math
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS, Augmentation
 from datasets.evaluation import VALIDATION, load_evaluation_data
+from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
 from datasets.overlap import share_ground
 from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule
@@ -23,11 +22,11 @@ from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import EarthLoc, ModelConfig, build_model
 from utils import figures
-from utils.arguments import add_model_arguments, make_parser, model_config, run
+from utils.arguments import add_model_arguments, make_parser, model_config, run as run_script
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.clustering import cluster
 from utils.evaluation import evaluate
-from utils.logs import make_log_dir, setup_logging
+from utils.logs import Meter, make_log_dir, setup_logging
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
 from utils.retrieval import describe
 
@@ -56,6 +55,8 @@ def parse_arguments(argv=None):
     augmentation.add_argument("--contrast", type=float, default=0.9)
     augmentation.add_argument("--saturation", type=float, default=0.9)
     augmentation.add_argument("--hue", type=float, default=0.0)
+    augmentation.add_argument("--clouds", type=float, default=0.0, help="largest share of an image under clouds")
+    augmentation.add_argument("--haze", type=float, default=0.0, help="largest opacity of the air")
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
     loss.add_argument("--loss", choices=("multi_similarity", "contrastive"), default="multi_similarity")
     loss.add_argument("--neutral", choices=("on", "off"), default="on",
@@ -94,21 +95,87 @@ def learning_rate(iteration, args):
     return args.lr * warm * cosine
 
 
-def draws_of(seed, iteration):
-    """The generator of one iteration's augmentation, whatever came before it."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 3, iteration]).generate_state(1)[0]))
-
-
 def make_loss(args):
     if args.loss == "contrastive":
         return ContrastiveLoss(args.base or 0.5)
     return MultiSimilarityLoss(args.alpha, args.beta, args.base, args.epsilon)
 
 
+@dataclass
+class Run:
+    """What a run is between two iterations, and all that a checkpoint has to hold.
+
+    clusters: arrays of region rows, None before the first ones. best: highest validation R@1, -1 before the first one.
+    What happens in an iteration depends on these, the seed and the iteration's number alone.
+    """
+
+    model: EarthLoc
+    optimizer: torch.optim.Optimizer
+    iteration: int = 0
+    clusters: list | None = None
+    best: float = -1.0
+
+    def save(self, path, args):
+        save_checkpoint(path, {
+            "model": self.model.state_dict(), "model_config": asdict(self.model.config),
+            "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "best": self.best,
+            "clusters": [torch.as_tensor(each) for each in self.clusters],
+            "args": {key: str(value) for key, value in vars(args).items()}})
+
+
+def make_optimizer(model, lr):
+    return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr)
+
+
+def fresh_run(args, device):
+    """-> Run at iteration 0."""
+    model = build_model(model_config(args), args.weights).to(device, memory_format=torch.channels_last)
+    return Run(model, make_optimizer(model, args.lr))
+
+
+def resume_run(path, lr, device):
+    """Checkpoint -> the Run it was saved from. Raises ValueError where it holds weights only."""
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{path}: holds weights only; --resume wants a last.pt of train.py, --weights takes this file")
+    model = EarthLoc(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, lr)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return Run(model, optimizer, checkpoint["iteration"], [each.numpy() for each in checkpoint["clusters"]],
+               checkpoint["best"])
+
+
+def read_regions(dataset_path, batch_size):
+    """-> Regions with all years; those without are logged. Raises ValueError where a batch cannot be filled."""
+    regions, incomplete = Regions.read(dataset_path)
+    logging.info(f"{len(regions)} regions with all years")
+    if incomplete:
+        logging.info(f"{len(incomplete)} regions lack a year and are left out: {', '.join(incomplete[:10])} …")
+        logging.debug(f"Regions that lack a year: {incomplete}")
+    if len(regions) < batch_size:
+        raise ValueError(f"{dataset_path}: {len(regions)} regions do not fill a batch; --batch_size {len(regions)} "
+                         f"or smaller would")
+    return regions
+
+
 def year_files(regions, year):
     """Each region's image of one year."""
     column = regions.years.index(year)
     return [regions.root / paths[column] for paths in regions.paths]
+
+
+def iteration_seed(seed, iteration):
+    """The seed of all that is random in one iteration, whatever came before it."""
+    return int(np.random.SeedSequence([seed, 3, iteration]).generate_state(1)[0])
+
+
+def learning_rate(iteration, args):
+    """Warm-up, then constant (the paper) or a cosine to zero."""
+    warm = min(1.0, (iteration + 1) / args.warmup) if args.warmup else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * iteration / args.iterations)) if args.lr_schedule == "cosine" else 1.0
+    return args.lr * warm * cosine
 
 
 def whiten(model, loader, regions, augment, args, device, precision):
@@ -118,12 +185,124 @@ def whiten(model, loader, regions, augment, args, device, precision):
     generator = torch.Generator().manual_seed(args.seed)
     features = []
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
     with torch.no_grad(), autocast(device, precision):
         for _, images in tqdm(loader.serve(batches), total=len(batches), desc="whitening", leave=False):
             views = augment(images.to(device), generator).flatten(0, 1)
             features.append(model.aggregate(views.contiguous(memory_format=torch.channels_last)).float())
     model.load_state_dict(state)  # the passes moved BatchNorm's running statistics
     model.whiten_(torch.cat(features), std=args.fc_std, regulariser=args.fc_regulariser, generator=generator)
+
+
+def make_clusters(model, regions, period, args, device, precision):
+    """Clusters for one period: random ones first, then k-means of one year's descriptors (paper, sec. 4.2)."""
+    if args.batches == "random":
+        return [np.arange(len(regions))]
+    if period == 0:
+        return random_clusters(len(regions), args.num_clusters, args.batch_size, [args.seed, 4])
+    descriptors, failures = describe(model, year_files(regions, DATABASE_YEAR), args.image_size, 4 * args.batch_size,
+                                     args.num_workers, device, precision, label="describing regions")
+    if failures:
+        raise ValueError(failures[0][1])
+    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period)
+
+
+def neutral_pairs(footprints, labels):
+    """footprints (B, 4, 2) of the batch's regions, labels (N,) into them -> (N, N) bool: other regions, same ground."""
+    shared = torch.from_numpy(share_ground(footprints, footprints)).to(labels.device)
+    return shared[labels][:, labels] & (labels[:, None] != labels)
+
+
+def update(run, views, labels, neutral, loss_fn, lr, device, precision):
+    """One step on views (N, 3, S, S) with labels (N,) and neutral (N, N) or None -> loss, descriptors (N, D) float32.
+
+    Low precision only around the network, the loss in float32. Raises RuntimeError before the update at a nan loss.
+    """
+    run.model.train()
+    with autocast(device, precision):
+        descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
+    descriptors = descriptors.float()
+    loss = loss_fn(descriptors, labels, neutral)
+    if not torch.isfinite(descriptors).all():  # mining drops nan similarities: the loss would be a harmless 0
+        loss = loss * torch.nan
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"iteration {run.iteration}: the loss is {loss.item()}; nothing was updated, the last good "
+                           f"checkpoints stay. A smaller --lr or --precision fp32 may help")
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    run.optimizer.step()
+    run.iteration += 1
+    return loss.detach(), descriptors.detach()
+
+
+def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
+    """Fig. 14: a row a cluster."""
+    files = year_files(regions, DATABASE_YEAR)
+    pictures = [[read_image(files[row], 128) for row in rows[:images]] for rows in clusters[:shown]]
+    figures.save(figures.clusters_figure(pictures), folder / "clusters.jpg")
+
+
+def validate(run, validation, writer, args, device, precision):
+    """R@1 of the validation set, logged and written; None without one."""
+    if not validation.sets:
+        return None
+    result = evaluate(run.model, validation, args.image_size, 4 * args.batch_size, args.num_workers, device, precision,
+                      progress=False)
+    logging.info(f"Iteration {run.iteration}: {result.lines()[0]}")
+    score = result[VALIDATION].recalls[1]
+    writer.add_scalar("validation/R@1", score, run.iteration)
+    return score
+
+
+def train(run, regions, loader, augment, validation, folder, args, device, precision):
+    """From where the run stands to the last iteration: checkpoints, scalars and pictures go to the folder."""
+    loss_fn = make_loss(args)
+    meter = Meter(folder, run.iteration, args.iterations)
+    served = None
+    if run.iteration == 0:
+        validate(run, validation, meter.writer, args, device, precision)
+    while run.iteration < args.iterations:
+        # New clusters from one year's descriptors, and the schedule up to the next ones.
+        period, step = divmod(run.iteration, args.recluster_every)
+        if step == 0:
+            run.clusters = make_clusters(run.model, regions, period, args, device, precision)
+            logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of {min(map(len, run.clusters))} "
+                         f"to {max(map(len, run.clusters))} regions")
+            if period == 1 and args.batches == "clustered":
+                save_clusters_figure(folder, regions, run.clusters)
+        if step == 0 or served is None:
+            count = min(args.recluster_every, args.iterations - period * args.recluster_every)
+            batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period])
+            served = loader.serve(batches[step:])
+            meter.restart()
+
+        with meter.waiting():
+            rows, images = next(served)
+        seed = iteration_seed(args.seed, run.iteration)
+        torch.manual_seed(seed)
+        views = augment(images.to(device, non_blocking=True), torch.Generator().manual_seed(seed))
+        if run.iteration == 0:
+            figures.save(figures.batch_figure(views[:20], regions.years), folder / "batch.jpg")
+        labels = torch.arange(len(rows), device=device).repeat_interleave(len(regions.years))
+        neutral = neutral_pairs(regions.footprints[rows.numpy()], labels) if args.neutral == "on" else None
+        lr = learning_rate(run.iteration, args)
+        loss, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
+
+        last = run.iteration == args.iterations
+        meter.count(len(labels))
+        if run.iteration % args.log_every == 0 or last:
+            anchors, pairs = loss_fn.mined_shares(descriptors, labels, neutral)
+            meter.log(run.iteration, {"loss": loss, "mined/anchors": anchors, "mined/pairs": pairs, "lr": lr})
+        if run.iteration % args.validate_every == 0 or last:
+            score = validate(run, validation, meter.writer, args, device, precision)
+            if score is None or score > run.best:
+                run.best = run.best if score is None else score
+                run.save(folder / "best.pt", args)
+            run.save(folder / "last.pt", args)
+            meter.restart()
+    meter.close()
 
 
 def main(args):
@@ -135,167 +314,31 @@ def main(args):
     setup_logging(folder, args)
     torch.manual_seed(args.seed)
 
-    # Data: quadruplets to train on, and the Texas validation set.
-    regions, incomplete = Regions.read(args.dataset_path)
-    logging.info(f"{len(regions)} regions with all years")
-    if incomplete:
-        logging.info(f"{len(incomplete)} regions lack a year and are left out: {', '.join(incomplete[:10])} …")
-        logging.debug(f"Regions that lack a year: {incomplete}")
-    if len(regions) < args.batch_size:
-        raise ValueError(f"{args.dataset_path}: {len(regions)} regions do not fill a batch; --batch_size "
-                         f"{len(regions)} or smaller would")
-    views = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
-    loader = BatchLoader(RegionDataset(views, args.source_size), args.num_workers)
+    regions = read_regions(args.dataset_path, args.batch_size)
+    shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
+    loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
     validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
     augment = Augmentation(args.image_size, args.augmentation, args.rotation, args.perspective, args.min_crop,
-                           args.aspect, args.brightness, args.contrast, args.saturation, args.hue)
+                           args.aspect, args.brightness, args.contrast, args.saturation, args.hue,
+                           args.clouds, args.haze)
 
-    # Model, optimiser, and where a resumed run stood.
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint and "optimizer" not in checkpoint:
-        raise ValueError(f"{args.resume}: holds weights only; --resume wants a last.pt of train.py, "
-                         f"--weights takes this file")
-    if checkpoint:
-        model = EarthLoc(ModelConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
+    if args.resume:
+        run = resume_run(args.resume, args.lr, device)
+        logging.info(f"Resumed {args.resume} at iteration {run.iteration}, best validation R@1 {run.best:.1f}")
     else:
-        model = build_model(model_config(args), args.weights)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    if not checkpoint:  # what the trained model is compared with
-        save_checkpoint(folder / "initial.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
-    if args.fc_init == "whitening" and not checkpoint:
-        whiten(model, loader, len(views), augment, args, device, precision)
-    loss_fn = make_loss(args)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
-    start, clusters, best = 0, None, -1.0
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, best = checkpoint["iteration"], checkpoint["best"]
-        clusters = [each.numpy() for each in checkpoint["clusters"]]
-        torch.set_rng_state(checkpoint["rng"])
-        logging.info(f"Resumed {args.resume} at iteration {start}, best validation R@1 {best:.1f}")
-
-    def save(name):
-        save_checkpoint(folder / name, {
-            "model": model.state_dict(), "model_config": asdict(model.config), "optimizer": optimizer.state_dict(),
-            "iteration": iteration, "best": best, "clusters": [torch.as_tensor(each) for each in clusters],
-            "rng": torch.get_rng_state(), "args": {key: str(value) for key, value in vars(args).items()}})
-
-    def validate():
-        if not validation.sets:
-            return None
-        model.eval()
-        result = evaluate(model, validation, args.image_size, 4 * args.batch_size, args.num_workers, device, precision,
-                          progress=False)
-        model.train()
-        for line in result.lines()[:1]:
-            logging.info(f"Iteration {iteration}: {line}")
-        return result[VALIDATION].recalls[1]
-
-    writer = SummaryWriter(folder)
-    bar = tqdm(total=args.iterations, initial=start, desc="training", unit="it")
-    served, iteration, waited, clock = iter(()), start, 0.0, time.perf_counter()
-    if not checkpoint:
-        best_before = validate()
-        if best_before is not None:
-            writer.add_scalar("validation/R@1", best_before, 0)
-    while iteration < args.iterations:
-        # New clusters from one year's descriptors, and the schedule up to the next ones.
-        period, step = divmod(iteration, args.recluster_every)
-        if step == 0:
-            clusters = make_clusters(model, regions, period, args, device, precision)
-            logging.info(f"Iteration {iteration}: {len(clusters)} clusters of {min(map(len, clusters))} to "
-                         f"{max(map(len, clusters))} regions")
-            if period == 1 and args.batches == "clustered":
-                save_clusters_figure(folder, regions, clusters)
-        if step == 0 or iteration == start:
-            batches = schedule(clusters, args.batch_size, args.recluster_every, [args.seed, 2, period])
-            served = loader.serve(batches[step:args.iterations - iteration + step])
-
-        began = time.perf_counter()
-        rows, images = next(served)
-        waited += time.perf_counter() - began
-        augmented = augment(images.to(device, non_blocking=True), draws_of(args.seed, iteration))
-        if iteration == 0:
-            figures.save(figures.batch_figure(augmented[:20], regions.years), folder / "batch.jpg")
-
-        # One step: low precision only around the network, the loss in float32 (design: pixels and gradients suffer).
-        years = len(regions.years)
-        with autocast(device, precision):
-            descriptors = model(augmented.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        labels = torch.arange(len(rows), device=device).repeat_interleave(years)
-        neutral = None
-        if args.neutral == "on":
-            footprints = regions.footprints[rows.numpy()]
-            shared = torch.from_numpy(share_ground(footprints, footprints)).to(device)
-            neutral = shared.repeat_interleave(years, 0).repeat_interleave(years, 1) & (labels[:, None] != labels)
-        loss = loss_fn(descriptors.float(), labels, neutral)
-        if not torch.isfinite(descriptors).all():  # mining drops nan similarities: the loss would be a harmless 0
-            loss = loss * torch.nan
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"iteration {iteration}: the loss is {loss.item()}; nothing was updated, the last good "
-                               f"checkpoints are in {folder}. A smaller --lr or --precision fp32 may help")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, args)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        iteration += 1
-        bar.update()
-
-        if iteration % args.log_every == 0 or iteration == args.iterations:
-            anchors, pairs = loss_fn.mined_shares(descriptors.detach().float(), labels, neutral)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            rate = args.log_every * len(rows) * years / seconds
-            bar.set_postfix(loss=f"{loss.item():.3f}", images_s=f"{rate:.0f}")
-            for name, value in (("loss", loss.item()), ("mined/anchors", anchors.item()), ("mined/pairs", pairs.item()),
-                                ("lr", optimizer.param_groups[0]["lr"]), ("images_per_second", rate),
-                                ("waiting_for_data", waited / seconds)):
-                writer.add_scalar(name, value, iteration)
-            logging.debug(f"Iteration {iteration}: loss {loss.item():.4f}, mined anchors {anchors.item():.2f}, "
-                          f"mined pairs {pairs.item():.3f}, {rate:.0f} images/s, waiting {waited / seconds:.2f}")
-            waited = 0.0
-        if iteration % args.validate_every == 0 or iteration == args.iterations:
-            score = validate()
-            if score is not None:
-                writer.add_scalar("validation/R@1", score, iteration)
-            if score is None or score > best:
-                best = -1.0 if score is None else score
-                save("best.pt")
-            save("last.pt")
-            clock = time.perf_counter()
-    bar.close()
-    writer.close()
-    logging.info(f"Done: {args.iterations} iterations, best validation R@1 {best:.1f}. Evaluate with: "
+        run = fresh_run(args, device)
+        # What the trained model is compared with.
+        save_checkpoint(folder / "initial.pt", {"model": run.model.state_dict(),
+                                                "model_config": asdict(run.model.config)})
+        if args.fc_init == "whitening":
+            whiten(run.model, loader, len(regions), augment, args, device, precision)
+    train(run, regions, loader, augment, validation, folder, args, device, precision)
+    logging.info(f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "
                  f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}")
     (folder / "done").touch()
     return folder
 
 
-def make_clusters(model, regions, period, args, device, precision):
-    """Clusters for one period: random ones first, then k-means of one year's descriptors (paper, sec. 4.2)."""
-    if args.batches == "random":
-        return [np.arange(len(regions))]
-    if period == 0:
-        return random_clusters(len(regions), args.num_clusters, args.batch_size, [args.seed, 4])
-    model.eval()
-    descriptors, failures = describe(model, year_files(regions, DATABASE_YEAR), args.image_size, 4 * args.batch_size,
-                                     args.num_workers, device, precision, label="describing regions")
-    model.train()
-    if failures:
-        raise ValueError(failures[0][1])
-    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period)
-
-
-def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
-    """Fig. 14: a row a cluster."""
-    from datasets.images import read_image
-
-    files = year_files(regions, DATABASE_YEAR)
-    pictures = [[read_image(files[row], 128) for row in rows[:images]] for rows in clusters[:shown]]
-    figures.save(figures.clusters_figure(pictures), folder / "clusters.jpg")
-
-
 if __name__ == "__main__":
     arguments = parse_arguments()
-    run(main, arguments)
+    run_script(main, arguments)

@@ -12,6 +12,8 @@ from kornia import enhance
 from kornia.geometry import create_meshgrid, get_perspective_transform, transform_points
 from torch.nn import functional as F
 
+from augmentations.weather import add_weather
+
 GROUPS = ("none", "image", "batch", "year")
 # (x, y) corners of an image, in its half sizes.
 SQUARE = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
@@ -36,6 +38,7 @@ class Augmentation:
     size: side of the output, pixels. rotation: degrees, drawn in ±rotation. perspective: torchvision's distortion
     scale. min_crop: smallest side of the crop as a share of the largest that fits. aspect: the crop's sides are
     stretched against each other by up to this factor. brightness, contrast, saturation, hue: torchvision's ColorJitter.
+    clouds, haze: of each image on its own, see augmentations.weather.
     """
 
     size: int
@@ -48,6 +51,8 @@ class Augmentation:
     contrast: float = 0.9
     saturation: float = 0.9
     hue: float = 0.0
+    clouds: float = 0.0
+    haze: float = 0.0
 
     def __post_init__(self):
         if self.group not in GROUPS:
@@ -57,6 +62,9 @@ class Augmentation:
                              f"quadrilateral may fold")
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"--min_crop {self.min_crop}: must be in (0, 1]")
+        for name in ("clouds", "haze"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1]")
 
     def __call__(self, images, generator):
         """images uint8 (B, Y, 3, H, W), one column a year -> float32 (B, Y, 3, size, size) in [0, 1].
@@ -72,7 +80,8 @@ class Augmentation:
         groups = {"image": index.view(-1, 1), "batch": index.view(1, -1), "year": index.T}[self.group]
         views = torch.empty(batch * years, 3, self.size, self.size, device=images.device)
         for rows in groups.to(images.device):
-            views[rows] = apply(flat[rows], self.draw(generator), self.size)
+            draw = self.draw(generator)
+            views[rows] = jitter(add_weather(warp(flat[rows], draw, self.size), self.clouds, self.haze, generator), draw)
         return views.unflatten(0, (batch, years))
 
     def draw(self, generator):
@@ -97,8 +106,8 @@ class Augmentation:
                     order=tuple(torch.randperm(4, generator=generator).tolist()))
 
 
-def apply(images, draw, size):
-    """One Draw on all images (N, 3, H, W) float32 in [0, 1] -> (N, 3, size, size): one bilinear warp, then colours.
+def warp(images, draw, size):
+    """A Draw's quadrilateral of all images (N, 3, H, W) float32 -> (N, 3, size, size), one bilinear sampling.
 
     Nothing is filtered before the warp: load images at about size / mean crop scale (--source_size).
     """
@@ -106,8 +115,7 @@ def apply(images, draw, size):
     centers = create_meshgrid(size, size, normalized_coordinates=False) + 0.5  # pixel centres of the output
     grid = transform_points(homography, (centers * (2 / size) - 1).reshape(1, -1, 2)).view(1, size, size, 2)
     grid = grid.to(images.device).expand(len(images), -1, -1, -1)
-    views = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return jitter(views, draw)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def jitter(images, draw):

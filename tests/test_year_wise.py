@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from augmentations.year_wise import SQUARE, Augmentation, Draw, apply, jitter
+from augmentations.year_wise import SQUARE, Augmentation, Draw, jitter, warp
 
 HARD = dict(rotation=180.0, perspective=0.66, min_crop=0.2, aspect=2.0)
 
@@ -81,12 +81,12 @@ def test_no_black_pixel_from_a_white_image_with_everything_on():
 
 def test_a_quad_that_is_the_image_changes_nothing():
     images = torch.rand(2, 3, 24, 24, generator=generator())
-    assert torch.allclose(apply(images, Draw(SQUARE, 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3)), 24), images, atol=1e-5)
+    assert torch.allclose(warp(images, Draw(SQUARE, 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3)), 24), images, atol=1e-5)
 
 
 def test_a_quarter_turn_is_a_quarter_turn():
     images = torch.rand(1, 3, 24, 24, generator=generator())
-    turned = apply(images, Draw(SQUARE.roll(1, 0), 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3)), 24)
+    turned = warp(images, Draw(SQUARE.roll(1, 0), 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3)), 24)
     # The output's upper left corner shows the source's lower left one.
     assert torch.allclose(turned, torch.rot90(images, -1, (2, 3)), atol=1e-4)
 
@@ -95,7 +95,7 @@ def test_a_linear_picture_is_sampled_where_the_quad_says():
     x = (torch.arange(64) + 0.5) / 32 - 1
     picture = torch.stack([x.expand(64, 64), x[:, None].expand(64, 64), torch.zeros(64, 64)])[None]
     quad = torch.tensor([[-0.5, -0.25], [0.5, -0.25], [0.5, 0.25], [-0.5, 0.25]])
-    view = apply((picture + 1) / 2, Draw(quad, 1.0, 1.0, 1.0, 0.0, (0,)), 10) * 2 - 1
+    view = warp((picture + 1) / 2, Draw(quad, 1.0, 1.0, 1.0, 0.0, (0,)), 10) * 2 - 1
     expected = (torch.arange(10) + 0.5) / 5 - 1
     assert torch.allclose(view[0, 0], expected.mul(0.5).expand(10, 10), atol=1e-4)
     assert torch.allclose(view[0, 1], expected.mul(0.25)[:, None].expand(10, 10), atol=1e-4)
@@ -117,7 +117,7 @@ def test_colours_are_torchvisions(seed):
     assert 0.1 <= min(draw.brightness, draw.contrast, draw.saturation) and abs(draw.hue) <= 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0}])
+@pytest.mark.parametrize("wrong", [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0}, {"clouds": 1.5}, {"haze": -0.1}])
 def test_wrong_settings_name_their_flag(wrong):
-    with pytest.raises(ValueError, match="--augmentation|--perspective|--min_crop"):
+    with pytest.raises(ValueError, match="--augmentation|--perspective|--min_crop|--clouds|--haze"):
         Augmentation(32, **wrong)

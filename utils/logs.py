@@ -4,9 +4,14 @@ import json
 import logging
 import shlex
 import sys
+import time
 import warnings
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 def make_log_dir(log_dir, root="logs"):
@@ -41,3 +46,43 @@ def setup_logging(folder, args):
     logging.info(shlex.join(["python", *sys.argv]))
     logging.info(f"Arguments: {vars(args)}")
     logging.info(f"The outputs are in {folder}")
+
+
+class Meter:
+    """One run's progress bar, TensorBoard scalars and debug lines, with its rate and the share of time it waited."""
+
+    def __init__(self, folder, start, iterations):
+        self.writer = SummaryWriter(folder)
+        self.bar = tqdm(total=iterations, initial=start, desc="training", unit="it")
+        self.restart()
+
+    def restart(self):
+        """Start a new stretch: what was done since the last one (validation, clustering) does not count as training."""
+        self.clock, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self):
+        """Around what waits for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def count(self, images):
+        """One iteration with so many images is done."""
+        self.images += images
+        self.bar.update()
+
+    def log(self, iteration, scalars):
+        """scalars: name -> number or 0-d tensor, of this iteration."""
+        scalars = {name: float(value) for name, value in scalars.items()}
+        seconds = time.perf_counter() - self.clock
+        scalars |= {"images_per_second": self.images / seconds, "waiting_for_data": self.waited / seconds}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, iteration)
+        self.bar.set_postfix(loss=f"{scalars['loss']:.3f}", images_s=f"{scalars['images_per_second']:.0f}")
+        logging.debug(f"Iteration {iteration}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+        self.restart()
+
+    def close(self):
+        self.bar.close()
+        self.writer.close()
