@@ -8,15 +8,13 @@ go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.pt evalua
 import logging
 import math
 import os
-import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from augmentations.year_wise import Augmentation
 from datasets.evaluation import VALIDATION, load_evaluation_data
@@ -30,7 +28,7 @@ from utils import figures, geo
 from utils.arguments import make_parser, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
-from utils.logs import make_log_dir, setup_logging
+from utils.logs import Meter, make_log_dir, setup_logging
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
 
 
@@ -65,8 +63,8 @@ def parse_arguments(argv=None):
                                                                     "no negatives of it; 0: the paper's loss")
     augmentation = parser.add_argument_group("augmentation, drawn for each image")
     augmentation.add_argument("--augmentation", choices=("image", "none"), default="image")
-    augmentation.add_argument("--turns", choices=("on", "off"), default="off", help="on: also turn by 0, 90, 180 or 270 "
-                                                                                    "degrees, for photos from orbit")
+    augmentation.add_argument("--turns", choices=("on", "off"), default="off",
+                              help="on: also turn by 0, 90, 180 or 270 degrees, for photos from orbit")
     augmentation.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for "
                                                                                   "photos from orbit")
     augmentation.add_argument("--rotation", type=float, default=0.0, help="degrees")
@@ -77,6 +75,8 @@ def parse_arguments(argv=None):
     augmentation.add_argument("--contrast", type=float, default=0.4)
     augmentation.add_argument("--saturation", type=float, default=0.4)
     augmentation.add_argument("--hue", type=float, default=0.1)
+    augmentation.add_argument("--clouds", type=float, default=0.0, help="largest share of an image under clouds")
+    augmentation.add_argument("--haze", type=float, default=0.0, help="largest opacity of the air")
     steps = parser.add_argument_group("optimisation (paper, sec. 4)")
     steps.add_argument("--batch_size", type=int, default=512, help="images, over all processes")
     steps.add_argument("--iterations", type=int, default=50_000)
@@ -275,18 +275,17 @@ def main(args):
     gallery = distinct_points(training.points, 100_000, args.seed)
     encoder, size = model.image_encoder, model.image_encoder.image_size
     augment = Augmentation(size, args.augmentation, args.rotation, args.perspective, args.min_crop, args.aspect,
-                           args.brightness, args.contrast, args.saturation, args.hue)
+                           args.brightness, args.contrast, args.saturation, args.hue, args.clouds, args.haze)
     source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
     schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, rank, processes, iteration)
     own = np.arange(args.batch_size)[schedule.own()]
     loader = DataLoader(PhotoFiles(training.paths, source_size, encoder.fit), batch_sampler=schedule,
                         num_workers=args.num_workers, pin_memory=device.type == "cuda")
 
-    writer, unreadable = SummaryWriter(folder) if rank == 0 else None, set()
-    waited, began, clock = 0.0, time.perf_counter(), time.perf_counter()
-    bar = tqdm(total=args.iterations, initial=iteration, desc="training", unit="it", disable=rank > 0)
-    for rows, images, errors in loader:
-        waited += time.perf_counter() - began
+    meter, unreadable, served = Meter(folder, iteration, args.iterations) if rank == 0 else None, set(), iter(loader)
+    while iteration < args.iterations:
+        with meter.waiting() if meter else nullcontext():
+            rows, images, errors = next(served)
         note_unreadable(rows, errors, unreadable, len(training))
         views = augmented(images.to(device, non_blocking=True), augment, draws_of(args.seed, iteration, rank), args)
         if rank == 0 and iteration == 0:
@@ -309,20 +308,14 @@ def main(args):
         model.clamp_scale_()
         queue = advance_queue(queue, points)
         iteration += 1
-        bar.update()
 
-        if rank == 0 and (iteration % args.log_every == 0 or iteration == args.iterations):
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            scalars = {"loss": loss.item(), "hits": hits, "scale": model.scale.item(), "lr": group["lr"],
-                       "images_per_second": args.log_every * args.batch_size / seconds,
-                       "waiting_for_data": waited / seconds}
-            waited = 0.0
-            bar.set_postfix(loss=f"{loss.item():.3f}", images_s=f"{scalars['images_per_second']:.0f}")
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, iteration)
-            logging.debug(f"Iteration {iteration}: " + ", ".join(f"{name} {each:.4g}" for name, each in scalars.items()))
-        if rank == 0 and (iteration % args.validate_every == 0 or iteration == args.iterations):
-            score = validate(model, validation, gallery, args, device, precision, writer, iteration)
+        if rank > 0:  # the first process keeps the books
+            continue
+        meter.count(args.batch_size)
+        if iteration % args.log_every == 0 or iteration == args.iterations:
+            meter.log(iteration, {"loss": loss.detach(), "hits": hits, "scale": model.scale.detach(), "lr": group["lr"]})
+        if iteration % args.validate_every == 0 or iteration == args.iterations:
+            score = validate(model, validation, gallery, args, device, precision, meter.writer, iteration)
             state = checkpoint_of(model, gallery, optimizer=optimizer.state_dict(), iteration=iteration,
                                   best=max(best, score), queue=torch.as_tensor(queue),
                                   args={key: str(value) for key, value in vars(args).items()})
@@ -330,18 +323,17 @@ def main(args):
                 best = score
                 save_checkpoint(folder / "best.pt", state)
             save_checkpoint(folder / "last.pt", state)
-            clock = time.perf_counter()
-        began = time.perf_counter()
-    bar.close()
+            meter.restart()
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        writer.close()
+        meter.close()
         if unreadable:
             logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
         logging.info(f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
-                     f"{folder / 'best.pt'} " + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv …"))
+                     f"{folder / 'best.pt'} "
+                     + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER"))
         (folder / "done").touch()
     return folder
 

@@ -37,7 +37,8 @@ class GeoClipConfig:
     def __post_init__(self):
         object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
         if self.image_encoder not in IMAGE_ENCODERS:
-            raise ValueError(f"--image_encoder {self.image_encoder}: unknown; choose one of {', '.join(IMAGE_ENCODERS)}")
+            raise ValueError(f"--image_encoder {self.image_encoder}: unknown; choose one of "
+                             f"{', '.join(IMAGE_ENCODERS)}")
         if not self.sigmas or min(self.sigmas) <= 0 or not all(map(math.isfinite, self.sigmas)):
             raise ValueError(f"--sigmas {self.sigmas}: give one or more positive numbers")
         if self.image_encoder == "clip":

@@ -68,7 +68,8 @@ def test_clips_own_preprocessing(tmp_path, shape):
 
 def test_clip_is_frozen_and_not_in_checkpoints(clip_folder):
     model = GeoCLIP(GeoClipConfig(clip=str(clip_folder))).train()
-    assert not model.image_encoder.clip.training and not any(p.requires_grad for p in model.image_encoder.clip.parameters())
+    assert not model.image_encoder.clip.training
+    assert not any(p.requires_grad for p in model.image_encoder.clip.parameters())
     model(torch.rand(2, 3, 56, 56), torch.zeros(3, 2)).sum().backward()
     assert model.image_encoder.mlp[0].weight.grad is not None
     assert set(model.own_state()) == {"logit_scale", *(f"image_encoder.mlp.{i}.{kind}" for i in (0, 2) for kind in (
@@ -193,7 +194,7 @@ def test_loss_by_loops():
         kept = [j for j in range(9) if j == targets[i] or not neutral[i, j]]
         if readable[i]:
             total += np.log(sum(np.exp(logits[i, j]) for j in kept)) - logits[i, targets[i]]
-    found = gps_cross_entropy(torch.tensor(logits), torch.tensor(targets), torch.tensor(neutral), torch.tensor(readable))
+    found = gps_cross_entropy(*map(torch.tensor, (logits, targets, neutral, readable)))
     assert found.item() == pytest.approx(total / 4, rel=1e-5)
 
 

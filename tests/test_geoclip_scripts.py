@@ -250,7 +250,8 @@ def test_turns_and_mirrors_are_of_pixels_only():
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(turn_and_flip(images, generator, False, False), images)
     turned = turn_and_flip(images, generator, True, False)
-    which = [[torch.equal(torch.rot90(a, k, (-2, -1)), b) for k in range(4)].index(True) for a, b in zip(images, turned)]
+    which = [[torch.equal(torch.rot90(before, k, (-2, -1)), after) for k in range(4)].index(True)
+             for before, after in zip(images, turned)]
     assert set(which) == {0, 1, 2, 3}
     flipped = turn_and_flip(images, generator, False, True)
     mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(images, flipped)]
