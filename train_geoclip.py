@@ -313,7 +313,8 @@ def main(args):
             continue
         meter.count(args.batch_size)
         if iteration % args.log_every == 0 or iteration == args.iterations:
-            meter.log(iteration, {"loss": loss.detach(), "hits": hits, "scale": model.scale.detach(), "lr": group["lr"]})
+            meter.log(iteration, {"loss": loss.detach(), "hits": hits, "scale": model.scale.detach(),
+                                  "lr": group["lr"]})
         if iteration % args.validate_every == 0 or iteration == args.iterations:
             score = validate(model, validation, gallery, args, device, precision, meter.writer, iteration)
             state = checkpoint_of(model, gallery, optimizer=optimizer.state_dict(), iteration=iteration,

@@ -92,7 +92,7 @@ def load_clip(clip: str) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch.float32)
+            return CLIPVisionModelWithProjection.from_pretrained(clip).float()
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RuntimeError(f"CLIP {clip} could not be loaded ({reason}). It is fetched once from the Hugging Face hub; "

@@ -17,7 +17,11 @@ from PIL import Image
 import eval_geoclip
 import predict_geoclip
 import train_geoclip
+from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
+from experiments import geoclip_demo
+from models.earthloc import EarthLoc, ModelConfig
+from models.weights import save_safetensors
 from train_geoclip import Schedule, candidates_of, turn_and_flip
 from utils import geo
 from utils.arguments import run
@@ -256,6 +260,26 @@ def test_turns_and_mirrors_are_of_pixels_only():
     flipped = turn_and_flip(images, generator, False, True)
     mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(images, flipped)]
     assert 15 < sum(mirrored) < 50 and all(m or torch.equal(a, b) for m, a, b in zip(mirrored, images, flipped))
+
+
+def test_table_beside_earthloc_and_the_nadir(world, trained, tmp_path):
+    torch.manual_seed(0)
+    earthloc = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 16, 32))
+    save_safetensors(earthloc, tmp_path / "earthloc.safetensors", half=False)
+    flags = ["--geoclip", str(trained / "best.pt"), "--earthloc", str(tmp_path / "earthloc.safetensors"),
+             "--dataset_path", str(world.path), "--num_workers", "0"]
+    rows = geoclip_demo.main(geoclip_demo.parse_arguments(flags))
+    data = load_evaluation_data(world.path)
+    test = np.setdiff1d(np.arange(10), data.only(VALIDATION).query_rows)
+    expected = [geo.distance_km(data.queries.nadirs[row], data.queries.centers[row]) for row in test]
+    assert rows["nadir"]["median_km"] == pytest.approx(np.median(expected))
+    nearest = [geo.distance_km(data.queries.centers[row], data.database.centers).min() for row in test]
+    assert rows["limit: the nearest centre"]["median_km"] == pytest.approx(np.median(nearest))
+    assert rows["database image nearest to the nadir"]["recall_at_1"] == 100  # the photos lie at their nadirs
+    assert rows["GeoCLIP"]["accuracy"][2500] <= 100 and rows["GeoCLIP"]["median_km"] >= np.median(nearest)
+    folder, = (tmp_path / "cwd" / "logs" / "geoclip_demo_table").iterdir()
+    lines = [line for line in (folder / "info.log").read_text().splitlines() if "| GeoCLIP, within 2500 km" in line]
+    assert len(lines) == 1 and set(json.loads((folder / "results.json").read_text())["rows"]) == set(rows)
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="pip install transformers")
