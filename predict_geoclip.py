@@ -14,7 +14,7 @@ from datasets.gps import check_points, find_images
 from eval_geoclip import add_model_flags, load_model_and_gallery
 from utils import figures
 from utils.arguments import make_parser, run
-from utils.geolocation import embed_photos, locate, nadir_bias
+from utils.geolocation import check_top_k, embed_photos, locate, nadir_bias
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import default_precision, require_device
 from utils.world_map import candidates_map
@@ -43,6 +43,7 @@ def main(args):
     folder = make_log_dir(args.log_dir)
     setup_logging(folder, args)
     model, points, gallery, _ = load_model_and_gallery(args, device)
+    check_top_k(args.top_k, len(points))
     embeddings, failures = embed_photos(model, paths, args.batch_size, args.num_workers, device, precision, args.crops)
     for _, error in failures:
         logging.info(f"left out: {error}")

@@ -1,8 +1,9 @@
 """Train GeoCLIP: python train_geoclip.py @presets/geoclip.args --train_csv mp16.csv --images mp16/
 or, on an EarthLoc data set:  python train_geoclip.py @presets/geoclip_demo.args
 
-Several GPUs: torchrun --nproc_per_node 4 train_geoclip.py …; --batch_size is that of all processes together. Outputs
-go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.pt evaluates a checkpoint.
+Several GPUs: torchrun --nproc_per_node 4 train_geoclip.py …; --batch_size is that of all processes together, the queue
+is the same in all of them, and CLIP's training is that of one process. A backbone's BatchNorm sees its process's share.
+Outputs go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.pt evaluates a checkpoint.
 """
 
 import logging

@@ -132,6 +132,12 @@ def cached_gallery(location_encoder, points, cache_dir, device="cpu", progress=T
     return embeddings
 
 
+def check_top_k(top_k, size):
+    """ValueError where top_k places cannot be picked from a gallery of that size: to be called before long work."""
+    if not 1 <= top_k <= size:
+        raise ValueError(f"--top_k {top_k}: must be between 1 and the gallery's {size} points")
+
+
 def locate(embeddings, gallery, scale, top_k=1, bias=None, block=256):
     """Photo embeddings (Q, 512), gallery embeddings (N, 512), scale -> rows (Q, k) of the gallery and probabilities.
 
@@ -139,8 +145,7 @@ def locate(embeddings, gallery, scale, top_k=1, bias=None, block=256):
     to the logits: log of what is known beforehand, such as the nadir. Raises ValueError on NaN embeddings, and where
     top_k is larger than the gallery.
     """
-    if not 1 <= top_k <= len(gallery):
-        raise ValueError(f"--top_k {top_k}: must be between 1 and the gallery's {len(gallery)} points")
+    check_top_k(top_k, len(gallery))
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{int((~np.isfinite(embeddings).all(axis=1)).sum())} photos have no finite embedding: leave "
                          "out those that could not be read")
