@@ -78,6 +78,8 @@ def parse_arguments(argv=None):
     system.add_argument("--log_dir", default="default", help="outputs go to logs/LOG_DIR/date_time")
     system.add_argument("--resume", help="a last.pt of a run to go on with; flags are those of the command line")
     system.add_argument("--validate_every", type=int, help="iterations; default: recluster_every")
+    system.add_argument("--keep_every", type=int, help="iterations between weights that are kept, for a curve "
+                                                       "(python -m experiments.curve)")
     system.add_argument("--log_every", type=int, default=50, help="iterations between scalars")
     system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
@@ -114,6 +116,9 @@ class Run:
     iteration: int = 0
     clusters: list | None = None
     best: float = -1.0
+
+    def save_weights(self, path):
+        save_checkpoint(path, {"model": self.model.state_dict(), "model_config": asdict(self.model.config)})
 
     def save(self, path, args):
         save_checkpoint(path, {
@@ -302,6 +307,8 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
                 run.save(folder / "best.pt", args)
             run.save(folder / "last.pt", args)
             meter.restart()
+        if args.keep_every and run.iteration % args.keep_every == 0:
+            run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
     meter.close()
 
 
@@ -327,9 +334,7 @@ def main(args):
         logging.info(f"Resumed {args.resume} at iteration {run.iteration}, best validation R@1 {run.best:.1f}")
     else:
         run = fresh_run(args, device)
-        # What the trained model is compared with.
-        save_checkpoint(folder / "initial.pt", {"model": run.model.state_dict(),
-                                                "model_config": asdict(run.model.config)})
+        run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             whiten(run.model, loader, len(regions), augment, args, device, precision)
     train(run, regions, loader, augment, validation, folder, args, device, precision)
