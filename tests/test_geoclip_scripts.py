@@ -282,6 +282,7 @@ def test_table_beside_earthloc_and_the_nadir(world, trained, tmp_path):
     assert len(lines) == 1 and set(json.loads((folder / "results.json").read_text())["rows"]) == set(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("transformers") is None, reason="pip install transformers")
 def test_two_processes_train_as_one_does(world, tmp_path):
     """torchrun with gloo, a CLIP encoder (no BatchNorm), no augmentation: the same weights and the same queue."""
