@@ -1,0 +1,241 @@
+"""Photos with GPS, and galleries of GPS: CSV files, EarthLoc data sets, grids; and noise in metres on the sphere."""
+
+import csv
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from datasets.metadata import Catalogue
+from utils import geo
+
+GALLERY_PACKAGE = "geoclip"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_COLUMNS = ("IMG_ID", "IMG_FILE", "IMAGE", "FILENAME")
+LATITUDE_COLUMNS, LONGITUDE_COLUMNS = ("LAT", "LATITUDE"), ("LON", "LNG", "LONGITUDE")
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Image files with coordinates. Row i: paths[i], points[i] (lat, lon) degrees.
+
+    nadirs (N, 2) where known (EarthLoc's names), else None; notes: sentences for the log.
+    """
+
+    paths: list
+    points: np.ndarray
+    nadirs: np.ndarray | None = None
+    notes: list = field(default_factory=list)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def select(self, rows):
+        """Rows by integer or boolean index -> Photos."""
+        rows = np.arange(len(self))[rows]
+        return Photos([self.paths[i] for i in rows], self.points[rows],
+                      None if self.nadirs is None else self.nadirs[rows], self.notes)
+
+
+def check_points(points, source, first_row=1):
+    """(N, 2) latitude, longitude in degrees -> the same as float64, longitude 180 and -180 both allowed.
+
+    Raises ValueError that shows the first bad row: not a number, out of range, or swapped. Rows count from first_row.
+    """
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    bad = ~np.isfinite(points).all(axis=1) | (np.abs(points) > (90, 180)).any(axis=1)
+    if not bad.any():
+        return points
+    row = int(np.argmax(bad))
+    lat, lon = points[row]
+    shown = f"{source}, row {first_row + row}: latitude {lat:g}, longitude {lon:g}"
+    more = f"; {int(bad.sum())} such rows" if bad.sum() > 1 else ""
+    if not np.isfinite(points[row]).all():
+        raise ValueError(f"{shown}: not finite numbers{more}; fill in or remove them")
+    if abs(lat) > 90 and abs(lon) <= 90 and abs(lat) <= 180:
+        raise ValueError(f"{shown}: latitude must be within ±90{more}; are latitude and longitude swapped?")
+    raise ValueError(f"{shown}: latitude must be within ±90 and longitude within ±180 degrees{more}")
+
+
+def read_columns(path, *wanted):
+    """CSV with a header -> one list of strings for each group of accepted column names, and the line of the first row.
+
+    Names are matched in upper case. Raises FileNotFoundError or ValueError: no file, empty, no such column, a short
+    row, no text file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such CSV file")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: no CSV text file ({error})") from None
+    if not rows:
+        raise ValueError(f"{path}: the file is empty; expected a header with {_listed(wanted)}, and rows")
+    header = [cell.strip().upper() for cell in rows[0]]
+    columns = []
+    for names in wanted:
+        found = [header.index(name) for name in names if name in header]
+        if not found:
+            raise ValueError(f"{path}: no column {' or '.join(names)}; its columns are {', '.join(rows[0])}")
+        columns.append(found[0])
+    if len(rows) == 1:
+        raise ValueError(f"{path}: a header and no rows")
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) <= max(columns):
+            raise ValueError(f"{path}, row {number}: {len(row)} cells, the header has {len(header)}: {','.join(row)}")
+    return [[row[column].strip() for row in rows[1:]] for column in columns]
+
+
+def _listed(wanted):
+    return ", ".join(names[0] for names in wanted)
+
+
+def _numbers(path, name, cells):
+    values = np.empty(len(cells))
+    for i, cell in enumerate(cells):
+        try:
+            values[i] = float(cell)
+        except ValueError:
+            raise ValueError(f"{path}, row {i + 2}: {name} is {cell!r}, expected a number of degrees") from None
+    return values
+
+
+def read_points(path):
+    """CSV with LAT,LON (or latitude,longitude) -> (N, 2) degrees, float64. Row 1 is the header. ValueError as above."""
+    lat, lon = read_columns(path, LATITUDE_COLUMNS, LONGITUDE_COLUMNS)
+    points = np.stack([_numbers(path, "latitude", lat), _numbers(path, "longitude", lon)], axis=1)
+    return check_points(points, path, first_row=2)
+
+
+def read_photos(path, folder=None):
+    """CSV of IMG_ID,LAT,LON beside a folder of images -> Photos; MP-16, YFCC4k, Im2GPS3k and GWS15k have that form.
+
+    folder: default, the CSV's own. An IMG_ID is a file's path in it, with or without .jpg. Rows without a file are
+    left out, counted and listed in notes. Raises ValueError where nothing is left, and as `read_points`.
+    """
+    folder = Path(folder or Path(path).parent)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of images")
+    names, lat, lon = read_columns(path, IMAGE_COLUMNS, LATITUDE_COLUMNS, LONGITUDE_COLUMNS)
+    points = np.stack([_numbers(path, "latitude", lat), _numbers(path, "longitude", lon)], axis=1)
+    points = check_points(points, path, first_row=2)
+    paths = [_image_file(folder, name) for name in names]
+    missing = [name for name, file in zip(names, paths) if file is None]
+    if len(missing) == len(paths):
+        raise ValueError(f"{path}: none of its {len(paths)} images is in {folder} (the first is {names[0]}); give the "
+                         "folder of the images with --images")
+    notes = [f"{path}: {len(missing)} of {len(paths)} images are not in {folder}: {', '.join(missing[:20])}"
+             + (" …" if len(missing) > 20 else "")] if missing else []
+    found = [i for i, file in enumerate(paths) if file is not None]
+    return Photos([paths[i] for i in found], points[found], notes=notes)
+
+
+def _image_file(folder, name):
+    for candidate in (folder / name, folder / f"{name}.jpg"):
+        if name and candidate.is_file():
+            return candidate
+    return None
+
+
+def photos_of_dataset(root, part="database"):
+    """EarthLoc's layout, "database" (all years) or "queries" -> Photos at their footprints' centres, with nadirs."""
+    catalogue = Catalogue.read(root, part)
+    if not len(catalogue):
+        raise ValueError(f"{Path(root) / part}: no .jpg in it; is --dataset_path right?")
+    return Photos([catalogue.root / path for path in catalogue.paths], catalogue.centers, catalogue.nadirs)
+
+
+def find_images(paths):
+    """Files and folders (searched through) -> image files, folders' ones sorted. ValueError where there is none."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"{path}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such image or folder")
+    return found
+
+
+def package_file(*parts):
+    """A file of the installed PyPI package geoclip, found without running its code. RuntimeError if it is not there."""
+    spec = find_spec(GALLERY_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder, *parts)
+        if file.exists():
+            return file
+    raise RuntimeError(f"{'/'.join((GALLERY_PACKAGE, *parts))} not found: the published weights and the gallery of "
+                       f"100,000 points come with pip install --no-deps {GALLERY_PACKAGE} (only its files are read)")
+
+
+def package_gallery():
+    """The published gallery -> (100000, 2) degrees. RuntimeError without the package."""
+    return read_points(package_file("model", "gps_gallery", "coordinates_100K.csv"))
+
+
+def grid_points(spacing_km, land_only=False):
+    """Points about spacing_km apart over the whole Earth, on parallels with as many points as fit -> (N, 2) degrees.
+
+    land_only keeps those on land. Raises ValueError where the spacing leaves no or too many points.
+    """
+    if not 2 <= spacing_km <= 5000:
+        raise ValueError(f"a gallery grid of {spacing_km:g} km: choose 2 to 5000")
+    rows = int(np.ceil(np.pi * geo.EARTH_RADIUS_KM / spacing_km))
+    lats = (np.arange(rows) + 0.5) / rows * 180 - 90
+    counts = np.ceil(2 * np.pi * geo.EARTH_RADIUS_KM * np.cos(np.radians(lats)) / spacing_km).astype(int)
+    points = np.concatenate([np.stack([np.full(count, lat), (np.arange(count) + 0.5) / count * 360 - 180], axis=1)
+                             for lat, count in zip(lats, counts)])
+    if land_only:
+        from global_land_mask import globe  # loads a mask of 1 GB, so only where it is used
+
+        points = points[globe.is_land(points[:, 0], points[:, 1])]
+    return points
+
+
+def gallery_points(spec, training=None):
+    """--gallery -> (N, 2) degrees: "package", "train" (the given training coordinates), "grid:KM", "land:KM", or CSV.
+
+    Raises ValueError, FileNotFoundError or RuntimeError that says what to give instead.
+    """
+    if spec == "package":
+        return package_gallery()
+    if spec == "train":
+        if training is None or not len(training):
+            raise ValueError("--gallery train: these weights carry no training coordinates; give a CSV with LAT,LON, "
+                             "grid:KM or package")
+        return check_points(training, "training gallery")
+    kind, _, spacing = spec.partition(":")
+    if kind in ("grid", "land") and not Path(spec).exists():
+        try:
+            return grid_points(float(spacing), land_only=kind == "land")
+        except ValueError as error:
+            raise ValueError(f"--gallery {spec}: {error}; for example {kind}:100 for a point every 100 km") from None
+    return read_points(spec)
+
+
+def distinct_points(points, limit, seed=0):
+    """(N, 2) -> its distinct rows, sorted, as float32; a random `limit` of them where there are more."""
+    distinct = np.unique(np.asarray(points, dtype=np.float32), axis=0)
+    if len(distinct) > limit:
+        distinct = distinct[np.sort(np.random.default_rng(seed).choice(len(distinct), limit, replace=False))]
+    return distinct
+
+
+def add_noise(points, sigma_m, rng):
+    """Moves each point (N, 2) by a Gaussian step of sigma_m metres a direction on the sphere -> (N, 2) degrees.
+
+    In the tangent plane, so that it is the same near a pole and across the antimeridian.
+    """
+    up = geo.to_unit_vectors(points)
+    lon = np.radians(np.asarray(points, dtype=np.float64)[:, 1])
+    east = np.stack([-np.sin(lon), np.cos(lon), np.zeros_like(lon)], axis=-1)
+    north = np.cross(up, east)
+    steps = rng.normal(0, sigma_m / 1000 / geo.EARTH_RADIUS_KM, (len(up), 2))
+    return geo.from_unit_vectors(up + steps[:, :1] * east + steps[:, 1:] * north)

@@ -1,0 +1,94 @@
+"""Where were these photos taken? python predict_geoclip.py IMAGE_OR_FOLDER … --top_k 3
+
+Leaves predictions.json, .csv and .geojson and world maps. Without --resume the published weights of the installed
+PyPI package are used (pip install --no-deps geoclip), with its gallery of 100,000 places.
+"""
+
+import csv
+import json
+import logging
+
+import numpy as np
+
+from datasets.gps import check_points, find_images
+from eval_geoclip import add_model_flags, load_model_and_gallery
+from utils import figures
+from utils.arguments import make_parser, run
+from utils.geolocation import check_top_k, embed_photos, locate, nadir_bias
+from utils.logs import make_log_dir, setup_logging
+from utils.precision import default_precision, require_device
+from utils.world_map import candidates_map
+
+CSV_FIELDS = ("image", "rank", "latitude", "longitude", "probability")
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
+    add_model_flags(parser)
+    parser.add_argument("--top_k", type=int, default=3, help="places for each photo")
+    parser.add_argument("--near", type=float, nargs=2, metavar=("LAT", "LON"), help="only places near this one, for "
+                        "example the nadir of the photos; degrees")
+    parser.add_argument("--near_km", type=float, default=2500, help="how near; astronauts see 2500 km")
+    parser.add_argument("--maps", type=int, default=50, help="world maps to draw, one a photo")
+    parser.add_argument("--log_dir", default="predict_geoclip", help="results go to logs/LOG_DIR/date_time")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    device = require_device(args.device)
+    precision = default_precision(device) if args.precision == "auto" else args.precision
+    paths = find_images(args.inputs)
+    near = None if args.near is None else check_points([args.near], "--near")
+    folder = make_log_dir(args.log_dir)
+    setup_logging(folder, args)
+    model, points, gallery, _ = load_model_and_gallery(args, device)
+    check_top_k(args.top_k, len(points))
+    embeddings, failures = embed_photos(model, paths, args.batch_size, args.num_workers, device, precision, args.crops)
+    for _, error in failures:
+        logging.info(f"left out: {error}")
+    if len(failures) == len(paths):
+        raise ValueError(f"none of the {len(paths)} images could be read, see above")
+    if failures:
+        logging.info(f"{len(failures)} of {len(paths)} images could not be read and are left out")
+    readable = np.setdiff1d(np.arange(len(paths)), [row for row, _ in failures])
+    paths = [paths[row] for row in readable]
+    bias = None if near is None else nadir_bias(np.repeat(near, len(paths), axis=0), points, args.near_km)
+    rows, probabilities = locate(embeddings[readable], gallery, model.scale.item(), args.top_k, bias)
+    predictions = as_predictions(paths, points[rows], probabilities)
+    write_predictions(folder, predictions)
+    for number, (path, found, shares) in enumerate(zip(paths, points[rows], probabilities)):
+        described = ", ".join(f"{lat:.4f} {lon:.4f} ({100 * share:.2f} %)" for (lat, lon), share in zip(found, shares))
+        logging.info(f"{path}: {described}")
+        if number < args.maps:
+            labels = [f"{100 * share:.2f} %" for share in shares]
+            figures.save(candidates_map(found, labels, path.name), folder / f"map_{number:04d}.jpg")
+    logging.info(f"{len(paths)} photos, a gallery of {len(points)} places; predictions and maps are in {folder}")
+    return predictions
+
+
+def as_predictions(paths, found, probabilities):
+    """Paths (N), points (N, k, 2) degrees, probabilities (N, k) -> a list of dicts, one a place, best first."""
+    return [{"image": str(path), "rank": rank + 1, "latitude": round(float(lat), 6), "longitude": round(float(lon), 6),
+             "probability": float(share)}
+            for path, places, shares in zip(paths, found, probabilities)
+            for rank, ((lat, lon), share) in enumerate(zip(places, shares))]
+
+
+def write_predictions(folder, predictions):
+    """-> predictions.json, predictions.csv, and predictions.geojson (points, longitude first as RFC 7946 wants)."""
+    (folder / "predictions.json").write_text(json.dumps(predictions, indent=2) + "\n")
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, CSV_FIELDS)
+        writer.writeheader()
+        writer.writerows(predictions)
+    features = [{"type": "Feature",
+                 "geometry": {"type": "Point", "coordinates": [each["longitude"], each["latitude"]]},
+                 "properties": {key: each[key] for key in ("image", "rank", "probability")}} for each in predictions]
+    collection = {"type": "FeatureCollection", "features": features}
+    (folder / "predictions.geojson").write_text(json.dumps(collection) + "\n")
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    run(main, arguments)

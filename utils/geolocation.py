@@ -1,0 +1,199 @@
+"""Photos -> embeddings -> the nearest coordinates of a gallery -> distances and shares within 2500 … 1 km."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as transforms
+from tqdm import tqdm
+
+from datasets.images import read_image
+from utils import geo
+from utils.precision import autocast
+
+THRESHOLDS_KM = (2500, 750, 200, 25, 1)  # continent, country, region, city, street (paper, sec. 4)
+CROPS = ("one", "ten", "turns")
+
+
+def read_photo(path, size, fit):
+    """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP)."""
+    if fit == "squash":
+        return read_image(path, size)
+    # Through PIL, as CLIP was trained: torchvision's resize of a tensor is off by up to 13 grey levels at edges.
+    image = transforms.resize(transforms.to_pil_image(read_image(path)), size, transforms.InterpolationMode.BICUBIC)
+    return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
+
+
+class PhotoFiles(Dataset):
+    """Paths -> (row, uint8 (3, size, size), error). An unreadable file says so and gives no pixels to use."""
+
+    def __init__(self, paths, size, fit):
+        self.paths, self.size, self.fit = [str(path) for path in paths], size, fit
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, row):
+        try:
+            return row, read_photo(self.paths[row], self.size, self.fit), ""
+        except (ValueError, OSError) as error:
+            return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
+
+
+def views_of(images, size, crops):
+    """(B, 3, H, W) -> list of (B, 3, size, size) that are embedded and averaged.
+
+    "ten": four corners and the middle, mirrored as well (paper's ten-crop). "turns": four rotations, for photos from
+    orbit, which have no up and must not be mirrored.
+    """
+    if crops == "ten":
+        return list(transforms.ten_crop(images, [size, size]))
+    if crops == "turns":
+        return [torch.rot90(images, turn, dims=(-2, -1)) for turn in range(4)]
+    return [images]
+
+
+@torch.inference_mode()
+def embed_photos(model, paths, batch_size=32, num_workers=0, device="cpu", precision="fp32", crops="one",
+                 progress=True):
+    """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures: a list of (row, what happened).
+
+    crops: see `views_of`; the views' embeddings are averaged, which averages their logits.
+    """
+    if crops not in CROPS:
+        raise ValueError(f"--crops {crops}: choose one of {', '.join(CROPS)}")
+    device, size = torch.device(device), model.image_encoder.image_size
+    margin = round(size * 8 / 7) if crops == "ten" else size  # 256 for crops of 224
+    loader = DataLoader(PhotoFiles(paths, margin, model.image_encoder.fit), batch_size=batch_size,
+                        num_workers=num_workers, pin_memory=device.type == "cuda")
+    was_training = model.training
+    model.eval()
+    embeddings, failures = np.full((len(paths), 512), np.nan, dtype=np.float32), []
+    try:
+        for rows, images, errors in tqdm(loader, desc="embedding photos", disable=not progress, leave=False):
+            images = images.to(device, non_blocking=True).float() / 255
+            total = 0
+            for view in views_of(images, size, crops):
+                with autocast(device, precision):
+                    total = total + model.embed_images(view)
+            embeddings[rows.numpy()] = (total / len(views_of(images[:1], size, crops))).cpu().numpy()
+            failures += [(int(row), error) for row, error in zip(rows, errors) if error]
+    finally:
+        model.train(was_training)
+    embeddings[[row for row, _ in failures]] = np.nan
+    return embeddings, failures
+
+
+@torch.inference_mode()
+def embed_gallery(location_encoder, points, device="cpu", block=4096, progress=True):
+    """(N, 2) degrees -> (N, 512) float32 of unit length. Some 100,000 points take most of a minute on two cores."""
+    if not len(points):
+        raise ValueError("the gallery is empty: no coordinates to choose from")
+    parts = []
+    for start in tqdm(range(0, len(points), block), desc="embedding gallery", disable=not progress, leave=False):
+        part = torch.as_tensor(np.asarray(points[start:start + block]), dtype=torch.float32, device=device)
+        parts.append(torch.nn.functional.normalize(location_encoder(part), dim=1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def fingerprint(location_encoder, points):
+    """Weights and gallery -> the name under which the gallery's embeddings are kept."""
+    digest = hashlib.sha256()
+    for key, value in sorted(location_encoder.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().float().numpy().tobytes())
+    digest.update(np.asarray(points, dtype=np.float32).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def cached_gallery(location_encoder, points, cache_dir, device="cpu", progress=True):
+    """As `embed_gallery`, kept in cache_dir/{fingerprint}.npy; None: not kept. A damaged file is made again."""
+    if cache_dir is None:
+        return embed_gallery(location_encoder, points, device, progress=progress)
+    path = Path(cache_dir) / f"{fingerprint(location_encoder, points)}.npy"
+    if path.is_file():
+        try:
+            embeddings = np.load(path, allow_pickle=False)
+            if embeddings.shape == (len(points), 512) and embeddings.dtype == np.float32:
+                return embeddings
+        except (ValueError, OSError, EOFError):
+            pass
+        logging.warning(f"{path}: damaged, the gallery is embedded again")
+    embeddings = embed_gallery(location_encoder, points, device, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, embeddings)
+    os.replace(temporary, path)
+    return embeddings
+
+
+def check_top_k(top_k, size):
+    """ValueError where top_k places cannot be picked from a gallery of that size: to be called before long work."""
+    if not 1 <= top_k <= size:
+        raise ValueError(f"--top_k {top_k}: must be between 1 and the gallery's {size} points")
+
+
+def locate(embeddings, gallery, scale, top_k=1, bias=None, block=256):
+    """Photo embeddings (Q, 512), gallery embeddings (N, 512), scale -> rows (Q, k) of the gallery and probabilities.
+
+    Probabilities are a softmax over the whole gallery, best first. bias: function of a slice of photos -> (q, N), added
+    to the logits: log of what is known beforehand, such as the nadir. Raises ValueError on NaN embeddings, and where
+    top_k is larger than the gallery.
+    """
+    check_top_k(top_k, len(gallery))
+    if not np.isfinite(embeddings).all():
+        raise ValueError(f"{int((~np.isfinite(embeddings).all(axis=1)).sum())} photos have no finite embedding: leave "
+                         "out those that could not be read")
+    gallery = torch.as_tensor(gallery)
+    rows = np.zeros((len(embeddings), top_k), dtype=np.int64)
+    probabilities = np.zeros((len(embeddings), top_k), dtype=np.float32)
+    for start in range(0, len(embeddings), block):
+        part = slice(start, min(start + block, len(embeddings)))
+        logits = scale * (torch.as_tensor(embeddings[part]) @ gallery.T)
+        if bias is not None:
+            logits = logits + torch.as_tensor(bias(part), dtype=torch.float32)
+        best, where = logits.softmax(dim=1).topk(top_k, dim=1)
+        rows[part], probabilities[part] = where.numpy(), best.numpy()
+    return rows, probabilities
+
+
+def nadir_bias(nadirs, points, radius_km):
+    """For `locate`: only points within radius_km of the photo's nadir. (Q, 2), (N, 2) degrees -> function.
+
+    A photo with no such point keeps all of them.
+    """
+    nadir_vectors, vectors = geo.to_unit_vectors(nadirs), geo.to_unit_vectors(points)
+    limit = np.cos(min(radius_km / geo.EARTH_RADIUS_KM, np.pi))
+
+    def bias(part):
+        far = nadir_vectors[part] @ vectors.T < limit
+        far[far.all(axis=1)] = False
+        return np.where(far, -np.inf, 0)
+
+    return bias
+
+
+def accuracy(distances_km, thresholds=THRESHOLDS_KM):
+    """(Q,) km -> {km: percent of photos not farther off}. Raises ValueError on no photos or NaN."""
+    distances_km = np.asarray(distances_km, dtype=np.float64)
+    if not len(distances_km):
+        raise ValueError("accuracy over no photos: were all of them left out?")
+    if not np.isfinite(distances_km).all():
+        raise ValueError("accuracy: a distance is not a number")
+    return {km: 100 * float((distances_km <= km).mean()) for km in thresholds}
+
+
+def accuracy_lines(distances_km, thresholds=THRESHOLDS_KM):
+    """The log's lines, as their readers parse them: `Accuracy at 2500 km: 67.77`; then the median."""
+    lines = [f"Accuracy at {km:g} km: {share:.2f}" for km, share in accuracy(distances_km, thresholds).items()]
+    return lines + [f"Median error: {np.median(distances_km):.1f} km"]
+
+
+def mean_point(points):
+    """(N, 2) degrees -> (2,): the point nearest to all on the sphere, in the sense of the mean unit vector."""
+    return geo.from_unit_vectors(geo.to_unit_vectors(points).mean(axis=0))
