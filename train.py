@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from augmentations.year_wise import GROUPS, Augmentation
+from augmentations.year_wise import GROUPS
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
@@ -22,7 +22,8 @@ from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import EarthLoc, ModelConfig, build_model
 from utils import figures
-from utils.arguments import add_model_arguments, make_parser, model_config, run as run_script
+from utils.arguments import (add_augmentation_arguments, add_model_arguments, augmentation_of, make_parser,
+                             model_config, run as run_script)
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.clustering import cluster
 from utils.evaluation import evaluate
@@ -46,20 +47,7 @@ def parse_arguments(argv=None):
     batches.add_argument("--num_clusters", type=int, default=200)
     batches.add_argument("--recluster_every", type=int, default=5000, help="iterations")
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
-    augmentation.add_argument("--augmentation", choices=GROUPS, default="year", help="what shares one random draw")
-    augmentation.add_argument("--rotation", type=float, default=45.0, help="degrees")
-    augmentation.add_argument("--perspective", type=float, default=0.5, help="distortion scale")
-    augmentation.add_argument("--min_crop", type=float, default=0.7, help="smallest crop, as a share of the largest")
-    augmentation.add_argument("--aspect", type=float, default=1.0, help="largest stretch of one side against the other")
-    augmentation.add_argument("--brightness", type=float, default=0.9)
-    augmentation.add_argument("--contrast", type=float, default=0.9)
-    augmentation.add_argument("--saturation", type=float, default=0.9)
-    augmentation.add_argument("--hue", type=float, default=0.0)
-    augmentation.add_argument("--clouds", type=float, default=0.0, help="largest share of an image under clouds")
-    augmentation.add_argument("--haze", type=float, default=0.0, help="largest opacity of the air")
-    augmentation.add_argument("--exposure", type=float, default=0.0,
-                              help="largest strength of a camera's automatic exposure; with any of these three, half of "
-                                   "the images become such photos")
+    add_augmentation_arguments(augmentation, GROUPS)
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
     loss.add_argument("--loss", choices=("multi_similarity", "contrastive"), default="multi_similarity")
     loss.add_argument("--neutral", choices=("on", "off"), default="on",
@@ -328,9 +316,7 @@ def main(args):
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
     loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
     validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
-    augment = Augmentation(args.image_size, args.augmentation, args.rotation, args.perspective, args.min_crop,
-                           args.aspect, args.brightness, args.contrast, args.saturation, args.hue,
-                           args.clouds, args.haze, args.exposure)
+    augment = augmentation_of(args, args.image_size)
 
     if args.resume:
         run = resume_run(args.resume, args.lr, device)

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from augmentations.year_wise import Augmentation
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import Photos, add_noise, distinct_points, photos_of_dataset, read_photos
 from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_queue, neutral_mask
@@ -26,7 +25,7 @@ from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
 from utils import figures, geo
-from utils.arguments import make_parser, run
+from utils.arguments import add_augmentation_arguments, augmentation_of, make_parser, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils.logs import Meter, make_log_dir, setup_logging
@@ -63,21 +62,12 @@ def parse_arguments(argv=None):
     loss.add_argument("--neutral_km", type=float, default=0.0, help="coordinates nearer than this to a photo's own are "
                                                                     "no negatives of it; 0: the paper's loss")
     augmentation = parser.add_argument_group("augmentation, drawn for each image")
-    augmentation.add_argument("--augmentation", choices=("image", "none"), default="image")
+    add_augmentation_arguments(augmentation, ("image", "none"), augmentation="image", rotation=0.0, perspective=0.0,
+                               min_crop=0.5, aspect=1.3, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     augmentation.add_argument("--turns", choices=("on", "off"), default="off",
                               help="on: also turn by 0, 90, 180 or 270 degrees, for photos from orbit")
     augmentation.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for "
                                                                                   "photos from orbit")
-    augmentation.add_argument("--rotation", type=float, default=0.0, help="degrees")
-    augmentation.add_argument("--perspective", type=float, default=0.0, help="distortion scale")
-    augmentation.add_argument("--min_crop", type=float, default=0.5, help="smallest crop, as a share of the largest")
-    augmentation.add_argument("--aspect", type=float, default=1.3, help="largest stretch of one side against the other")
-    augmentation.add_argument("--brightness", type=float, default=0.4)
-    augmentation.add_argument("--contrast", type=float, default=0.4)
-    augmentation.add_argument("--saturation", type=float, default=0.4)
-    augmentation.add_argument("--hue", type=float, default=0.1)
-    augmentation.add_argument("--clouds", type=float, default=0.0, help="largest share of an image under clouds")
-    augmentation.add_argument("--haze", type=float, default=0.0, help="largest opacity of the air")
     steps = parser.add_argument_group("optimisation (paper, sec. 4)")
     steps.add_argument("--batch_size", type=int, default=512, help="images, over all processes")
     steps.add_argument("--iterations", type=int, default=50_000)
@@ -275,8 +265,7 @@ def main(args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     gallery = distinct_points(training.points, 100_000, args.seed)
     encoder, size = model.image_encoder, model.image_encoder.image_size
-    augment = Augmentation(size, args.augmentation, args.rotation, args.perspective, args.min_crop, args.aspect,
-                           args.brightness, args.contrast, args.saturation, args.hue, args.clouds, args.haze)
+    augment = augmentation_of(args, size)
     source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
     schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, rank, processes, iteration)
     own = np.arange(args.batch_size)[schedule.own()]

@@ -6,11 +6,14 @@ import pytest
 
 import eval
 import train
+import train_geoclip
+from augmentations.year_wise import Augmentation
 from models.earthloc import ModelConfig
-from utils.arguments import model_config, run
+from utils.arguments import augmentation_of, model_config, run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESETS = sorted((REPOSITORY / "presets").glob("*.args"))
+GEOCLIP = [path for path in PRESETS if path.name.startswith("geoclip")]
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +21,22 @@ def at_home(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
 
 
-@pytest.mark.parametrize("preset", [path.name for path in PRESETS])
+@pytest.mark.parametrize("preset", [path.name for path in PRESETS if path not in GEOCLIP])
 def test_presets_parse_and_describe_a_model(preset):
     assert isinstance(model_config(train.parse_arguments([f"@presets/{preset}"])), ModelConfig)
+
+
+@pytest.mark.parametrize("preset", [path.name for path in GEOCLIP])
+def test_presets_of_geoclip_parse(preset):
+    args = train_geoclip.parse_arguments([f"@presets/{preset}"])
+    assert augmentation_of(args, 96).size == 96 and args.queue_size > 0
+
+
+def test_augmentation_flags_reach_the_augmentation():
+    args = train.parse_arguments(["--rotation", "1", "--hue", "0.2", "--clouds", "0.3", "--haze", "0.4", "--exposure",
+                                  "0.5", "--aspect", "1.1", "--min_crop", "0.6", "--perspective", "0.1",
+                                  "--brightness", "0.7", "--contrast", "0.8", "--saturation", "0.9"])
+    assert augmentation_of(args, 64) == Augmentation(64, "year", 1.0, 0.1, 0.6, 1.1, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.5)
 
 
 def test_the_papers_preset_is_the_default_recipe():

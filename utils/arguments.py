@@ -1,9 +1,10 @@
-"""What the scripts' command lines share: flags files (@presets/paper.args) and the model's flags."""
+"""What the scripts' command lines share: flags files (@presets/paper.args), the model's and the augmentation's flags."""
 
 import argparse
 import shlex
 import sys
 
+from augmentations.year_wise import Augmentation
 from models.backbone import BACKBONES
 from models.earthloc import AGGREGATORS, ModelConfig
 
@@ -37,6 +38,30 @@ def add_model_arguments(parser):
     group.add_argument("--mix_channels", type=int, help="MixVPR's output channels; default: descriptor_dim / out_rows")
     group.add_argument("--out_rows", type=int, default=4, help="rows of MixVPR's output")
     group.add_argument("--gem_grid", type=int, default=1, help="GeM pools over so many cells a side")
+
+
+def add_augmentation_arguments(group, groups, **defaults):
+    """Flags of augmentations.year_wise.Augmentation, with other defaults where given."""
+    group.add_argument("--augmentation", choices=groups, default=defaults.get("augmentation", "year"),
+                       help="what shares one random draw")
+    for name, default, text in (
+            ("rotation", 45.0, "degrees"), ("perspective", 0.5, "distortion scale"),
+            ("min_crop", 0.7, "smallest crop, as a share of the largest"),
+            ("aspect", 1.0, "largest stretch of one side against the other"),
+            ("brightness", 0.9, "of the colour jitter"), ("contrast", 0.9, "of the colour jitter"),
+            ("saturation", 0.9, "of the colour jitter"), ("hue", 0.0, "of the colour jitter"),
+            ("clouds", 0.0, "largest share of an image under clouds; with any of clouds, haze and exposure, half of the "
+                            "images become photos of that kind"),
+            ("haze", 0.0, "largest opacity of the air"),
+            ("exposure", 0.0, "largest strength of a camera's automatic exposure")):
+        group.add_argument(f"--{name}", type=float, default=defaults.get(name, default), help=text)
+
+
+def augmentation_of(args, size):
+    """Parsed flags -> Augmentation to images of size × size."""
+    names = ("rotation", "perspective", "min_crop", "aspect", "brightness", "contrast", "saturation", "hue", "clouds",
+             "haze", "exposure")
+    return Augmentation(size, args.augmentation, **{name: getattr(args, name) for name in names})
 
 
 def model_config(args):
