@@ -287,7 +287,7 @@ def make_clusters(model, regions, period, args, device, precision):
     model.train()
     if failures:
         raise ValueError(failures[0][1])
-    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period)
+    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period, device)
 
 
 def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
