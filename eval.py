@@ -27,7 +27,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--rotate", choices=("database", "queries"), default="database",
                         help="what the rotations are of; queries: a quarter of the descriptors to make, keep and search")
     parser.add_argument("--search", choices=SEARCHES, default="exact",
-                        help="exact; flat: exact as well, in plain float32")
+                        help="exact; flat: exact as well, in plain float32; compressed: little memory, may miss neighbours")
     parser.add_argument("--descriptors", default="logs/descriptors",
                         help="folder where descriptors are kept, so that none is made twice; none: in memory only")
     parser.add_argument("--batch_size", type=int, default=32, help="images described at a time")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils import search as searches
-from utils.search import ExactSearch, FlatSearch, make_search
+from utils.search import CompressedSearch, ExactSearch, FlatSearch, make_search
 
 KINDS = ("flat", "exact", "exact bfloat16", "exact float16")
 
@@ -143,5 +143,70 @@ def test_without_hardware_for_low_precision_exact_is_flat(monkeypatch):
     assert isinstance(make_search("exact", database), FlatSearch)
     monkeypatch.setattr(searches, "low_precision", lambda device: torch.bfloat16)
     assert isinstance(make_search("exact", database), ExactSearch)
-    with pytest.raises(ValueError, match="--search fast: unknown; choose one of exact, flat"):
+    with pytest.raises(ValueError, match="--search fast: unknown; choose one of exact, flat, compressed"):
         make_search("fast", database)
+
+
+@pytest.fixture(scope="module")
+def compressed():
+    """12,000 photos in 48 values, 24 of them kept; built once."""
+    database, queries = photos(12_000, 48, 60, seed=5)
+    return database, queries, CompressedSearch(database, dim=24, lists=32, probes=12, exact_below=500)
+
+
+def test_compressed_finds_nearly_all_and_scores_them_exactly(compressed):
+    database, queries, index = compressed
+    rows = np.random.default_rng(3).permutation(12_000)[:5000]
+    for chosen in (None, np.sort(rows), rows):
+        scores, indices = index.search(queries, 10, chosen)
+        right_scores, right = expected(database, queries, 10, chosen)
+        among = database if chosen is None else database[chosen]
+        products = np.einsum("qkd,qd->qk", among[indices].astype(np.float64), queries.astype(np.float64))
+        assert scores == pytest.approx(products, abs=1e-6) and (np.diff(scores, axis=1) <= 0).all()
+        assert (indices[:, 0] == right[:, 0]).mean() >= 0.95
+        assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices.tolist(), right.tolist())]) > 0.85
+        assert all(len(set(row)) == 10 for row in indices.tolist())
+    assert index.bytes_in_memory < 0.75 * database.nbytes  # 24 bytes and a number of 8, of 96, and the lists' centers
+
+
+def test_compressed_reading_everything_is_exact(compressed):
+    """All components, all lists, and as many re-scored as it takes: the flat result."""
+    database, queries, _ = compressed
+    index = CompressedSearch(database[:3000], dim=48, lists=4, probes=4, rescored=300, exact_below=0)
+    agree(index.search(queries, 8), expected(database[:3000], queries, 8))
+    rows = np.arange(0, 3000, 2)
+    found = CompressedSearch(database[:3000], dim=48, lists=4, probes=4, rescored=150, exact_below=0)
+    agree(found.search(queries, 8, rows), expected(database[:3000], queries, 8, rows))
+
+
+def test_compressed_is_exact_in_a_small_part_and_where_there_is_little(compressed):
+    database, queries, index = compressed
+    rows = np.arange(100, 400)
+    agree(index.search(queries, 30, rows), expected(database, queries, 30, rows))
+    scores, indices = index.search(queries, 9, [5, 3])
+    assert np.array_equal(np.sort(indices[:, :2], axis=1), np.tile([0, 1], (60, 1))) and (indices[:, 2:] == -1).all()
+    assert index.search(queries[:0], 3)[0].shape == (0, 3)
+    assert not isinstance(make_search("compressed", database[:4999]), CompressedSearch)
+    assert isinstance(make_search("compressed", database[:5000]), CompressedSearch)
+
+
+def test_compressed_refuses_nan_unless_its_row_is_left_out(compressed):
+    database, queries, _ = compressed
+    database = database[:6000].copy()
+    database[[0, 77], 3] = np.nan
+    index = CompressedSearch(database, dim=24, lists=16, probes=16, exact_below=100)
+    with pytest.raises(ValueError, match="2 database descriptors are not finite.*row 0"):
+        index.search(queries, 2)
+    rows = np.delete(np.arange(6000), [0, 77])
+    scores, indices = index.search(queries, 5, rows)
+    assert np.isfinite(scores).all() and (indices[:, 0] == expected(database, queries, 1, rows)[1][:, 0]).mean() > 0.9
+    with pytest.raises(ValueError, match="1 query descriptors are not finite"):
+        index.search(np.full((1, 48), np.nan), 5, rows)
+    with pytest.raises(ValueError, match="diverged"):
+        CompressedSearch(np.full((6000, 8), np.nan, dtype=np.float16))
+
+
+def test_compressed_is_built_the_same_way_twice(compressed):
+    database, queries, index = compressed
+    again = CompressedSearch(database, dim=24, lists=32, probes=12, exact_below=500)
+    assert np.array_equal(index.search(queries, 20)[1], again.search(queries, 20)[1])

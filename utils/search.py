@@ -1,25 +1,29 @@
 """Nearest neighbours by inner product behind one interface: search(queries, k, rows) -> scores, indices.
 
 FlatSearch multiplies in float32 and is what the others are compared with. ExactSearch finds candidates in low
-precision, as fast as the hardware multiplies, and comes to the same result.
+precision, as fast as the hardware multiplies, and comes to the same result. CompressedSearch needs little memory and
+looks at a part of the database only: it may miss some neighbours.
 """
 
 import numpy as np
 import torch
 
-SEARCHES = ("exact", "flat")
+SEARCHES = ("exact", "flat", "compressed")
+MIN_COMPRESSED = 5_000  # rows: below that there is nothing to gain, and too little to learn a compression from
 
 
 def make_search(kind, database, device="cpu"):
-    """"flat" or "exact", database (M, D) float32 or float16, may be a memory map -> object to search with.
+    """"flat", "exact" or "compressed", database (M, D) float32 or float16, may be a memory map -> object to search with.
 
     Its search(queries (Q, D), k, rows=None) gives scores (Q, k) and indices (Q, k), best first. rows (m,) restricts it
     to those rows without copying the database; indices then count in rows. Where fewer than k are found the score is
     -inf and the index -1. Raises ValueError on a value that is not finite. Where the device does not multiply in low
-    precision, "exact" is "flat".
+    precision, "exact" is "flat"; a database too small to compress is searched exactly.
     """
     if kind not in SEARCHES:
         raise ValueError(f"--search {kind}: unknown; choose one of {', '.join(SEARCHES)}")
+    if kind == "compressed" and len(database) >= MIN_COMPRESSED:
+        return CompressedSearch(database)
     dtype = low_precision(device)
     return FlatSearch(database) if kind == "flat" or dtype is None else ExactSearch(database, device, dtype)
 
@@ -146,6 +150,79 @@ class ExactSearch:
         factors = 6 * unit * (2 / 3) ** 0.5 * np.abs(queries).max(axis=1, initial=0) * self.longest
         factors = np.minimum(factors, 2 * unit * length)  # by Cauchy and Schwarz it is never more
         return factors + unit * np.abs(low).max(axis=1) + queries.shape[1] ** 0.5 * 2.0 ** -23 * length
+
+
+class CompressedSearch:
+    """Few bytes a vector in memory, candidates from a part of it, re-scored in float32 from the database on disk.
+
+    The first `dim` principal components are kept, as one byte each, in lists around `lists` centers of k-means; a
+    search reads the `probes` lists nearest to the query (faiss's IVF and SQ8) and re-scores its best candidates, at
+    least `rescored` of them. Scores are exact, but neighbours may be missed. A small part of the database (rows) is
+    searched exactly. Learned and built on the CPU, the same way for the same database.
+    """
+
+    def __init__(self, database, dim=512, lists=None, probes=None, rescored=200, exact_below=20_000, block=8192):
+        import faiss
+
+        self.database, self.rescored, self.exact_below = database, rescored, exact_below
+        count = len(database)
+        dim = min(dim, database.shape[1])
+        lists = lists or int(max(16, min(4096, 1.5 * count ** 0.5)))
+        self.probes = probes or max(8, lists // 16)
+        sample = np.unique(np.linspace(0, count - 1, min(count, 32_768)).astype(np.int64))
+        sample = np.asarray(database[sample], dtype=np.float32)
+        sample = torch.from_numpy(sample[np.isfinite(sample).all(axis=1)])
+        if not len(sample):
+            raise ValueError("--search compressed: no descriptor of the database is finite; has the model diverged?")
+        self.mean = sample.mean(0)
+        sample -= self.mean
+        self.axes = torch.linalg.eigh(sample.T @ sample)[1][:, -dim:].contiguous()
+        self.index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        self.index.cp.seed, self.index.cp.niter, self.index.cp.max_points_per_centroid = 0, 10, 64
+        self.index.cp.min_points_per_centroid = 1
+        self.index.train((sample @ self.axes).numpy())
+        self.bad = np.zeros(count, dtype=bool)
+        for start in range(0, count, block):
+            part = torch.from_numpy(np.asarray(database[start:start + block])).float()
+            bad = ~torch.isfinite(part).all(dim=1)
+            part[bad] = self.mean  # holds the row's place; no search gets as far as to return it
+            self.bad[start:start + block] = bad.numpy()
+            self.index.add(((part - self.mean) @ self.axes).numpy())
+
+    @property
+    def bytes_in_memory(self):
+        import faiss
+
+        return faiss.serialize_index(self.index).nbytes + 4 * (self.axes.numel() + self.mean.numel())
+
+    def search(self, queries, k, rows=None):
+        """As `make_search` says, but that neighbours may be missed."""
+        import faiss
+
+        queries = _as_queries(queries)
+        rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
+        _require_finite(self.bad if rows is None else self.bad[rows], "database", rows)
+        count = len(self.database) if rows is None else len(rows)
+        kept = max(self.rescored, 2 * k)
+        if count <= max(self.exact_below, 8 * kept) or not len(queries):
+            return search(self.database, queries, k, rows)
+        chosen = None
+        if rows is not None:
+            inside = np.zeros(len(self.database), dtype=bool)
+            inside[rows] = True
+            bits = np.packbits(inside, bitorder="little")
+            chosen = faiss.IDSelectorBitmap(bits)
+        # The scores of a query all lack the same number, its product with the mean: the order is the same.
+        reduced = (torch.from_numpy(queries) @ self.axes).numpy()
+        _, found = self.index.search(reduced, kept, params=faiss.SearchParametersIVF(sel=chosen, nprobe=self.probes))
+        scores, rescore = np.full(found.shape, -np.inf, dtype=np.float32), _Rescore(self.database, kept)
+        for q, candidates in enumerate(found):
+            there = candidates >= 0
+            scores[q, there] = rescore(candidates[there], queries[q])
+        if rows is not None:
+            order = np.argsort(rows, kind="stable")
+            found = order[np.searchsorted(rows, np.maximum(found, 0), sorter=order).clip(max=count - 1)]
+        return _best(scores, found, k)
 
 
 class _Rescore:
