@@ -25,9 +25,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--log_dir", default="eval", help="results go to logs/LOG_DIR/date_time")
     parser.add_argument("--tta", choices=("4x90", "none"), default="4x90", help="four rotations, or one")
     parser.add_argument("--rotate", choices=("database", "queries"), default="database",
-                        help="what the rotations are of; queries: a quarter of the descriptors to make, keep and search")
+                        help="what is turned; queries: a quarter of the descriptors to make, keep and search")
     parser.add_argument("--search", choices=SEARCHES, default="exact",
-                        help="exact; flat: exact as well, in plain float32; compressed: little memory, may miss neighbours")
+                        help="flat: exact too, in plain float32; compressed: little memory, may miss neighbours")
     parser.add_argument("--descriptors", default="logs/descriptors",
                         help="folder where descriptors are kept, so that none is made twice; none: in memory only")
     parser.add_argument("--batch_size", type=int, default=32, help="images described at a time")

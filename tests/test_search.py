@@ -172,11 +172,10 @@ def test_compressed_finds_nearly_all_and_scores_them_exactly(compressed):
 def test_compressed_reading_everything_is_exact(compressed):
     """All components, all lists, and as many re-scored as it takes: the flat result."""
     database, queries, _ = compressed
-    index = CompressedSearch(database[:3000], dim=48, lists=4, probes=4, rescored=300, exact_below=0)
+    index = CompressedSearch(database[:3000], dim=48, lists=4, probes=4, rescored=1500, exact_below=0)
     agree(index.search(queries, 8), expected(database[:3000], queries, 8))
-    rows = np.arange(0, 3000, 2)
-    found = CompressedSearch(database[:3000], dim=48, lists=4, probes=4, rescored=150, exact_below=0)
-    agree(found.search(queries, 8, rows), expected(database[:3000], queries, 8, rows))
+    rows = np.flatnonzero(np.arange(3000) % 3)
+    agree(index.search(queries, 8, rows), expected(database[:3000], queries, 8, rows))
 
 
 def test_compressed_is_exact_in_a_small_part_and_where_there_is_little(compressed):

@@ -52,7 +52,7 @@ def image_fingerprints(root, paths):
 
 
 def file_name(label, root, fingerprint):
-    """`database_demo_world_1f2e3d4c_0123456789abcdef.f16`: the folder's name and its path's digest, then the model's."""
+    """`database_demo_world_1f2e3d4c_0123456789abcdef.f16`: the folder's name, its path's digest, the model's."""
     root = Path(root).resolve()
     return f"{label}_{root.name}_{hashlib.sha256(str(root).encode()).hexdigest()[:8]}_{fingerprint[:16]}.f16"
 
@@ -90,9 +90,9 @@ class DescriptorFile:
             os.replace(temporary, path)
             kept.path = path
         count, gone = int(kept.described.sum()), 0 if old is None else int((old[0]["image"] != 0).sum())
-        logging.info(f"{path}: {remark}{count} of {len(images)} images are described"
-                     + (f", {gone - count} entries are stale (image changed or gone, or broken)" if gone > count else "")
-                     + (f", {len(images) - count} are described now" if count < len(images) else ""))
+        stale = f", {gone - count} entries are stale (image changed or gone, or broken)" if gone > count else ""
+        rest = f", {len(images) - count} are described now" if count < len(images) else ""
+        logging.info(f"{path}: {remark}{count} of {len(images)} images are described{stale}{rest}")
         return kept
 
     def write(self, rows, descriptors):
@@ -132,7 +132,7 @@ def _make(path, header, shape):
     """An empty file of the full size. The space is reserved: a full disk is an error here, not a crash in the map."""
     size = _data_start(shape[1]) + max(1, int(np.prod(shape))) * 2
     free = shutil.disk_usage(path.parent).free
-    remedy = f"{size / 1e9:.2f} GB for the descriptors; give --descriptors another folder, or none to keep them in memory"
+    remedy = f"{size / 1e9:.2f} GB for the descriptors; give --descriptors another folder, or none to keep no file"
     if size > free:
         raise ValueError(f"{path.parent}: {free / 1e9:.2f} GB are free, fewer than {remedy}")
     with open(path, "wb") as file:

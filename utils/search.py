@@ -13,7 +13,7 @@ MIN_COMPRESSED = 5_000  # rows: below that there is nothing to gain, and too lit
 
 
 def make_search(kind, database, device="cpu"):
-    """"flat", "exact" or "compressed", database (M, D) float32 or float16, may be a memory map -> object to search with.
+    """One of SEARCHES, database (M, D) float32 or float16, may be a memory map -> an object to search with.
 
     Its search(queries (Q, D), k, rows=None) gives scores (Q, k) and indices (Q, k), best first. rows (m,) restricts it
     to those rows without copying the database; indices then count in rows. Where fewer than k are found the score is
@@ -39,8 +39,8 @@ def low_precision(device):
 def search(database, queries, k, rows=None, block=65536):
     """Exact nearest neighbours in float32: database (M, D), queries (Q, D) -> scores (Q, k), indices (Q, k).
 
-    Results, rows and errors as `make_search` says. Works in blocks of database rows, so that a float16 or memory-mapped
-    database needs float32 for one block only.
+    Results, rows and errors as `make_search` says. Works in blocks of database rows, so that a float16 or
+    memory-mapped database needs float32 for one block only.
     """
     import faiss  # loads its own OpenMP: only where it is used
 
@@ -155,20 +155,20 @@ class ExactSearch:
 class CompressedSearch:
     """Few bytes a vector in memory, candidates from a part of it, re-scored in float32 from the database on disk.
 
-    The first `dim` principal components are kept, as one byte each, in lists around `lists` centers of k-means; a
-    search reads the `probes` lists nearest to the query (faiss's IVF and SQ8) and re-scores its best candidates, at
-    least `rescored` of them. Scores are exact, but neighbours may be missed. A small part of the database (rows) is
-    searched exactly. Learned and built on the CPU, the same way for the same database.
+    The first `dim` principal components are kept, four bits for each two of them, in lists around `lists` centers of
+    k-means; a search reads the `probes` lists nearest to the query (faiss's IVF and PQ fast-scan) and re-scores its
+    best candidates, at least `rescored` of them. Scores are exact, but neighbours may be missed. A small part of the
+    database (rows) is searched exactly. Learned and built on the CPU, the same way for the same database.
     """
 
-    def __init__(self, database, dim=512, lists=None, probes=None, rescored=200, exact_below=20_000, block=8192):
+    def __init__(self, database, dim=256, lists=None, probes=None, rescored=200, exact_below=20_000, block=8192):
         import faiss
 
         self.database, self.rescored, self.exact_below = database, rescored, exact_below
         count = len(database)
-        dim = min(dim, database.shape[1])
+        dim = min(dim, database.shape[1] // 2 * 2)
         lists = lists or int(max(16, min(4096, 1.5 * count ** 0.5)))
-        self.probes = probes or max(8, lists // 16)
+        self.probes = probes or max(8, lists // 8)
         sample = np.unique(np.linspace(0, count - 1, min(count, 32_768)).astype(np.int64))
         sample = np.asarray(database[sample], dtype=np.float32)
         sample = torch.from_numpy(sample[np.isfinite(sample).all(axis=1)])
@@ -177,7 +177,7 @@ class CompressedSearch:
         self.mean = sample.mean(0)
         sample -= self.mean
         self.axes = torch.linalg.eigh(sample.T @ sample)[1][:, -dim:].contiguous()
-        self.index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        self.index = faiss.index_factory(dim, f"IVF{lists},PQ{dim // 2}x4fs", faiss.METRIC_INNER_PRODUCT)
         self.index.cp.seed, self.index.cp.niter, self.index.cp.max_points_per_centroid = 0, 10, 64
         self.index.cp.min_points_per_centroid = 1
         self.index.train((sample @ self.axes).numpy())
@@ -204,7 +204,7 @@ class CompressedSearch:
         _require_finite(self.bad if rows is None else self.bad[rows], "database", rows)
         count = len(self.database) if rows is None else len(rows)
         kept = max(self.rescored, 2 * k)
-        if count <= max(self.exact_below, 8 * kept) or not len(queries):
+        if count <= max(self.exact_below, kept) or not len(queries):
             return search(self.database, queries, k, rows)
         chosen = None
         if rows is not None:
@@ -226,8 +226,8 @@ class CompressedSearch:
 
 
 class _Rescore:
-    """Inner products in float32 with some rows of the database. The buffers are used again for each query: fresh memory
-    for each costs many times the arithmetic, and torch widens float16 several times as fast as numpy."""
+    """Inner products in float32 with some rows of the database. The buffers are used again for each query: fresh
+    memory for each costs many times the arithmetic, and torch widens float16 several times as fast as numpy."""
 
     def __init__(self, database, rows):
         self.database = database
