@@ -190,8 +190,8 @@ def measure(database, labels, queries, right, singles, device):
         if first_best is None:
             first_recall, first_best, first_time = recall, best, (batch, cpu)
         print(f"{name:18} {size:12.0f} {size * FULL / 1e9:13.2f} {build:8.1f} {1e3 * one:11.2f} {1e3 * batch:9.2f} "
-              f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} {first_recall - recall:5.2f} "
-              f"{100 * np.mean(best == first_best):8.1f} %", flush=True)
+              f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} "
+              f"{first_recall - recall:5.2f} {100 * np.mean(best == first_best):8.1f} %", flush=True)
         del index
     print(f"GB at 700,000: bytes/vector extrapolated; the float16 file itself is {2 * dim * FULL / 1e9:.2f} GB on "
           f"disk. ms a query, 20 neighbours. At batch 1,000: QPS and CPU time against the first row, and the limit, "
