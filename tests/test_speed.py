@@ -66,9 +66,9 @@ def test_plain_description_agrees_with_the_union(world, checkpoint, tmp_path, ca
 def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = flags(world, checkpoint, tmp_path, "--descriptors", str(tmp_path / "kept"), "--dim", "64")
-    speed_search.main(speed_search.parse_arguments([*common, "--rows", "3000", "--singles", "2"]))
+    speed_search.main(speed_search.parse_arguments([*common, "--rows", "1500", "--singles", "1"]))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("96 real descriptors, 3000 with those around them")
+    assert lines[0].startswith("96 real descriptors, 1500 with those around them")
     rows = {line.split("  ")[0]: line for line in lines[2:]}
     assert all("100.0 %" in rows[name] and " 0.00 " in rows[name] for name in rows if name.startswith(("faiss", "exac")))
     assert any(name == "compressed" for name in rows)

@@ -76,7 +76,10 @@ class DescriptorFile:
         Says in the log what was kept and what has to be described (again). Raises ValueError where the disk is full.
         """
         path, shape = Path(path), (layers, len(images), dim)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder, or none") from None
         header = {"format": FORMAT, "model": fingerprint, "layers": layers, "dim": dim, "dtype": "float16"}
         old, remark = _read(path, header)
         if old is not None and np.array_equal(_expected(old[0], images), images):
