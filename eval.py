@@ -15,7 +15,7 @@ from utils.arguments import add_model_arguments, make_parser, model_config, run
 from utils.evaluation import evaluate, write_predictions, write_results
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
-from utils.retrieval import ROTATIONS
+from utils.retrieval import ROTATIONS, SEARCHES
 
 
 def parse_arguments(argv=None):
@@ -23,7 +23,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--resume", help="checkpoint, or a bare state dict; its shape goes before the model flags")
     parser.add_argument("--dataset_path", required=True, help="folder with database/, queries/ and the intersections")
     parser.add_argument("--log_dir", default="eval", help="results go to logs/LOG_DIR/date_time")
-    parser.add_argument("--tta", choices=("4x90", "none"), default="4x90", help="rotations of the database images")
+    parser.add_argument("--tta", choices=("4x90", "none"), default="4x90", help="four rotations, or one")
+    parser.add_argument("--rotate", choices=("database", "queries"), default="database",
+                        help="what is turned; queries: a quarter of the descriptors to make, keep and search")
+    parser.add_argument("--search", choices=SEARCHES, default="exact",
+                        help="flat: exact too, in plain float32; compressed: little memory, may miss neighbours")
+    parser.add_argument("--descriptors", default="logs/descriptors",
+                        help="folder where descriptors are kept, so that none is made twice; none: in memory only")
     parser.add_argument("--batch_size", type=int, default=32, help="images described at a time")
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +52,8 @@ def main(args):
     model = load_model(args.resume) if args.resume else build_model(model_config(args), args.weights)
     model = model.to(device, memory_format=torch.channels_last).eval()
     result = evaluate(model, data, model.config.image_size, args.batch_size, args.num_workers, device, precision,
-                      ROTATIONS if args.tta == "4x90" else (0,))
+                      ROTATIONS if args.tta == "4x90" else (0,), rotate=args.rotate,
+                      keep=None if args.descriptors == "none" else args.descriptors, search=args.search)
     for line in result.notes + result.lines():
         logging.info(line)
     write_results(folder / "results.json", result, checkpoint=args.resume, dataset=args.dataset_path)

@@ -200,7 +200,7 @@ def make_clusters(model, regions, period, args, device, precision):
                                      args.num_workers, device, precision, label="describing regions")
     if failures:
         raise ValueError(failures[0][1])
-    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period)
+    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period, device)
 
 
 def neutral_pairs(footprints, labels):

@@ -250,3 +250,27 @@ def test_minus_the_public_orientation_is_the_azimuth_of_up():
     up = np.degrees(np.arctan2((lon_b - lon_a) * np.cos(np.radians((lat_a + lat_b) / 2)), lat_b - lat_a))
     assert (orientation_error(-up, queries.orientations) < 45).mean() > 0.7
     assert (orientation_error(up, queries.orientations) < 45).mean() < 0.3
+
+
+def test_turned_queries_find_what_a_turned_database_finds():
+    """Descriptors that turn with the image, (4, 12): layer k is layer 0 moved on by 3 k. Then both ways are the same."""
+    data, rng = make_texas(), np.random.default_rng(4)
+    turned = lambda vectors: np.stack([np.roll(vectors, 3 * k, axis=1) for k in range(4)])
+    images, photos = rng.normal(size=(5, 12)).astype(np.float32), rng.normal(size=(3, 12)).astype(np.float32)
+    rows, turns = np.array([0, 1, 3]), (0, 90, 180, 270)
+    usual = Descriptors(photos, rows, turned(images), np.arange(5), turns)
+    other = Descriptors(turned(photos), rows, images[None], np.arange(5), turns)
+    first, second = (evaluation.score_sets(data, each, ks=(1, 2, 7)) for each in (usual, other))
+    for a, b in zip(first.results, second.results):
+        assert a.scores == pytest.approx(b.scores, abs=1e-6)
+        assert np.array_equal(a.positions, b.positions) and np.array_equal(a.rotations, b.rotations)
+        assert (a.recalls, a.distinct, a.orientation) == (b.recalls, b.distinct, b.orientation)
+        assert (a.positions[:, 20:] == -1).all() and len(set(a.rotations[:, :20].ravel().tolist())) == 4
+
+
+@pytest.mark.parametrize("search", ["exact", "compressed"])
+def test_every_search_scores_as_the_flat_one(search):
+    data, descriptors = hand_made()
+    flat, other = (evaluation.score_sets(data, descriptors, (1, 2), each) for each in ("flat", search))
+    assert [each.recalls for each in flat.results] == [each.recalls for each in other.results]
+    assert np.array_equal(flat["Texas"].positions, other["Texas"].positions)

@@ -10,7 +10,7 @@ import numpy as np
 
 from datasets.evaluation import VALIDATION, EvaluationSet
 from utils import geo, retrieval
-from utils.retrieval import RANKS, ROTATIONS
+from utils.retrieval import RANKS, ROTATIONS, make_search
 
 CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "correct", "km")
 
@@ -18,13 +18,19 @@ CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "co
 @dataclass(frozen=True)
 class Descriptors:
     """Every image of the sets, described once. Row i of queries (Q, D) is catalogue row query_rows[i];
-    database (R, M, D) holds one layer a rotation, column j is catalogue row database_rows[j]."""
+    database (R, M, D) holds one layer a rotation, column j is catalogue row database_rows[j].
+
+    Where the queries are turned instead, queries is (R, Q, D) and database (1, M, D)."""
 
     queries: np.ndarray
     query_rows: np.ndarray
     database: np.ndarray
     database_rows: np.ndarray
     rotations: tuple
+
+    @property
+    def queries_are_turned(self):
+        return self.queries.ndim == 3
 
 
 @dataclass(frozen=True)
@@ -121,37 +127,47 @@ def recall_line(name, described, recalls, title="Recalls"):
 
 
 def evaluate(model, data, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
-             rotations=ROTATIONS, ks=RANKS, progress=True):
+             rotations=ROTATIONS, ks=RANKS, progress=True, rotate="database", keep=None, search="flat"):
     """The whole evaluation: describe the union of the sets once, search and score each set -> Evaluation.
 
-    data: datasets.evaluation.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation.
+    data: datasets.evaluation.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation;
+    rotate="queries" turns these instead. keep: a folder for the descriptors, None for memory. search: one of SEARCHES.
     """
     descriptors, data = describe_sets(model, data, image_size, batch_size, num_workers, device, precision, rotations,
-                                      progress)
-    return score_sets(data, descriptors, ks)
+                                      progress, rotate, keep)
+    return score_sets(data, descriptors, ks, search, device)
 
 
 def describe_sets(model, data, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
-                  rotations=ROTATIONS, progress=True):
+                  rotations=ROTATIONS, progress=True, rotate="database", keep=None):
     """-> Descriptors of the union of the sets, and the data without the images that could not be read."""
     parts, lost = [], []
-    for label, catalogue, rows, turns in (("queries", data.queries, data.query_rows, (0,)),
-                                          ("database", data.database, data.database_rows, tuple(rotations))):
-        described, failures = retrieval.describe(
-            model, [catalogue.root / catalogue.paths[row] for row in rows], image_size, batch_size, num_workers,
-            device, precision, turns, f"describing {label}", progress)
+    rotations, still = tuple(rotations), (0,)
+    for label, catalogue, rows, turns in (
+            ("queries", data.queries, data.query_rows, rotations if rotate == "queries" else still),
+            ("database", data.database, data.database_rows, still if rotate == "queries" else rotations)):
+        paths = [catalogue.paths[row] for row in rows]
+        common = (image_size, batch_size, num_workers, device, precision, turns)
+        if keep is None:
+            described, failures = retrieval.describe(model, [catalogue.root / path for path in paths], *common,
+                                                     f"describing {label}", progress)
+        else:
+            described, failures = retrieval.describe_kept(keep, model, catalogue.root, paths, *common, label, progress)
         parts += [described, rows]
         lost.append((rows[np.array([row for row, _ in failures], dtype=np.int64)], [text for _, text in failures]))
     (bad_queries, query_errors), (bad_database, database_errors) = lost
     if len(bad_queries) or len(bad_database):
         data = data.without(bad_queries, bad_database)
         data.notes.extend(f"left out: {error}" for error in query_errors + database_errors)
-    return Descriptors(parts[0][0], parts[1], parts[2], parts[3], tuple(rotations)), data
+    queries = parts[0] if rotate == "queries" else parts[0][0]
+    return Descriptors(queries, parts[1], parts[2], parts[3], rotations), data
 
 
-def score_sets(data, descriptors, ks=RANKS):
-    """Descriptors of the union -> Evaluation. Each set is a slice of them."""
-    results = [score_set(one, data, descriptors, ks) for one in data.sets]
+def score_sets(data, descriptors, ks=RANKS, search="flat", device="cpu"):
+    """Descriptors of the union -> Evaluation. Each set is a slice of them; search: one of SEARCHES, on the device."""
+    layers, described, dim = descriptors.database.shape
+    index = make_search(search, descriptors.database.reshape(layers * described, dim), device)
+    results = [score_set(one, data, descriptors, ks, index) for one in data.sets]
     notes = list(data.notes)
     for one in data.sets:
         if len(one.database_rows) < max(ks):
@@ -160,17 +176,37 @@ def score_sets(data, descriptors, ks=RANKS):
     return Evaluation(data, results, descriptors.rotations, tuple(ks), notes)
 
 
-def score_set(one, data, descriptors, ks=RANKS):
-    """EvaluationSet -> SetResult. The list is deep enough to hold max(ks) distinct images, whatever repeats."""
-    turns, depth = len(descriptors.rotations), max(ks)
+def search_set(one, descriptors, depth, index):
+    """The ranked list of each query of an EvaluationSet -> scores, positions in database_rows (-1 for none) and
+    rotations of the database image, each (Q, rotations * depth). index: make_search's, over all layers.
+
+    A photo turned by r against an image is the photo against the image turned by -r: the same list from a database
+    of one layer, but for what the model makes of the turned photo.
+    """
+    turns = len(descriptors.rotations)
     query_rows = np.searchsorted(descriptors.query_rows, one.query_rows)
     columns = np.searchsorted(descriptors.database_rows, one.database_rows)
-    layers, described, dim = descriptors.database.shape
-    candidates = (np.arange(layers)[:, None] * described + columns).ravel()
-    scores, entries = retrieval.search(descriptors.database.reshape(layers * described, dim),
-                                       descriptors.queries[query_rows], turns * depth, candidates)
-    positions = np.where(entries < 0, -1, entries % len(columns))
-    rotations = np.array(descriptors.rotations)[np.where(entries < 0, 0, entries // len(columns))]
+    if not descriptors.queries_are_turned:
+        candidates = (np.arange(turns)[:, None] * descriptors.database.shape[1] + columns).ravel()
+        scores, entries = index.search(descriptors.queries[query_rows], turns * depth, candidates)
+        positions, turn = entries % len(columns), entries // len(columns)
+        rotations = np.array(descriptors.rotations)
+    else:
+        found = [index.search(layer[query_rows], turns * depth, columns) for layer in descriptors.queries]
+        scores, positions = (np.concatenate(each, axis=1) for each in zip(*found))
+        turn = np.repeat(np.arange(turns), turns * depth)[None]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :turns * depth]
+        scores, positions, turn = (np.take_along_axis(each, order, axis=1) for each in (
+            scores, positions, np.broadcast_to(turn, scores.shape)))
+        rotations = -np.array(descriptors.rotations) % 360
+    none = np.isneginf(scores)
+    return scores, np.where(none, -1, positions), np.where(none, rotations[0], rotations[np.where(none, 0, turn)])
+
+
+def score_set(one, data, descriptors, ks, index):
+    """EvaluationSet -> SetResult. The list is deep enough to hold max(ks) distinct images, whatever repeats."""
+    turns, depth = len(descriptors.rotations), max(ks)
+    scores, positions, rotations = search_set(one, descriptors, depth, index)
     correct = retrieval.is_correct(positions, one.positives)
     distinct = retrieval.take(correct, retrieval.first_of_each(positions, depth), False)
 
@@ -181,7 +217,7 @@ def score_set(one, data, descriptors, ks=RANKS):
         one, scores, positions, rotations, correct,
         recalls=retrieval.recall_of(correct, ks), distinct=retrieval.recall_of(distinct, ks),
         nadir=retrieval.recall_at(nearest, one.positives, ks),
-        random_choice=retrieval.random_choice_recall(counts, len(columns), ks),
+        random_choice=retrieval.random_choice_recall(counts, len(one.database_rows), ks),
         orientation=score_orientation(rotations[:, 0], data.queries.orientations[one.query_rows], correct[:, 0])
         if turns > 1 else None)
 

@@ -1,5 +1,9 @@
 """Describe images, search, and count: the array side of evaluation. Nothing here knows a data set's layout."""
 
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -7,7 +11,9 @@ from tqdm import tqdm
 
 from datasets.images import read_image
 from utils import geo
+from utils.descriptors import DescriptorFile, file_name, image_fingerprints, model_fingerprint
 from utils.precision import autocast
+from utils.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 RANKS = (1, 5, 10, 20, 100)
@@ -37,81 +43,88 @@ def rotate(images, degrees):
     return torch.rot90(images, degrees // 90, dims=(-2, -1))
 
 
-@torch.inference_mode()
+@contextmanager
+def evaluating(model):
+    """In evaluation mode inside, as it was after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32", rotations=(0,),
              label="describing", progress=True):
     """Image files -> descriptors (len(rotations), N, D) float32, and failures: a list of (row, what went wrong).
 
-    Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: `search` refuses them, so
+    Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: a search refuses them, so
     they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D).
     """
-    device = torch.device(device)
-    loader = DataLoader(ImageFiles(paths, image_size), batch_size=batch_size, num_workers=num_workers,
-                        pin_memory=device.type == "cuda")
-    was_training = model.training
-    model.eval()
     descriptors, failures = None, []
-    try:
-        with tqdm(total=len(paths), desc=label, unit="img", disable=not progress, leave=False) as bar:
-            for rows, images, errors in loader:
-                failures += [(int(row), error) for row, error in zip(rows, errors) if error]
-                images = images.to(device, non_blocking=True).float() / 255
-                bad = [i for i, error in enumerate(errors) if error]
-                for k, degrees in enumerate(rotations):
-                    # Channels last is faster in both precisions: 139 for 61 images/s in fp32, 293 for 203 in bf16
-                    # (ResNet-18 at 128 px, 2 cores).
-                    view = rotate(images, degrees).contiguous(memory_format=torch.channels_last)
-                    with autocast(device, precision):
-                        described = model(view)
-                    described = described.float().cpu().numpy()
-                    described[bad] = np.nan
-                    if descriptors is None:
-                        shape = (len(rotations), len(paths), described.shape[1])
-                        descriptors = np.full(shape, np.nan, dtype=np.float32)
-                    descriptors[k, rows.numpy()] = described
-                bar.update(len(rows))
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for rows, described, failed in _describe_batches(model, paths, image_size, batch_size, num_workers, device,
+                                                         precision, rotations, label, progress):
+            if descriptors is None:
+                shape = (len(rotations), len(paths), described.shape[2])
+                descriptors = np.full(shape, np.nan, dtype=np.float32)
+            descriptors[:, rows] = described
+            failures += failed
     if descriptors is None:
         descriptors = np.zeros((len(rotations), 0, 0), dtype=np.float32)
     return descriptors, failures
 
 
-def search(database, queries, k, rows=None, block=65536):
-    """Exact nearest neighbours by inner product: database (M, D), queries (Q, D) -> scores (Q, k), indices (Q, k).
+def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
+                  rotations=(0,), label="images", progress=True, commit_every=2.0):
+    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> float16 memory map.
 
-    rows (m,) restricts the search to those rows without copying the rest; indices then count in rows. Best first;
-    where fewer than k exist, the score is -inf and the index -1. Works in blocks of database rows, so that a float16
-    or memory-mapped database needs float32 for one block only. Raises ValueError on a value that is not finite.
+    What the file has for this model and these images is not described again (utils/descriptors.py). New ones are safe
+    on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
     """
-    import faiss  # loads its own OpenMP: only where it is used
+    fingerprint = model_fingerprint(model, image_size, precision, rotations)
+    failures = []
+    with evaluating(model):
+        with torch.inference_mode(), autocast(torch.device(device), precision):
+            dim = model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+        kept = DescriptorFile.open(Path(folder) / file_name(label, root, fingerprint), fingerprint,
+                                   image_fingerprints(root, paths), len(rotations), dim)
+        missing = np.flatnonzero(~kept.described)
+        committed = time.monotonic()
+        try:
+            for rows, described, failed in _describe_batches(
+                    model, [Path(root) / paths[row] for row in missing], image_size, batch_size, num_workers, device,
+                    precision, rotations, f"describing {label}", progress):
+                kept.write(missing[rows], described)
+                failures += [(int(missing[row]), error) for row, error in failed]
+                if time.monotonic() - committed >= commit_every:
+                    kept.commit()
+                    committed = time.monotonic()
+        finally:
+            kept.commit()
+    return kept.values, failures
 
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
-    _require_finite(queries, "query", np.arange(len(queries)))
-    rows = np.arange(len(database)) if rows is None else np.asarray(rows)
-    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    indices = np.full((len(queries), k), -1, dtype=np.int64)
-    if not len(queries):
-        return scores, indices
-    for start in range(0, len(rows), block):
-        part = rows[start:start + block]
-        vectors = np.ascontiguousarray(database[part], dtype=np.float32)
-        _require_finite(vectors, "database", part)
-        found, where = faiss.knn(queries, vectors, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
-        found = np.where(where < 0, -np.inf, found)
-        where = np.where(where < 0, -1, where + start)  # faiss's -1 is "nothing", not the last image
-        scores = np.concatenate([scores, found], axis=1)
-        indices = np.concatenate([indices, where], axis=1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, indices = np.take_along_axis(scores, best, axis=1), np.take_along_axis(indices, best, axis=1)
-    return scores, indices
 
-
-def _require_finite(vectors, kind, rows):
-    bad = ~np.isfinite(vectors).all(axis=1)
-    if bad.any():
-        raise ValueError(f"{int(bad.sum())} {kind} descriptors are not finite (NaN or infinite), the first is row "
-                         f"{rows[np.argmax(bad)]}: an unreadable image was not left out, or the model diverged")
+def _describe_batches(model, paths, image_size, batch_size, num_workers, device, precision, rotations, label, progress):
+    """Yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures, and these: (row, error)."""
+    device = torch.device(device)
+    loader = DataLoader(ImageFiles(paths, image_size), batch_size=batch_size, num_workers=num_workers,
+                        pin_memory=device.type == "cuda")
+    with tqdm(total=len(paths), desc=label, unit="img", disable=not progress, leave=False) as bar:
+        for rows, images, errors in loader:
+            layers = []
+            with torch.inference_mode():
+                images = images.to(device, non_blocking=True).float() / 255
+                for degrees in rotations:
+                    # Channels last is faster in both precisions: 139 for 61 images/s in fp32, 293 for 203 in bf16
+                    # (ResNet-18 at 128 px, 2 cores).
+                    view = rotate(images, degrees).contiguous(memory_format=torch.channels_last)
+                    with autocast(device, precision):
+                        layers.append(model(view).float())
+                described = torch.stack(layers).cpu().numpy()  # one wait for the device, not one a rotation
+            described[:, [i for i, error in enumerate(errors) if error]] = np.nan
+            yield rows.numpy(), described, [(int(row), error) for row, error in zip(rows, errors) if error]
+            bar.update(len(rows))
 
 
 def first_of_each(images, k):

@@ -1,0 +1,202 @@
+"""Memory, build time, ms a query and loss of R@1 of the searches, on a large database made from real descriptors.
+
+python -m experiments.speed_search --dataset_path data/demo_world --resume CHECKPOINT --rows 100000
+
+The database: the data set's images, four rotations each, and more around them: between an image and one of its ten
+nearest, plus noise along the differences to these ten, so that neighbours stay about as close as real ones are, and
+recall does not saturate. An image made around another counts as that one. Every way searches the same float16 memory
+map, in one process, one after the other. Limit: the bare product of queries and database, without anything else.
+"""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.evaluation import load_evaluation_data
+from models.gem import GeM
+from models.weights import load_model
+from utils.arguments import make_parser, run
+from utils.evaluation import describe_sets
+from utils.precision import default_precision, require_device
+from utils.search import CompressedSearch, ExactSearch, low_precision
+
+FULL = 700_000  # 175,000 regions, four rotations
+NEAREST = 10
+
+
+class Wide(torch.nn.Module):
+    """The backbone of a trained model, pooled over as many cells as `dim` values need, and turned to dim values.
+
+    For a demo checkpoint with small descriptors: 4096 values that are no mixture of fewer.
+    """
+
+    def __init__(self, model, dim):
+        super().__init__()
+        self.model, channels = model, model.backbone.out_channels
+        self.pool = GeM(channels, math.ceil((dim / channels) ** 0.5))
+        turn = torch.randn(self.pool.out_dim, dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("turn", torch.linalg.qr(turn).Q)
+
+    def forward(self, images):
+        features = self.model.backbone((images - self.model.mean) / self.model.std)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.pool(features.float()) @ self.turn
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--dataset_path", default="data/demo_world")
+    parser.add_argument("--resume", required=True, help="checkpoint")
+    parser.add_argument("--rows", type=int, default=100_000, help="size of the database")
+    parser.add_argument("--dim", type=int, default=4096, help="of the descriptors, see Wide where the model has fewer")
+    parser.add_argument("--descriptors", default="logs/descriptors", help="folder for the data set's descriptors")
+    parser.add_argument("--folder", help="where the large database goes; default: a temporary one, removed at the end")
+    parser.add_argument("--singles", type=int, default=20, help="queries for the time of one at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--traceback", action="store_true")
+    return parser.parse_args(argv)
+
+
+def real_descriptors(args, device):
+    """-> queries (Q, D) float32, database (M, D) float32, both centred, of unit length; image of each of the M; and Q
+    arrays of images that are right."""
+    model = load_model(args.resume)
+    size = model.config.image_size
+    if model.config.descriptor_dim != args.dim:
+        model = Wide(model, args.dim)
+    found, data = describe_sets(model.to(device, memory_format=torch.channels_last), load_evaluation_data(
+        args.dataset_path), size, device=device, precision=default_precision(device), keep=args.descriptors)
+    layers, images, dim = found.database.shape
+    database = found.database.reshape(-1, dim).astype(np.float32)
+    mean = database.mean(axis=0)
+    position = np.full(len(data.database), -1)
+    position[found.database_rows] = np.arange(images)
+    pairs = data.pairs[position[data.pairs[:, 1]] >= 0]
+    right = [position[pairs[pairs[:, 0] == row, 1]] for row in found.query_rows]
+    counted = [q for q, each in enumerate(right) if len(each)]
+    return (unit(found.queries[counted].astype(np.float32) - mean), unit(database - mean),
+            np.tile(np.arange(images), layers), [right[q] for q in counted])
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def spread(real, count, path, seed=0, block=2048):
+    """Real descriptors (M, D) -> a float16 memory map (count, D) at path, and (count,) which real one each is around.
+
+    The real ones come first.
+    """
+    rng = np.random.default_rng(seed)
+    tensor = torch.from_numpy(real)
+    nearest = np.concatenate([(tensor[start:start + block] @ tensor.T).topk(NEAREST + 1, dim=1).indices[:, 1:].numpy()
+                              for start in range(0, len(real), block)])
+    around = np.concatenate([np.arange(len(real)), rng.integers(len(real), size=max(0, count - len(real)))])[:count]
+    made = np.lib.format.open_memmap(path, "w+", np.float16, (count, real.shape[1]))
+    for start in range(0, count, block):
+        rows = around[start:start + block]
+        fresh = (np.arange(start, start + len(rows)) >= len(real))[:, None]
+        share = rng.uniform(0, 0.5, len(rows)) / NEAREST ** 0.5
+        weights = rng.normal(size=(len(rows), NEAREST)) * 0.3 / NEAREST ** 0.5
+        weights[np.arange(len(rows)), rng.integers(NEAREST, size=len(rows))] += share * NEAREST ** 0.5
+        weights = (weights * fresh).astype(np.float32)
+        vectors = real[rows] * (1 - weights.sum(axis=1, keepdims=True))
+        for j in range(NEAREST):
+            vectors += weights[:, j, None] * real[nearest[rows, j]]
+        made[start:start + block] = unit(vectors)
+    return made, around
+
+
+def timed(function):
+    """-> its result, and seconds on the clock."""
+    began = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - began
+
+
+def cpu_timed(function):
+    """-> its result, and CPU seconds of all threads: what other load on the machine disturbs less."""
+    began = time.process_time()
+    result = function()
+    return result, time.process_time() - began
+
+
+class FaissFlat:
+    """The baseline: faiss's flat index, the whole database in float32 in memory."""
+
+    def __init__(self, database):
+        import faiss
+
+        self.index = faiss.IndexFlatIP(database.shape[1])
+        for start in range(0, len(database), 16384):
+            self.index.add(database[start:start + 16384].astype(np.float32))
+
+    def search(self, queries, k):
+        return self.index.search(queries, k)
+
+
+def bare_product(database, queries, dtype, device):
+    """Seconds of the product of all queries with the database, from that of one block with it, best of three."""
+    block = torch.from_numpy(np.asarray(database[:16384])).to(device, dtype)
+    turned = torch.from_numpy(queries).to(device, dtype)
+
+    def product():
+        (turned @ block.T)[0, 0].item()  # waits for the device
+
+    clock = timed if torch.device(device).type == "cuda" else cpu_timed
+    return min(clock(product)[1] for _ in range(3)) * len(database) / len(block)
+
+
+def main(args):
+    device = require_device(args.device)
+    queries, real, image, right = real_descriptors(args, device)
+    if args.rows < len(real):
+        raise ValueError(f"--rows {args.rows}: the data set has {len(real)} descriptors; give at least as many")
+    with tempfile.TemporaryDirectory() as temporary:
+        (made, around), seconds = timed(
+            lambda: spread(real, args.rows, Path(args.folder or temporary) / "database.npy"))
+        print(f"{len(real)} real descriptors, {args.rows} with those around them ({seconds:.0f} s), dimension "
+              f"{made.shape[1]}, {len(queries)} queries, on {device}")
+        labels = image[around]
+        measure(made, labels, queries, right, args.singles, device)
+
+
+def measure(database, labels, queries, right, singles, device):
+    """Prints the table; a row a way."""
+    rows, dim = database.shape
+    many = queries[np.arange(1000) % len(queries)]
+    low = low_precision(device)
+    ways = [("faiss flat fp32", lambda: FaissFlat(database), 4 * dim, torch.float32)]
+    if low is not None:
+        ways.append((f"exact ({str(low)[6:]})", lambda: ExactSearch(database, device, low), 2 * dim, low))
+    ways.append(("compressed", lambda: CompressedSearch(database), None, None))
+    print(f"{'':18} {'bytes/vector':>12} {'GB at 700,000':>13} {'build s':>8} {'ms, batch 1':>11} {'ms, 1000':>9} "
+          f"{'QPS':>6} {'CPU ms':>7} {'limit':>6} {'ratio':>6} {'R@1':>6} {'loss':>5} {'same first':>10}")
+    first_recall = first_best = first_time = None
+    for name, make, size, dtype in ways:
+        index, build = timed(make)
+        size = size or index.bytes_in_memory / rows
+        index.search(queries[:2], 20)
+        one = timed(lambda: [index.search(queries[q:q + 1], 20) for q in range(singles)])[1] / singles
+        (_, batch), cpu = cpu_timed(lambda: timed(lambda: index.search(many, 20)))
+        batch, cpu = batch / 1000, cpu / 1000
+        limit = "" if dtype is None else f"{bare_product(database, many, dtype, device):.2f}"  # 1,000 queries: ms each
+        best = index.search(queries, 20)[1][:, 0]
+        recall = 100 * np.mean([labels[b] in r for b, r in zip(best, right)])
+        if first_best is None:
+            first_recall, first_best, first_time = recall, best, (batch, cpu)
+        print(f"{name:18} {size:12.0f} {size * FULL / 1e9:13.2f} {build:8.1f} {1e3 * one:11.2f} {1e3 * batch:9.2f} "
+              f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} "
+              f"{first_recall - recall:5.2f} {100 * np.mean(best == first_best):8.1f} %", flush=True)
+        del index
+    print(f"GB at 700,000: bytes/vector extrapolated; the float16 file itself is {2 * dim * FULL / 1e9:.2f} GB on "
+          f"disk. ms a query, 20 neighbours. At batch 1,000: QPS and CPU time against the first row, and the limit, "
+          f"in CPU ms (on a GPU: in ms).")
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
