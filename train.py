@@ -81,13 +81,6 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def learning_rate(iteration, args):
-    """Warm-up, then constant (the paper) or a cosine to zero."""
-    warm = min(1.0, (iteration + 1) / args.warmup) if args.warmup else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * iteration / args.iterations)) if args.lr_schedule == "cosine" else 1.0
-    return args.lr * warm * cosine
-
-
 def make_loss(args):
     if args.loss == "contrastive":
         return ContrastiveLoss(args.base or 0.5)
