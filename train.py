@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS, Augmentation
+from datasets.cache import cache_note
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
@@ -316,6 +317,9 @@ def main(args):
     folder = make_log_dir(args.log_dir)
     setup_logging(folder, args)
     torch.manual_seed(args.seed)
+    note = cache_note(args.dataset_path, args.source_size)
+    if note:
+        logging.info(note)
 
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
