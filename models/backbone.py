@@ -76,8 +76,8 @@ class Backbone(nn.Module):
     """(B, 3, H, W) normalised images -> (B, out_channels, ceil(H / stride), ceil(W / stride)) features.
 
     Weights are random: see `models.weights` for loading. `freeze_until` names the last frozen stage ("none": no
-    stage). A frozen stage has no gradients, builds no graph, its BatchNorm statistics never move, and it runs with
-    BatchNorm folded into the convolutions: its parameters stay as they are, and folding follows when they change.
+    stage). A frozen stage has no gradients, builds no graph, and its BatchNorm statistics never move. In train mode it
+    runs with BatchNorm folded into the convolutions; its parameters stay as they are, and folding follows them.
     `stages`, `frozen`: names of all and of frozen stages. `mean`, `std`: the normalisation of the input, RGB in [0, 1].
     """
 
@@ -125,8 +125,9 @@ class Backbone(nn.Module):
         return x
 
     def _run_frozen(self, x: Tensor) -> Tensor:
-        # A compiler or an exporter folds by itself, and can't follow changes of the parameters.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # Evaluation stays exact: in bfloat16 folding rounds more (1 - cosine to fp32 0.0031 in place of 0.0023). And a
+        # compiler or an exporter folds by itself, and can't follow changes of the parameters.
+        if not self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._run(x, self.frozen)
         parts = [self.model.get_submodule(part) for part in self._part_names(self.frozen)]
         known, folded = self._folded
