@@ -112,7 +112,7 @@ def warp(images, draw, size, samples=None):
     """A Draw's quadrilateral of all images (N, 3, H, W) uint8, or float32 in [0, 1] -> float32 (N, 3, size, size).
 
     One bilinear sampling, which alone would alias where the output is coarser than the source: there, several samples
-    a pixel and axis are averaged (`samples`; None: as many as needed). Only what the quadrilateral covers becomes float.
+    a pixel and axis are averaged (`samples`; None: as many as needed). Only what the quad covers becomes float.
     """
     images, quad = crop_to(images, draw.quad)
     images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images

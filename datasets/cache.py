@@ -1,6 +1,6 @@
 """A data set made smaller once, so that reading it is fast for ever: `python -m datasets.cache data --size 512`
 
-The result, data_512, is a data set with the same names: give it as --dataset_path. Each image's shorter side has at most
+The result, data_512, is a data set with the same names: give it as --dataset_path. An image's shorter side has at most
 `size` pixels; what is smaller already is copied as it is. A second run goes on where the first one stopped, and makes
 again what has changed: a cached image carries its source's time of change. train.py and eval.py say when one is stale.
 """
@@ -102,8 +102,8 @@ def make_cache(source, output, size=512, quality=90, num_workers=2):
     """
     source, output = Path(source), Path(output)
     if size < 1 or not 1 <= quality <= 100 or num_workers < 0:
-        raise ValueError(f"--size {size}, --quality {quality}, --num_workers {num_workers}: size is at least 1, quality "
-                         f"1 to 100, and workers are not negative")
+        raise ValueError(f"--size {size}, --quality {quality}, --num_workers {num_workers}: size is at least 1, "
+                         f"quality 1 to 100, and workers are not negative")
     if not (source / "database").is_dir():
         raise FileNotFoundError(f"{source / 'database'}: no such folder; give the folder of a data set")
     claim(source, output, size, quality)
@@ -135,9 +135,9 @@ def cache_note(dataset_path, loaded_size):
         return f"{note}; the source is not here to compare with"
     old, orphans = stale(stamps(info["source"]), stamps(dataset_path))
     if old or orphans:
-        return (f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it up "
-                f"to date: python -m datasets.cache {info['source']} --size {info['size']} --quality {info['quality']} "
-                f"--output {dataset_path}")
+        return (f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it "
+                f"up to date: python -m datasets.cache {info['source']} --size {info['size']} "
+                f"--quality {info['quality']} --output {dataset_path}")
     return f"{note}, up to date"
 
 

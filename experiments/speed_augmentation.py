@@ -104,11 +104,13 @@ def main(args):
     cases |= {"warp alone": lambda: warp(loaded, draw, args.image_size), "colours alone": lambda: jitter(views, draw),
               "hue: kornia": lambda: enhance.adjust_hue(views, 0.3), "hue: ours": lambda: adjust_hue(views, 0.05)}
     found = compare(cases, device, args.repeats)
-    print(f"\n{f'one year of {args.batch_size} images at {args.image_size} px, {device}':44} ms")
+    title = f"one year of {args.batch_size} images at {args.image_size} px, {device}"
+    print(f"\n{title:44} ms")
     for name, value in found.items():
         print(f"{name:40} {value:8.2f}")
     for hue in (0.0, 0.05):
-        print(f"times faster than the chain, hue {hue}: {found[f'chain, hue {hue}'] / found[f'one warp, hue {hue}']:.1f}")
+        ratio = found[f"chain, hue {hue}"] / found[f"one warp, hue {hue}"]
+        print(f"times faster than the chain, hue {hue}: {ratio:.1f}")
 
 
 if __name__ == "__main__":

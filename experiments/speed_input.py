@@ -136,7 +136,8 @@ def main(args):
         for size, title, root in ((512, "files", folder), (512, "cached files", Path(folder, "cache")),
                                   (205, "files", folder), (205, "cached files", Path(folder, "cache"))):
             rates = loader_rates(make_regions(root, paths, 64), size, args.num_workers, args.batches, args.repeats)
-            print(f"{f'{title} to {size} px':36} {rates['bare']:8.0f} {rates['loader']:8.0f} {rates['loader'] / rates['bare']:6.1%}")
+            name = f"{title} to {size} px"
+            print(f"{name:36} {rates['bare']:8.0f} {rates['loader']:8.0f} {rates['loader'] / rates['bare']:6.1%}")
 
 
 if __name__ == "__main__":

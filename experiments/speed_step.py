@@ -44,8 +44,9 @@ def baseline(args, root, regions, labels, device):
     loss_fn, generator = MultiSimilarityLoss(), torch.Generator().manual_seed(0)
 
     def load():
-        return torch.stack([torch.stack([TF.to_tensor(pil(Path(root, path).read_bytes(), round(RESIZED * args.image_size)))
-                                         for path in paths]) for paths in regions.paths]).to(device)
+        size = round(RESIZED * args.image_size)
+        return torch.stack([torch.stack([TF.to_tensor(pil(Path(root, path).read_bytes(), size)) for path in paths])
+                            for paths in regions.paths]).to(device)
 
     def augment(images):
         return torch.stack([chain(images[:, year], draw_chain(args.image_size, generator))
@@ -114,7 +115,8 @@ def main(args):
         for name, (load, augment, step) in ways.items():
             loaded = load()
             views = augment(loaded)
-            cases |= {(name, "input"): load, (name, "augmentation"): lambda augment=augment, loaded=loaded: augment(loaded),
+            cases |= {(name, "input"): load,
+                      (name, "augmentation"): lambda augment=augment, loaded=loaded: augment(loaded),
                       (name, "step"): lambda step=step, views=views: step(views)}
         cases["ours, cached files", "input"] = ours(args, cached, labels, device, precision)[0]
         cases["bare forward and backward", "step"] = bare(args, views, device, precision)
