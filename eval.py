@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from datasets.cache import cache_note
 from datasets.evaluation import load_evaluation_data
 from models.earthloc import build_model
 from models.weights import load_model
@@ -51,6 +52,9 @@ def main(args):
     # A checkpoint says its own shape; the model flags are for a fresh model.
     model = load_model(args.resume) if args.resume else build_model(model_config(args), args.weights)
     model = model.to(device, memory_format=torch.channels_last).eval()
+    note = cache_note(args.dataset_path, model.config.image_size)
+    if note:
+        logging.info(note)
     result = evaluate(model, data, model.config.image_size, args.batch_size, args.num_workers, device, precision,
                       ROTATIONS if args.tta == "4x90" else (0,), rotate=args.rotate,
                       keep=None if args.descriptors == "none" else args.descriptors, search=args.search)

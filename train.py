@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS
+from datasets.cache import cache_note
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
@@ -27,6 +28,7 @@ from utils.arguments import (add_augmentation_arguments, add_model_arguments, au
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.clustering import cluster
 from utils.evaluation import evaluate
+from utils.finite import finite_later
 from utils.logs import Meter, make_log_dir, setup_logging
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
 from utils.retrieval import describe
@@ -75,6 +77,8 @@ def parse_arguments(argv=None):
     system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the network; auto: bf16 where the hardware multiplies in it")
+    system.add_argument("--compile", action="store_true",
+                        help="torch.compile the network: minutes before the first step (experiments/speed_step.py)")
     system.add_argument("--seed", type=int, default=0)
     system.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_model_arguments(parser)
@@ -113,7 +117,7 @@ class Run:
 
 
 def make_optimizer(model, lr):
-    return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr)
+    return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, fused=True)
 
 
 def fresh_run(args, device):
@@ -211,16 +215,16 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     with autocast(device, precision):
         descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
     descriptors = descriptors.float()
-    loss = loss_fn(descriptors, labels, neutral)
-    if not torch.isfinite(descriptors).all():  # mining drops nan similarities: the loss would be a harmless 0
-        loss = loss * torch.nan
-    if not torch.isfinite(loss):
-        raise RuntimeError(f"iteration {run.iteration}: the loss is {loss.item()}; nothing was updated, the last good "
-                           f"checkpoints stay. A smaller --lr or --precision fp32 may help")
+    # Mining drops nan similarities: the loss would be a harmless 0.
+    loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
+    is_finite = finite_later(loss)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if not is_finite():  # a GPU is busy with the backward pass while this waits for the forward pass
+        raise RuntimeError(f"iteration {run.iteration}: the loss is {loss.item()}; nothing was updated, the last good "
+                           f"checkpoints stay. A smaller --lr or --precision fp32 may help")
     run.optimizer.step()
     run.iteration += 1
     return loss.detach(), descriptors.detach()
@@ -304,6 +308,9 @@ def main(args):
     folder = make_log_dir(args.log_dir)
     setup_logging(folder, args)
     torch.manual_seed(args.seed)
+    note = cache_note(args.dataset_path, args.source_size)
+    if note:
+        logging.info(note)
 
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
@@ -319,6 +326,8 @@ def main(args):
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             whiten(run.model, loader, len(regions), augment, args, device, precision)
+    if args.compile:
+        run.model.compile()
     train(run, regions, loader, augment, validation, folder, args, device, precision)
     logging.info(f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "
                  f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}")

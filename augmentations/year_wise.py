@@ -1,7 +1,8 @@
 """Year-wise augmentation (paper, sec. 4.3): one draw per year for the whole batch, on the device.
 
-Rotation, crop and perspective are one homography, so pixels are sampled once. The sampled quadrilateral always lies
-inside the image, so no black wedge can appear. kornia does the geometry and the colours.
+Rotation, crop, perspective and resize are one homography, so pixels are sampled once, in float32. The sampled
+quadrilateral always lies inside the image, so no black wedge can appear. kornia does the geometry and the colours, but
+for the hue, which is ours because kornia's takes longer than all the rest (experiments/speed_augmentation.py).
 """
 
 import math
@@ -73,18 +74,19 @@ class Augmentation:
         generator: a CPU torch.Generator; the same state gives the same augmentation.
         """
         batch, years = images.shape[:2]
-        flat = images.flatten(0, 1).float() / 255
+        flat = images.flatten(0, 1)
         if self.group == "none":
-            views = F.interpolate(flat, size=(self.size, self.size), mode="bilinear", antialias=True)
+            views = F.interpolate(flat.float() / 255, size=(self.size, self.size), mode="bilinear", antialias=True)
             return views.unflatten(0, (batch, years))
-        index = torch.arange(batch * years).view(batch, years)
-        groups = {"image": index.view(-1, 1), "batch": index.view(1, -1), "year": index.T}[self.group]
-        views = torch.empty(batch * years, 3, self.size, self.size, device=images.device)
-        for rows in groups.to(images.device):
-            draw = self.draw(generator)
-            views[rows] = add_weather(jitter(warp(flat[rows], draw, self.size), draw),
-                                      self.clouds, self.haze, self.exposure, generator)
-        return views.unflatten(0, (batch, years))
+        parts = {"image": flat.split(1), "batch": (flat,), "year": images.unbind(1)}[self.group]
+        views = [self.view(part, generator) for part in parts]
+        return torch.stack(views, dim=1) if self.group == "year" else torch.cat(views).unflatten(0, (batch, years))
+
+    def view(self, images, generator):
+        """images uint8 (N, 3, H, W) -> float32 (N, 3, size, size), one draw for all but the weather."""
+        draw = self.draw(generator)
+        views = jitter(warp(images, draw, self.size), draw)
+        return add_weather(views, self.clouds, self.haze, self.exposure, generator)
 
     def draw(self, generator):
         """-> a Draw."""
@@ -108,16 +110,39 @@ class Augmentation:
                     order=tuple(torch.randperm(4, generator=generator).tolist()))
 
 
-def warp(images, draw, size):
-    """A Draw's quadrilateral of all images (N, 3, H, W) float32 -> (N, 3, size, size), one bilinear sampling.
+def warp(images, draw, size, samples=None):
+    """A Draw's quadrilateral of all images (N, 3, H, W) uint8, or float32 in [0, 1] -> float32 (N, 3, size, size).
 
-    Nothing is filtered before the warp: load images at about size / mean crop scale (--source_size).
+    One bilinear sampling, which alone would alias where the output is coarser than the source: there, several samples
+    a pixel and axis are averaged (`samples`; None: as many as needed). Only what the quad covers becomes float.
     """
-    homography = get_perspective_transform(SQUARE[None], draw.quad[None])
-    centers = create_meshgrid(size, size, normalized_coordinates=False) + 0.5  # pixel centres of the output
-    grid = transform_points(homography, (centers * (2 / size) - 1).reshape(1, -1, 2)).view(1, size, size, 2)
-    grid = grid.to(images.device).expand(len(images), -1, -1, -1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    images, quad = crop_to(images, draw.quad)
+    images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images
+    fine = size * (samples or samples_per_pixel(quad, images.shape[-2:], size))
+    homography = get_perspective_transform(SQUARE[None], quad[None]).to(images.device, non_blocking=True)
+    centers = create_meshgrid(fine, fine, normalized_coordinates=False, device=images.device) + 0.5
+    grid = transform_points(homography, (centers * (2 / fine) - 1).reshape(1, -1, 2)).view(1, fine, fine, 2)
+    views = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="border",
+                          align_corners=False)
+    return views if fine == size else F.avg_pool2d(views, fine // size)
+
+
+def crop_to(images, quad):
+    """Images (N, C, H, W) and a quad in their half sizes -> the part that bilinear samples of the quad read, the quad
+    in half sizes of that part."""
+    whole = torch.tensor(images.shape[:-3:-1])  # width, height
+    corners = (quad + 1) / 2 * whole  # pixels from the upper left corner
+    low = (corners.amin(dim=0) - 1).floor().clamp(min=0).long()
+    high = torch.minimum((corners.amax(dim=0) + 1).ceil().long(), whole)
+    (left, top), (right, bottom) = low.tolist(), high.tolist()
+    return images[..., top:bottom, left:right], (corners - low) * 2 / (high - low) - 1
+
+
+def samples_per_pixel(quad, source, size):
+    """How many bilinear samples an axis an output of size × size needs: about one for each pixel of the source."""
+    x, y = ((quad + 1) / 2 * torch.tensor(source[::-1])).T
+    area = (x * (y.roll(-1) - y.roll(1))).sum().item() / 2
+    return max(1, round(abs(area) ** 0.5 / size))
 
 
 def jitter(images, draw):
@@ -130,5 +155,24 @@ def jitter(images, draw):
         elif step == 2 and draw.saturation != 1:
             images = enhance.adjust_saturation_with_gray_subtraction(images, draw.saturation)
         elif step == 3 and draw.hue != 0:
-            images = enhance.adjust_hue(images, draw.hue * 2 * math.pi)
+            images = adjust_hue(images, draw.hue)
     return images
+
+
+def adjust_hue(images, turn):
+    """(N, 3, H, W) RGB in [0, 1], hue turned by a share of the circle -> the same; HSV, as torchvision.
+
+    Value and saturation stay, so of HSV only the hue is needed: a channel is value - chroma · clamp(2 - |k - 2|, 0, 1)
+    with k = 6 hue + n (mod 6), n = 5, 3, 1 for red, green, blue.
+    """
+    red, green, blue = images.unbind(1)
+    value = images.amax(dim=1)
+    chroma = value - images.amin(dim=1)
+    sixth = 1 / (6 * chroma.clamp(min=1e-12))
+    hue = torch.where(value == red, (green - blue) * sixth,
+                      torch.where(value == green, (blue - red) * sixth + 1 / 3, (red - green) * sixth + 2 / 3))
+    turned = torch.empty_like(images)
+    for channel, n in enumerate((5, 3, 1)):
+        k = (hue + (n / 6 + 1 + turn)).frac_().mul_(6)  # + 1: frac of a negative number would be negative
+        torch.sub(value, k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma), out=turned[:, channel])
+    return turned

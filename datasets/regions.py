@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datasets.images import read_image
+from datasets.images import read_pixels
 from datasets.metadata import YEARS, Catalogue
 from utils.strings import Strings
 
@@ -67,8 +67,14 @@ class RegionDataset(Dataset):
 
     def __getitem__(self, row):
         paths = self.regions.paths[row]
-        images = {path: read_image(self.regions.root / path, self.size) for path in set(paths)}
-        return row, torch.stack([images[path] for path in paths])
+        images = {path: read_pixels(self.regions.root / path, self.size) for path in set(paths)}
+        return row, torch.stack([images[path] for path in paths]).permute(0, 3, 1, 2)
+
+
+def collate(items):
+    """Samples -> rows (B,), images (B, years, 3, H, W), in memory (…, H, W, 3) as they were decoded: channels last."""
+    rows, images = default_collate([(row, images.permute(0, 2, 3, 1)) for row, images in items])
+    return rows, images.permute(0, 1, 4, 2, 3)
 
 
 def schedule(clusters, batch_size, count, seed):
@@ -134,7 +140,7 @@ class BatchLoader:
 
     def __init__(self, dataset, num_workers):
         self.batches = []
-        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=num_workers,
+        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=num_workers, collate_fn=collate,
                                  persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
 
     def __iter__(self):

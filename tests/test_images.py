@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from datasets import images
-from datasets.images import read_image
+from datasets.images import decode_any, decode_jpeg, read_image, read_pixels, resize
 
 
 def save(path, array, mode=None, **how):
@@ -78,3 +78,54 @@ def test_missing_and_huge_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="a.png: 10 × 11"):
         read_image(tmp_path / "a.png")
+
+
+def jpeg(path, height, width, mode="RGB", **how):
+    """A picture with edges and noise, saved as JPEG -> its bytes."""
+    rng = np.random.default_rng(height)
+    blocks = np.kron(rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3)), np.ones((8, 8, 1)))[:height, :width]
+    picture = (blocks + rng.normal(0, 10, blocks.shape)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(picture).convert(mode).save(path, "JPEG", **how)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (65, 71), (40, 200)])
+@pytest.mark.parametrize("how", [{}, {"subsampling": 0}, {"progressive": True, "quality": 95}, {"mode": "L"},
+                                 {"keep_rgb": True}])
+@pytest.mark.parametrize("size", [None, 64, 32, 17, 8])
+def test_the_fast_decoder_gives_pils_pixels(tmp_path, height, width, how, size):
+    content = jpeg(tmp_path / "a.jpg", height, width, **how)
+    assert np.array_equal(decode_jpeg(content, size), decode_any(content, "a.jpg", size))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: content[:3], lambda content: b"",
+                                    lambda content: content[:900] + b"\xff\xd8" + content[902:]])
+def test_what_is_broken_goes_to_pil_which_says_what_is_wrong(tmp_path, damage):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(damage(jpeg(path, 64, 64)))
+    assert decode_jpeg(path.read_bytes(), 32) is None
+    with pytest.raises(ValueError, match="a.jpg: cannot be read as an image"):
+        read_image(path, 32)
+
+
+def test_what_the_fast_decoder_cannot_do_goes_to_pil(tmp_path, monkeypatch):
+    assert decode_jpeg(jpeg(tmp_path / "a.jpg", 64, 64, mode="CMYK")) is None
+    content = jpeg(tmp_path / "a.jpg", 64, 64)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    assert decode_jpeg(content) is None
+
+
+@pytest.mark.parametrize("size", [17, 40, 64, 90])
+def test_resizing_is_pils_bicubic(tmp_path, size):
+    jpeg(tmp_path / "a.jpg", 64, 56)
+    pixels = read_pixels(tmp_path / "a.jpg")
+    expected = np.array(Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    difference = np.abs(resize(pixels, size).numpy() - expected)
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.05
+
+
+def test_pixels_are_the_image_in_another_order(tmp_path):
+    jpeg(tmp_path / "a.jpg", 64, 56)
+    for size in (None, 24):
+        pixels = read_pixels(tmp_path / "a.jpg", size)
+        assert pixels.is_contiguous() and torch.equal(pixels.permute(2, 0, 1), read_image(tmp_path / "a.jpg", size))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from datasets import index
+from datasets.images import read_image
 from datasets.metadata import YEARS, ImageName
 from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, spread
 
@@ -74,6 +75,17 @@ def test_a_loader_serves_what_is_scheduled(world):
         served = list(loader.serve(batches))
         assert [rows.tolist() for rows, _ in served] == batches.tolist()
         assert served[0][1].shape == (2, 4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_the_images_as_they_were_decoded(world, workers):
+    regions, _ = Regions.read(world.path)
+    batches = BatchLoader(RegionDataset(regions, 40), workers).serve(np.array([[3, 1], [7, 3]]))
+    for rows, images in batches:
+        assert images.dtype == torch.uint8 and images.permute(0, 1, 3, 4, 2).is_contiguous()
+        for row, years in zip(rows.tolist(), images):
+            for path, image in zip(regions.paths[row], years):
+                assert torch.equal(image, read_image(regions.root / path, 40))
 
 
 def test_each_batch_is_of_one_cluster_without_repeats():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from augmentations.year_wise import SQUARE, Augmentation, Draw, jitter, warp
+from augmentations.year_wise import SQUARE, Augmentation, Draw, adjust_hue, jitter, warp
+from experiments.chain import as_one, chain, draw_chain, geometry
 
 HARD = dict(rotation=180.0, perspective=0.66, min_crop=0.2, aspect=2.0)
 
@@ -121,3 +122,82 @@ def test_colours_are_torchvisions(seed):
 def test_wrong_settings_name_their_flag(wrong):
     with pytest.raises(ValueError, match="--augmentation|--perspective|--min_crop|--clouds|--haze|--exposure"):
         Augmentation(32, **wrong)
+
+
+def psnr(a, b):
+    return (-10 * torch.log10((a - b).square().mean())).item()
+
+
+def soft_pictures(count, size, cells=12):
+    """Smooth enough that resampling once or five times hardly differs, so what differs is where it samples."""
+    coarse = torch.rand(count, 3, cells, cells, generator=generator(3))
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_warp_is_torchvisions_chain(seed):
+    drawn, images = draw_chain(40, generator(seed)), soft_pictures(2, 100)
+    expected = geometry(images, drawn)
+    assert expected.std() > 0.05
+    found = warp(images, as_one(drawn), 40)
+    assert psnr(found, expected) > 40
+    # Half a pixel of the output, or a degree, is seen.
+    for quad in (as_one(drawn).quad + torch.tensor([0.5, 0.0]) * drawn.last / drawn.size * 2 / drawn.resized,
+                 as_one(replace(drawn, angle=drawn.angle + 1)).quad):
+        assert psnr(warp(images, replace(as_one(drawn), quad=quad), 40), expected) < psnr(found, expected) - 3
+
+
+def test_geometry_and_colours_together_are_torchvisions_chain():
+    drawn, images = draw_chain(40, generator(7), colours=(0.5, 0.5, 0.5, 0.2)), soft_pictures(3, 100)
+    draw = as_one(drawn)
+    expected = chain(images, drawn)
+    assert (jitter(geometry(images, drawn), draw) - expected).abs().max() < 1e-4
+    assert psnr(jitter(warp(images, draw, 40), draw), expected) > 34  # these colours stretch differences by up to 1.8
+
+
+def test_bytes_are_warped_as_floats_are():
+    images = torch.randint(0, 256, (2, 60, 50, 3), dtype=torch.uint8, generator=generator()).permute(0, 3, 1, 2)
+    for seed in range(5):
+        draw = Augmentation(24, **HARD).draw(generator(seed))
+        assert torch.allclose(warp(images, draw, 24), warp(images.float() / 255, draw, 24), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_grid_samples_where_the_homography_says(seed):
+    """Bilinear sampling recomputed in float64, pixel by pixel, on a picture whose quad touches the border."""
+    pixels = torch.rand(1, 3, 20, 28, generator=generator(seed))
+    draw = Augmentation(9, min_crop=1.0).draw(generator(seed))
+    found = warp(pixels, draw, 9, samples=1)[0].double()
+    equations, right = [], []
+    for (u, v), (x, y) in zip(SQUARE.double().tolist(), draw.quad.double().tolist()):
+        equations += [[u, v, 1, 0, 0, 0, -x * u, -x * v], [0, 0, 0, u, v, 1, -y * u, -y * v]]
+        right += [x, y]
+    h = torch.linalg.solve(torch.tensor(equations, dtype=torch.float64), torch.tensor(right, dtype=torch.float64))
+    matrix = torch.cat([h, torch.ones(1, dtype=torch.float64)]).view(3, 3)
+    for row in range(9):
+        for column in range(9):
+            place = matrix @ torch.tensor([(column + 0.5) / 4.5 - 1, (row + 0.5) / 4.5 - 1, 1], dtype=torch.float64)
+            x = ((place[0] / place[2] + 1) * 14 - 0.5).clamp(0, 27)
+            y = ((place[1] / place[2] + 1) * 10 - 0.5).clamp(0, 19)
+            left, top = min(int(x), 26), min(int(y), 18)
+            a, b = x - left, y - top
+            four = pixels[0, :, top:top + 2, left:left + 2].double()
+            expected = ((1 - b) * ((1 - a) * four[:, 0, 0] + a * four[:, 0, 1])
+                        + b * ((1 - a) * four[:, 1, 0] + a * four[:, 1, 1]))
+            assert (found[:, row, column] - expected).abs().max() < 1e-4
+
+
+def test_a_coarse_output_does_not_alias():
+    stripes = torch.zeros(1, 3, 96, 96)
+    stripes[..., ::2] = 1
+    draw = Draw(SQUARE, 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3))
+    assert (warp(stripes, draw, 31)[..., 1:-1] - 0.5).abs().max() < 0.2
+    assert (warp(stripes, draw, 31, samples=1) - 0.5).abs().max() > 0.45
+    assert torch.equal(warp(stripes, draw, 80), warp(stripes, draw, 80, samples=1))
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.2, 0.0, 0.1, 0.5])
+def test_hue_is_torchvisions(turn):
+    images = torch.rand(2, 3, 30, 30, generator=generator())
+    images[0, :, :8] = torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (3, 8, 30), generator=generator())]  # ties, grey
+    assert (adjust_hue(images, turn) - TF.adjust_hue(images, turn)).abs().max() < 1e-5

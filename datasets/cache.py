@@ -1,0 +1,161 @@
+"""A data set made smaller once, so that reading it is fast for ever: `python -m datasets.cache data --size 512`
+
+The result, data_512, is a data set with the same names: give it as --dataset_path. An image's shorter side has at most
+`size` pixels; what is smaller already is copied as it is. A second run goes on where the first one stopped, and makes
+again what has changed: a cached image carries its source's time of change. train.py and eval.py say when one is stale.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import simplejpeg
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from datasets.images import read_pixels
+from datasets.overlap import INTERSECTIONS_FILE
+from utils.arguments import make_parser
+from utils.arguments import run as run_script
+
+INFO_FILE = "cache.json"
+FOLDERS = ("database", "queries")
+SAME_TIME_NS = 10**6  # some file systems round times
+
+
+def stamps(root):
+    """Data set folder -> {path of an image relative to it: time of change, ns}."""
+    found = {}
+    for folder in FOLDERS:
+        for base, _, files in os.walk(Path(root) / folder):
+            for file in files:
+                if file.lower().endswith((".jpg", ".jpeg")):
+                    path = os.path.join(base, file)
+                    found[os.path.relpath(path, root)] = os.stat(path).st_mtime_ns
+    return found
+
+
+def stale(source, cached):
+    """Two stamps -> paths that the cache lacks or holds of another time, and those that the source no longer has."""
+    old = sorted(path for path, time in source.items()
+                 if path not in cached or abs(cached[path] - time) > SAME_TIME_NS)
+    return old, sorted(set(cached) - set(source))
+
+
+def shrink(content_path, size):
+    """Image file -> uint8 (H, W, 3) whose shorter side has `size` pixels; None if it has no more than that."""
+    pixels = read_pixels(content_path)
+    height, width = pixels.shape[:2]
+    if min(height, width) <= size:
+        return None
+    if height == width:  # decoded again at a power-of-two scale, if one is right: sharper and faster than resizing
+        return read_pixels(content_path, size)
+    scale = size / min(height, width)
+    planes = F.interpolate(pixels.permute(2, 0, 1)[None], (round(height * scale), round(width * scale)),
+                           mode="bicubic", antialias=True)
+    return planes[0].permute(1, 2, 0).contiguous()
+
+
+def store(path, source, output, size, quality):
+    """Puts one image into the cache -> None, or what is wrong with it. Never leaves half a file under its name."""
+    torch.set_num_threads(1)
+    origin, target = Path(source) / path, Path(output) / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    time = origin.stat()
+    try:
+        pixels = shrink(origin, size)
+    except ValueError as error:
+        target.unlink(missing_ok=True)
+        return str(error)
+    if pixels is None:
+        shutil.copyfile(origin, temporary)
+    else:
+        temporary.write_bytes(simplejpeg.encode_jpeg(pixels.numpy(), quality, colorsubsampling="420"))
+    os.utime(temporary, ns=(time.st_atime_ns, time.st_mtime_ns))
+    os.replace(temporary, target)
+    return None
+
+
+def claim(source, output, size, quality):
+    """Marks `output` as the cache of `source`. Raises ValueError where it is something else."""
+    info = {"source": str(source.resolve()), "size": size, "quality": quality}
+    file = output / INFO_FILE
+    if file.exists():
+        there = json.loads(file.read_text())
+        if there != info:
+            raise ValueError(f"{output}: holds a cache of {there}, not of {info}; remove it or choose another --output")
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: is not empty and no cache; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(info, indent=2) + "\n")
+
+
+def make_cache(source, output, size=512, quality=90, num_workers=2):
+    """Fills folder `output` -> number of images made now, and a list of what could not be read.
+
+    Raises ValueError or FileNotFoundError that names the folder or the flag.
+    """
+    source, output = Path(source), Path(output)
+    if size < 1 or not 1 <= quality <= 100 or num_workers < 0:
+        raise ValueError(f"--size {size}, --quality {quality}, --num_workers {num_workers}: size is at least 1, "
+                         f"quality 1 to 100, and workers are not negative")
+    if not (source / "database").is_dir():
+        raise FileNotFoundError(f"{source / 'database'}: no such folder; give the folder of a data set")
+    claim(source, output, size, quality)
+    paths, orphans = stale(stamps(source), stamps(output))
+    for path in orphans:
+        (output / path).unlink()
+    job = partial(store, source=source, output=output, size=size, quality=quality)
+    bar = partial(tqdm, total=len(paths), desc=f"caching at {size} px", unit="img")
+    if num_workers:
+        with multiprocessing.Pool(num_workers) as pool:
+            errors = [error for error in bar(pool.imap_unordered(job, paths, chunksize=16)) if error]
+    else:
+        errors = [error for error in bar(map(job, paths)) if error]
+    if (source / INTERSECTIONS_FILE).exists():
+        shutil.copyfile(source / INTERSECTIONS_FILE, output / INTERSECTIONS_FILE)
+    return len(paths) - len(errors), errors
+
+
+def cache_note(dataset_path, loaded_size):
+    """A sentence for the log where the data set is a cache: of what, and whether it is up to date. Otherwise None."""
+    file = Path(dataset_path) / INFO_FILE
+    if not file.exists():
+        return None
+    info = json.loads(file.read_text())
+    note = f"{dataset_path} is a cache of {info['source']} at {info['size']} px"
+    if loaded_size > info["size"]:
+        note += f", less than the {loaded_size} px at which images are loaded: make one with --size {loaded_size}"
+    if not Path(info["source"], "database").is_dir():
+        return f"{note}; the source is not here to compare with"
+    old, orphans = stale(stamps(info["source"]), stamps(dataset_path))
+    if old or orphans:
+        return (f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it "
+                f"up to date: python -m datasets.cache {info['source']} --size {info['size']} "
+                f"--quality {info['quality']} --output {dataset_path}")
+    return f"{note}, up to date"
+
+
+def main(args):
+    output = args.output or f"{Path(args.dataset_path)}_{args.size}"
+    made, errors = make_cache(args.dataset_path, output, args.size, args.quality, args.num_workers)
+    for error in errors:
+        print(f"left out: {error}")
+    print(f"{output}: {made} images made now, {len(errors)} left out; use it with --dataset_path {output}")
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("dataset_path", help="folder with database/ and queries/")
+    parser.add_argument("--size", type=int, default=512, help="pixels of the shorter side; train.py loads 1.6 × its "
+                                                              "--image_size")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
+    parser.add_argument("--output", help="default: the data set's folder with _SIZE after its name")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    run_script(main, parser.parse_args())

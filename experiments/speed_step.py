@@ -1,0 +1,156 @@
+"""One training iteration end to end, ours against the straightforward one. python -m experiments.speed_step
+
+The baseline is written plainly here: PIL and ToTensor to float32, torchvision's transforms one after the other for each
+year, NCHW float32, plain frozen stages, Adam. Same files, same model, same number of images. On a CPU everything runs
+on one thread in this process and its CPU time counts: workers would take the same cores. All parts take turns.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms import functional as TF
+
+from augmentations.year_wise import Augmentation
+from datasets.cache import store
+from datasets.regions import BatchLoader, RegionDataset
+from experiments.chain import RESIZED, chain, draw_chain
+from experiments.speed_augmentation import compare
+from experiments.speed_input import make_files, make_regions, pil
+from losses.multi_similarity import MultiSimilarityLoss
+from models.earthloc import EarthLoc, ModelConfig
+from train import Run, make_optimizer, update
+from utils.arguments import make_parser
+from utils.arguments import run as run_script
+from utils.precision import autocast, default_precision, require_device
+
+YEARS = 4
+
+
+def make_model(args, device):
+    """Random weights, the paper's stages frozen: speed does not depend on the values."""
+    torch.manual_seed(0)
+    return EarthLoc(ModelConfig(args.backbone, freeze_until="layer2", descriptor_dim=args.descriptor_dim,
+                                image_size=args.image_size)).to(device).train()
+
+
+def baseline(args, root, regions, labels, device):
+    """-> functions of the three parts of an iteration: input, augmentation, step."""
+    model = make_model(args, device)
+    backbone = model.backbone
+    backbone._run_frozen = lambda images: backbone._run(images, backbone.frozen)  # BatchNorm not folded
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    loss_fn, generator = MultiSimilarityLoss(), torch.Generator().manual_seed(0)
+
+    def load():
+        size = round(RESIZED * args.image_size)
+        return torch.stack([torch.stack([TF.to_tensor(pil(Path(root, path).read_bytes(), size)) for path in paths])
+                            for paths in regions.paths]).to(device)
+
+    def augment(images):
+        return torch.stack([chain(images[:, year], draw_chain(args.image_size, generator))
+                            for year in range(YEARS)], dim=1).flatten(0, 1)
+
+    def step(views):
+        loss = loss_fn(model(views), labels)
+        if not np.isfinite(loss.item()):
+            raise RuntimeError("the loss is nan")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return load, augment, step
+
+
+def ours(args, regions, labels, device, precision, compiled=False):
+    """-> the same three parts as train.py runs them."""
+    model = make_model(args, device).to(memory_format=torch.channels_last)
+    if compiled:
+        model.compile()
+    run, loss_fn = Run(model, make_optimizer(model, 1e-4)), MultiSimilarityLoss()
+    augmentation, generator = Augmentation(args.image_size), torch.Generator().manual_seed(0)
+    loader = BatchLoader(RegionDataset(regions, round(1.6 * args.image_size)), 0)
+
+    def load():
+        (_, images), = loader.serve(np.arange(len(regions))[None])
+        return images.to(device)
+
+    def augment(images):
+        return augmentation(images, generator).flatten(0, 1)
+
+    def step(views):
+        update(run, views, labels, None, loss_fn, 1e-4, device, precision)
+    return load, augment, step
+
+
+def bare(args, views, device, precision):
+    """Forward and backward of our model alone."""
+    model = make_model(args, device).to(memory_format=torch.channels_last)
+    views = views.contiguous(memory_format=torch.channels_last)
+
+    def run():
+        with autocast(device, precision):
+            descriptors = model(views)
+        model.zero_grad()
+        descriptors.sum().backward()
+    return run
+
+
+def main(args):
+    torch.set_num_threads(1)
+    device = require_device(args.device)
+    precision = default_precision(device)
+    images = YEARS * args.batch_size
+    labels = torch.arange(args.batch_size, device=device).repeat_interleave(YEARS)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_files(folder, 16)
+        for path in paths:
+            store(path, folder, Path(folder, "cache"), 512, 90)
+        whole, cached = (make_regions(root, paths, args.batch_size) for root in (folder, Path(folder, "cache")))
+        ways = {"baseline": baseline(args, folder, whole, labels, device),
+                "ours": ours(args, whole, labels, device, precision)}
+        if args.compile:
+            ways["ours, compiled"] = ours(args, whole, labels, device, precision, compiled=True)
+        cases = {}
+        for name, (load, augment, step) in ways.items():
+            loaded = load()
+            views = augment(loaded)
+            cases |= {(name, "input"): load,
+                      (name, "augmentation"): lambda augment=augment, loaded=loaded: augment(loaded),
+                      (name, "step"): lambda step=step, views=views: step(views)}
+        cases["ours, cached files", "input"] = ours(args, cached, labels, device, precision)[0]
+        cases["bare forward and backward", "step"] = bare(args, views, device, precision)
+        found = compare(cases, device, args.repeats)
+    for name in ("ours, cached files", "ours, compiled"):
+        for part in ("input", "augmentation", "step"):
+            found.setdefault((name, part), found["ours", part])
+    report([*ways, "ours, cached files"], found, images, precision, device)
+
+
+def report(names, found, images, precision, device):
+    """Milliseconds of (name, part) -> the table."""
+    print(f"{images} images, {device}, {precision}; ms an iteration\n"
+          f"{'':26} {'input':>7} {'augment':>7} {'step':>7} {'sum':>7} {'images/s':>9} {'times':>6}")
+    base = sum(found["baseline", part] for part in ("input", "augmentation", "step"))
+    for name in names:
+        parts = [found[name, part] for part in ("input", "augmentation", "step")]
+        print(f"{name:26} {parts[0]:7.0f} {parts[1]:7.0f} {parts[2]:7.0f} {sum(parts):7.0f} "
+              f"{images / sum(parts) * 1000:9.0f} {base / sum(parts):6.1f}")
+    limit = found["bare forward and backward", "step"]
+    print(f"{'bare forward and backward':26} {'':7} {'':7} {limit:7.0f}")
+    print(f"share of the bare rate: step {limit / found['ours', 'step']:.1%}, with augmentation "
+          f"{limit / (found['ours', 'step'] + found['ours', 'augmentation']):.1%}, all of it from a cache "
+          f"{limit / sum(found['ours, cached files', part] for part in ('input', 'augmentation', 'step')):.1%}")
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("--backbone", default="resnet18", help="a ResNet")
+    parser.add_argument("--descriptor_dim", type=int, default=512)
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=16, help="quadruplets")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well: minutes")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    run_script(main, parser.parse_args())
