@@ -121,7 +121,8 @@ def test_views_are_averaged_and_broken_photos_named(model, tmp_path, crops):
     with torch.no_grad():
         batch = torch.tensor(np.stack(views)).permute(0, 3, 1, 2).float() / 255
         expected = torch.nn.functional.normalize(model.image_encoder(batch), dim=1).mean(dim=0)
-    assert np.abs(embeddings[1] - expected.numpy()).max() < 1e-5
+    # read_image resizes with torch, which rounds a few pixels to the next grey level.
+    assert np.abs(embeddings[1] - expected.numpy()).max() < 1e-4
 
 
 def test_unknown_crops(model):
