@@ -48,11 +48,11 @@ def read_mosaic(path):
 
 
 def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, num_workers=2, mosaics=None,
-               query_mosaic=None):
+               query_mosaic=None, photos="full"):
     """Renders the demo world into folder `output` -> number of images made now (0 when all were there).
 
     mosaics: {year: file} for any of the four years, the others from blue_marble/. Every image depends on the seed and
-    its index alone, whatever num_workers. Raises ValueError where the folder holds a world of other parameters.
+    its index alone, whatever num_workers. photos: one of demo_world.PHOTOS, what the queries go through. Raises ValueError where the folder holds a world of other parameters.
     """
     output = Path(output)
     mosaics = {**MOSAICS, **(mosaics or {})}
@@ -70,7 +70,7 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
         "version": VERSION, "seed": seed, "num_queries": num_queries, "zooms": sorted(set(zooms)),
         "image_size": image_size,
         "mosaics": {str(year): _fingerprint(mosaics[year]) for year in YEARS},
-        "query_mosaic": _fingerprint(query_mosaic),
+        "query_mosaic": _fingerprint(query_mosaic), "photos": photos,
     }
     plan = _read_plan(output, parameters)
     if plan is None:
@@ -88,7 +88,7 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
     missing = [job for job in jobs if not (output / job[0]).exists()]
     # Long jobs first, so that no worker is left with them at the end.
     missing.sort(key=lambda job: job[1][0])
-    setup = (output, {**mosaics, None: query_mosaic}, image_size, seed)
+    setup = (output, {**mosaics, None: query_mosaic}, image_size, seed, photos)
     for _ in tqdm(_run(missing, setup, num_workers), total=len(missing), desc="demo world", unit="image",
                   disable=not missing, mininterval=0.5):
         pass
@@ -139,8 +139,8 @@ def _make_plan(parameters):
 class _Renderer:
     """Makes one image file after another; holds the mosaics it has needed so far."""
 
-    def __init__(self, output, mosaics, image_size, seed):
-        self.output, self.mosaics, self.image_size, self.seed = output, mosaics, image_size, seed
+    def __init__(self, output, mosaics, image_size, seed, photos):
+        self.output, self.mosaics, self.image_size, self.seed, self.photos = output, mosaics, image_size, seed, photos
         self.loaded = {}
 
     def __call__(self, job):
@@ -153,7 +153,7 @@ class _Renderer:
         else:
             rng = np.random.default_rng([self.seed, item.index, 2])
             quality = int(rng.integers(80, 96))
-            pixels = demo_world.render_query(mosaic, item.camera, rng)
+            pixels = demo_world.render_query(mosaic, item.camera, rng, photos=self.photos)
         save_jpeg(self.output / path, Image.fromarray(pixels.permute(1, 2, 0).numpy()), quality)
 
 
@@ -269,6 +269,9 @@ def parse_arguments(arguments=None):
     demo.add_argument("--mosaics", type=_year_and_file, nargs="+", default=[], metavar="YEAR=FILE",
                       help="equirectangular pictures of Earth in place of blue_marble/'s")
     demo.add_argument("--query_mosaic", default=str(QUERY_MOSAIC), metavar="FILE", help="what the queries show")
+    demo.add_argument("--photos", choices=demo_world.PHOTOS, default="full",
+                      help="full: queries as an astronaut would take them; hazy: without clouds; clear: without air, "
+                           "camera and clouds, for telling what makes them hard")
     demo.set_defaults(command_main=demo_main)
     for source in (tiles, raster, own):
         source.add_command(commands, argparse.ArgumentDefaultsHelpFormatter)
@@ -277,7 +280,7 @@ def parse_arguments(arguments=None):
 
 def demo_main(args):
     made = build_demo(args.output, args.seed, args.num_queries, args.zooms, args.image_size, args.num_workers,
-                      dict(args.mosaics), args.query_mosaic)
+                      dict(args.mosaics), args.query_mosaic, args.photos)
     return f"{args.output}: {made:,} images made now; look at {Path(args.output) / FIGURE}"
 
 

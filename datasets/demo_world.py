@@ -15,6 +15,7 @@ from datasets.metadata import ImageName
 from utils import geo
 
 QUERY_SIZE = (384, 256)  # width, height: 3:2, as the station's cameras
+PHOTOS = ("full", "hazy", "clear")  # what a query goes through, see render_query
 MAX_NADIR_LATITUDE = 51.6  # the station's orbit
 MAX_DISTANCE_KM = 2500  # the farthest ground that the data set's photos show (paper, sec. 3.1)
 AREAS_KM2 = (100_000, 1_500_000)
@@ -245,14 +246,20 @@ def _clouds(rng, camera, latlon):
     return opacity * float(rng.uniform(0.75, 1.0)), 0.7 + 0.25 * torch.tanh(above)
 
 
-def render_query(mosaic, camera, rng, size=QUERY_SIZE):
-    """A photo as an astronaut might have taken it: clouds, haze, exposure, colour, lens, noise -> (3, h, w) uint8."""
+def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
+    """A photo as an astronaut might have taken it: clouds, haze, exposure, colour, lens, noise -> (3, h, w) uint8.
+
+    photos: "full", "hazy" without the clouds (and otherwise with the same draws), "clear" with the geometry alone.
+    """
+    if photos == "clear":
+        return render_ground(mosaic, camera, size).round().to(torch.uint8)
     u, v = _pixel_grid(size)
     latlon = ground_points(camera, u, v)
     light = (_supersampled(mosaic, camera, latlon) / 255) ** 2.2  # from here to the tone curve in linear light
 
     opacity, brightness = _clouds(rng, camera, latlon)
-    light = light * (1 - opacity) + brightness * opacity
+    if photos == "full":
+        light = light * (1 - opacity) + brightness * opacity
 
     # Air between: its path grows as 1 / cos(incidence) with the slant; blue scatters most.
     # So smooth that a few points will do.

@@ -180,3 +180,16 @@ def test_command_prints_errors_without_a_traceback(tmp_path, capsys):
     (tmp_path / "real" / "queries").mkdir(parents=True)
     assert build.main(["demo", str(tmp_path / "real")]) == 1
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_photos_without_clouds_or_air_show_the_same_ground():
+    mosaic = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (3, 90, 180), dtype=np.uint8))
+    mosaic = torch.nn.functional.interpolate(mosaic[None].float(), scale_factor=4, mode="bicubic")[0].clamp(0, 255)
+    mosaic = mosaic.to(torch.uint8)
+    camera = Camera((10.0, 20.0), 400.0, 0.0, 30.0, 40.0, 24.0)
+    clear, hazy, full = (demo_world.render_query(mosaic, camera, np.random.default_rng(5), (48, 32), photos).float()
+                         for photos in ("clear", "hazy", "full"))
+    assert torch.equal(clear, demo_world.render_ground(mosaic, camera, (48, 32)).round())
+    assert (hazy != full).any() and (hazy[2] - hazy[0]).mean() > (clear[2] - clear[0]).mean()  # the air is blue
+    same = np.corrcoef(clear.mean(0).flatten(), hazy.mean(0).flatten())[0, 1]
+    assert same > 0.9
