@@ -45,18 +45,20 @@ def haze_opacity(haze, count, size, generator):
     return some * uniform(0, haze, count, generator) * (1 + uniform(0, 1, count, generator) * slope) / 2
 
 
-def add_weather(images, clouds, haze, generator):
+def add_weather(images, clouds, haze, generator, here=None):
     """images (N, 3, S, S) float32 in [0, 1] -> the same behind bluish air and under white clouds.
 
     clouds: largest share of an image under clouds. haze: largest opacity of the air. 0 draws nothing.
+    here (M,) bool: the images are only these N of M, and get what they would get among all of them.
     """
-    count, size = len(images), images.shape[-1]
+    here = torch.ones(len(images), dtype=torch.bool) if here is None else here
+    count, size = len(here), images.shape[-1]
     if haze:
-        opacity = haze_opacity(haze, count, size, generator).to(images.device)
+        opacity = haze_opacity(haze, count, size, generator)[here].to(images.device)
         colour = torch.tensor(HAZE_COLOUR)[:, None, None].to(images.device)
         images = images + opacity * (colour - images)
     if clouds:
-        opacity = cloud_opacity(clouds, count, size, generator).to(images.device)
-        brightness = uniform(0.75, 1, count, generator).to(images.device)
+        opacity = cloud_opacity(clouds, count, size, generator)[here].to(images.device)
+        brightness = uniform(0.75, 1, count, generator)[here].to(images.device)
         images = images + opacity * (brightness - images)
     return images

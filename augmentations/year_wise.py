@@ -66,23 +66,30 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1]")
 
-    def __call__(self, images, generator):
+    def __call__(self, images, generator, part=None, batch=None):
         """images uint8 (B, Y, 3, H, W), one column a year -> float32 (B, Y, 3, size, size) in [0, 1].
 
-        generator: a CPU torch.Generator; the same state gives the same augmentation.
+        generator: a CPU torch.Generator; the same state gives the same augmentation. Where the images are only a slice
+        `part` of a batch of more regions, they get what they would get in the whole batch.
         """
-        batch, years = images.shape[:2]
+        batch, years = batch or len(images), images.shape[1]
+        first = part.start * years if part else 0
         flat = images.flatten(0, 1).float() / 255
         if self.group == "none":
             views = F.interpolate(flat, size=(self.size, self.size), mode="bilinear", antialias=True)
-            return views.unflatten(0, (batch, years))
+            return views.unflatten(0, (-1, years))
         index = torch.arange(batch * years).view(batch, years)
         groups = {"image": index.view(-1, 1), "batch": index.view(1, -1), "year": index.T}[self.group]
-        views = torch.empty(batch * years, 3, self.size, self.size, device=images.device)
-        for rows in groups.to(images.device):
+        views = torch.empty(len(flat), 3, self.size, self.size, device=images.device)
+        for rows in groups:
             draw = self.draw(generator)
-            views[rows] = jitter(add_weather(warp(flat[rows], draw, self.size), self.clouds, self.haze, generator), draw)
-        return views.unflatten(0, (batch, years))
+            here = (rows >= first) & (rows < first + len(flat))
+            rows = (rows[here] - first).to(images.device)
+            seen = warp(flat[rows], draw, self.size) if len(rows) else views[:0]
+            seen = add_weather(seen, self.clouds, self.haze, generator, here)
+            if len(rows):
+                views[rows] = jitter(seen, draw)
+        return views.unflatten(0, (-1, years))
 
     def draw(self, generator):
         """-> a Draw."""

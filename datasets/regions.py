@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import read_image
 from datasets.metadata import YEARS, Catalogue
+from utils.preemption import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,74 @@ def random_clusters(regions, count, batch_size, seed):
     return [np.sort(rows) for rows in np.array_split(np.random.default_rng(seed).permutation(regions), count)]
 
 
+SPARES = 8  # regions that may take the place of one that cannot be read
+
+
+def spares(batch, clusters, seed):
+    """batch (B,) of rows from one of the clusters -> (B, SPARES) rows to take in place of each, in this order; -1: none.
+
+    First from the batch's own cluster, then from anywhere. No row comes up twice or is in the batch, so places are
+    filled without looking at each other. seed: as for `schedule`; nothing else matters.
+    """
+    rng = np.random.default_rng(seed)
+    own = next(rows for rows in clusters if batch[0] in rows)
+    wanted = len(batch) * SPARES
+    found = rng.permutation(np.setdiff1d(own, batch))[:wanted]
+    if len(found) < wanted:
+        others = np.setdiff1d(np.concatenate(clusters), np.concatenate([own, batch]))
+        found = np.concatenate([found, rng.permutation(others)[:wanted - len(found)]])
+    found = np.concatenate([found, np.full(wanted - len(found), -1)]).astype(np.int64)
+    return found.reshape(SPARES, len(batch)).T  # every place gets a first choice before any gets a second
+
+
+class Batches(Dataset):
+    """(rows (B,), spares (B, K)) -> the rows that could be read, their images, and [(row, what went wrong), …].
+
+    A place whose region and spares all cannot be read has row -1.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, batch):
+        rows, images, errors = [], [], []
+        for row, others in zip(*batch):
+            for choice in (int(row), *others[others >= 0].tolist()):
+                try:
+                    images.append(self.dataset[choice][1])
+                    break
+                except (ValueError, OSError) as error:
+                    errors.append((choice, str(error)))
+            else:
+                choice = -1
+            rows.append(choice)
+        return torch.tensor(rows), torch.stack(images) if images else torch.empty(0), errors
+
+
 class BatchLoader:
     """Serves scheduled batches with workers that live as long as the loader, whatever the schedules."""
 
     def __init__(self, dataset, num_workers):
-        self.batches = []
-        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=num_workers,
-                                 persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
+        self.batches, self.spares = np.empty((0, 0), dtype=np.int64), None
+        self.loader = DataLoader(Batches(dataset), batch_size=None, sampler=self, num_workers=num_workers,
+                                 persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+                                 worker_init_fn=ignore_signals)
 
     def __iter__(self):
-        return iter(self.batches)
+        none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
+        return ((rows, self.spares(number) if self.spares else none) for number, rows in enumerate(self.batches))
 
     def __len__(self):
         return len(self.batches)
 
-    def serve(self, batches):
-        """batches (count, batch_size) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W))."""
-        self.batches = batches.tolist()
+    def serve(self, batches, spares=None):
+        """batches (count, B) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W), errors), see `Batches`.
+
+        spares: batch number -> (B, K), asked for one batch at a time; without, an unreadable region has no substitute.
+        """
+        self.batches, self.spares = batches, spares
         return iter(self.loader)
+
+    def close(self):
+        """Ends the workers."""
+        self.loader._iterator = None  # the one place where a DataLoader holds workers that live on

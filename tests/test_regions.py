@@ -47,7 +47,7 @@ def test_a_loader_serves_what_is_scheduled(world):
     loader = BatchLoader(RegionDataset(regions, 8), 0)
     for batches in (np.array([[3, 1], [7, 0]]), np.array([[5, 6]])):
         served = list(loader.serve(batches))
-        assert [rows.tolist() for rows, _ in served] == batches.tolist()
+        assert [rows.tolist() for rows, _, _ in served] == batches.tolist()
         assert served[0][1].shape == (2, 4, 3, 8, 8)
 
 

@@ -6,8 +6,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.images import read_image
-from utils import geo
+from utils import distributed, geo
 from utils.precision import autocast
+from utils.preemption import ignore_signals
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 RANKS = (1, 5, 10, 20, 100)
@@ -43,16 +44,21 @@ def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu
     """Image files -> descriptors (len(rotations), N, D) float32, and failures: a list of (row, what went wrong).
 
     Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: `search` refuses them, so
-    they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D).
+    they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D). Of several processes, each
+    describes every world-th batch, and all of them return all of it.
     """
     device = torch.device(device)
-    loader = DataLoader(ImageFiles(paths, image_size), batch_size=batch_size, num_workers=num_workers,
-                        pin_memory=device.type == "cuda")
+    batches = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
+    shares = [batches[rank::distributed.world()] for rank in range(distributed.world())]
+    own = shares[distributed.rank()]
+    loader = DataLoader(ImageFiles(paths, image_size), batch_sampler=own, num_workers=num_workers,
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     was_training = model.training
     model.eval()
     descriptors, failures = None, []
     try:
-        with tqdm(total=len(paths), desc=label, unit="img", disable=not progress, leave=False) as bar:
+        with tqdm(total=sum(map(len, own)), desc=label, unit="img", leave=False,
+                  disable=not progress or distributed.rank() > 0) as bar:
             for rows, images, errors in loader:
                 failures += [(int(row), error) for row, error in zip(rows, errors) if error]
                 images = images.to(device, non_blocking=True).float() / 255
@@ -72,8 +78,26 @@ def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu
                 bar.update(len(rows))
     finally:
         model.train(was_training)
+    if distributed.world() > 1:
+        descriptors, failures = _from_all(descriptors, failures, shares, (len(rotations), len(paths)))
     if descriptors is None:
         descriptors = np.zeros((len(rotations), 0, 0), dtype=np.float32)
+    return descriptors, failures
+
+
+def _from_all(descriptors, failures, shares, shape):
+    """This rank's rows of descriptors (R, N, D), None without any -> the same with those of all ranks."""
+    failures = sorted(sum(distributed.gather_objects(failures), []))
+    dim = max(distributed.gather_objects(0 if descriptors is None else descriptors.shape[2]))
+    if dim == 0:
+        return None, failures
+    if descriptors is None:
+        descriptors = np.full((*shape, dim), np.nan, dtype=np.float32)
+    rows = [np.array([row for batch in share for row in batch], dtype=np.int64) for share in shares]
+    for layer in descriptors:  # one at a time, so that the copies stay small
+        own = torch.from_numpy(layer[rows[distributed.rank()]])
+        for theirs, values in zip(rows, distributed.gather_parts(own, [len(each) for each in rows])):
+            layer[theirs] = values
     return descriptors, failures
 
 
