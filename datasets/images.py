@@ -5,6 +5,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 200_000_000  # refused before decoding: no camera on the station and no tile mosaic comes near
+MIN_SIDE = 4  # pixels; what is smaller shows no ground
+# Not all that Pillow can: for some formats it would start other programs (EPS), whatever the file is called.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "JPEG2000", "GIF", "BMP", "PPM")
 
 
 def read_image(path, size=None):
@@ -14,10 +17,12 @@ def read_image(path, size=None):
     footprint's corners belong to the stored pixels. Raises ValueError or FileNotFoundError naming the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{path}: {image.width} × {image.height} pixels, more than {MAX_PIXELS:,}; "
                                  f"scale the image down")
+            if min(image.size) < MIN_SIDE:
+                raise ValueError(f"{path}: {image.width} × {image.height} pixels, too small for an image; replace it")
             if size is not None:
                 image.draft("RGB", (size, size))  # JPEG: decode at the smallest power-of-two scale that is enough
             image = _to_rgb(image)
