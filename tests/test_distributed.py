@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,27 +69,246 @@ def problem():
     return model, views, labels, shared[labels][:, labels]
 
 
-def one_update(variant="right"):
-    """The gradients, loss and BatchNorm averages after one update by train.update -> plain lists (they cross processes)."""
+def own_with_gradient(values):
+    """The usual mistake: what others sent carries no gradient."""
+    parts = [torch.empty_like(values) for _ in range(distributed.world())]
+    dist.all_gather(parts, values.detach())
+    parts[distributed.rank()] = values
+    return torch.cat(parts)
+
+
+def half(parameters):
+    distributed.average_gradients(parameters)
+    for each in parameters:
+        each.grad /= distributed.world()
+
+
+def one_update(_, wrong=None):
+    """train.update on this rank's part of the problem -> gradients, loss, BatchNorm's averages."""
     model, views, labels, neutral = problem()
     distributed.use_global_batchnorm(model)
     mine = distributed.part(REGIONS)
-    if variant == "detached":
-        distributed.gather = lambda values, original=distributed.gather: original(values.detach()) if values.dim() == 2 \
-            and values.shape[1] == 8 and not _with_own(values) else original(values)
-    if variant == "no average":
-        distributed.average_gradients = lambda parameters: _scaled(parameters, original=original_average)
-    if variant == "local negatives":
-        labels, neutral = labels[mine.start * YEARS:mine.stop * YEARS], None
-        whole = distributed.gather
-        distributed.gather = lambda values: values if values.dim() == 2 and values.shape[1] == 8 else whole(values)
-    if variant == "local batchnorm":
+    used = SimpleNamespace(gather=distributed.gather, average_gradients=distributed.average_gradients)
+    if wrong == "local negatives":
+        used.gather = lambda values: values
+        labels = labels[:(mine.stop - mine.start) * YEARS]
+        neutral = neutral[mine.start * YEARS:mine.stop * YEARS, mine.start * YEARS:mine.stop * YEARS]
+    if wrong == "detached gather":
+        used.gather = own_with_gradient
+    if wrong == "1 / world":
+        used.average_gradients = lambda parameters: half(list(parameters))
+    if wrong == "local BatchNorm":
         for module in model.modules():
             if isinstance(module, distributed.GlobalBatchNorm):
                 module.__class__ = torch.nn.BatchNorm2d
-    run = train.Run(model, train.make_optimizer(model, 1e-3))
-    loss, _ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
-                           torch.device("cpu"), "fp32")
+    before, train.distributed = train.distributed, used
+    try:
+        run = train.Run(model, train.make_optimizer(model, 1e-3))
+        loss, _ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
+                               torch.device("cpu"), "fp32")
+    finally:
+        train.distributed = before
     gradients = torch.cat([each.grad.flatten() for each in model.parameters()])
     averages = torch.cat([each.double().flatten() for each in model.buffers()])
     return gradients.numpy(), float(loss), averages.numpy()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gradients_are_those_of_one_process(world):
+    gradients, loss, averages = one_update(0)
+    assert np.abs(gradients).max() > 1e-3 and len(gradients) > 100_000
+    for found in spawn(one_update, world):
+        assert np.abs(found[0] - gradients).max() < 1e-10 and abs(found[1] - loss) < 1e-10
+        assert np.abs(found[2] - averages).max() < 1e-10
+
+
+@pytest.mark.parametrize("wrong", ["local negatives", "detached gather", "1 / world", "local BatchNorm"])
+def test_each_usual_mistake_is_noticed(wrong):
+    gradients, _, _ = one_update(0)
+    for found in spawn(one_update, 2, wrong):
+        assert np.abs(found[0] - gradients).max() > 1e-4
+
+
+def test_global_batchnorm_also_where_an_activation_follows():
+    """timm's layer of the EfficientNet; torch's own BatchNorm on the whole batch is the expectation."""
+    norm_act = pytest.importorskip("timm.layers").BatchNormAct2d
+
+    def body(_):
+        torch.manual_seed(0)
+        x, layer = torch.randn(8, 3, 5, 5, dtype=torch.float64), torch.nn.Sequential(norm_act(3)).double()
+        distributed.use_global_batchnorm(layer)
+        trained = layer(x[distributed.part(8)])
+        return trained.detach().numpy(), layer.eval()(x).detach().numpy(), layer[0].running_var.numpy()
+    trained, evaluated, variance = body(0)
+    parts = spawn(body, 2)
+    assert np.abs(np.concatenate([part[0] for part in parts]) - trained).max() < 1e-12
+    assert all(np.abs(part[1] - evaluated).max() < 1e-12 for part in parts)
+    assert all(np.abs(part[2] - variance).max() < 1e-12 for part in parts)
+
+
+@pytest.mark.parametrize("group", ["none", "image", "batch", "year"])
+def test_parts_are_augmented_as_in_the_whole_batch(group):
+    images = torch.randint(0, 256, (8, 4, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augment = Augmentation(16, group, clouds=0.5, haze=0.5, hue=0.1)
+    whole = augment(images, torch.Generator().manual_seed(5))
+    for size in (2, 4):
+        for start in range(0, 8, size):
+            rows = slice(start, start + size)
+            part = augment(images[rows], torch.Generator().manual_seed(5), rows, 8)
+            assert torch.equal(part, whole[rows]) if group != "none" else torch.allclose(part, whole[rows])
+
+
+# Description, gathering
+
+@pytest.mark.parametrize("count", [0, 1, 5, 13])
+def test_descriptors_are_the_same_bits_without_padding(world, tmp_path, count):
+    files = sorted(world.path.rglob("*.jpg"))[:count]
+    if count > 3:
+        (tmp_path / "broken.jpg").write_bytes(b"?")
+        files[3] = tmp_path / "broken.jpg"
+    torch.manual_seed(0)
+    model = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 8, 32))
+
+    def body(_):
+        return describe(model, files, 32, batch_size=2, rotations=(0, 90), progress=False)
+    expected, failures = body(0)
+    for found, failed in spawn(body, 3):
+        assert found.dtype == np.float32 and np.array_equal(found, expected, equal_nan=True) and failed == failures
+    assert len(failures) == (count > 3)
+
+
+def test_what_goes_wrong_on_the_first_is_raised_on_all():
+    def body(rank):
+        try:
+            distributed.from_first(lambda: int("x"))
+        except ValueError as error:
+            return str(error)
+    assert spawn(body, 2) == ["invalid literal for int() with base 10: 'x'"] * 2
+
+
+def test_a_batch_that_does_not_divide():
+    def body(_):
+        with pytest.raises(ValueError, match="--batch_size 9 does not divide among 2 processes; 8 would"):
+            distributed.part(9)
+        return distributed.part(8)
+    assert spawn(body, 2) == [slice(0, 4), slice(4, 8)]
+
+
+# Whole runs
+
+def start(world, script, folder, words):
+    """The script in `world` processes, as torchrun starts them, but none looks after the others -> processes."""
+    port = free_port()
+    return [subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=folder, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                                  "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for rank in range(world)]
+
+
+def finish(processes, codes, timeout=240):
+    outputs = [each.communicate(timeout=timeout)[0] for each in processes]
+    assert [each.returncode for each in processes] == codes, "\n".join(outputs)
+    return outputs
+
+
+def words(world, *more):
+    return ["--dataset_path", str(world.path), *MODEL, *SHORT, "--num_workers", "0", *map(str, more)]
+
+
+def newest(folder, log="r"):
+    return max((folder / "logs" / log).iterdir())
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"never said {text}")
+
+
+@pytest.fixture(scope="module")
+def two(world, tmp_path_factory):
+    """Folder in which two processes trained undisturbed, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    outputs = finish(start(2, "train.py", folder, words(world)), [0, 0])
+    return folder, outputs
+
+
+def test_two_processes_train_as_one_does(world, two, tmp_path, monkeypatch):
+    """Up to rounding, which grows from iteration to iteration: batches, draws, loss and clusters are the same."""
+    monkeypatch.chdir(tmp_path)
+    one = load_checkpoint(train.main(train.parse_arguments(words(world))) / "last.pt")
+    other = load_checkpoint(newest(two[0]) / "last.pt")
+    assert differences(one["clusters"], other["clusters"]) == [] and other["iteration"] == 10
+    for key, value in one["model"].items():
+        assert torch.allclose(value.double(), other["model"][key].double(), atol=2e-4, rtol=1e-3), key
+    assert "Done: 10 iterations" in two[1][0] and "Done" not in two[1][1]
+    assert not list(newest(two[0]).glob("rank1/*.pt")) and (newest(two[0]) / "rank1" / "debug.log").exists()
+
+
+def test_a_signal_to_any_one_stops_all_and_they_resume_with_the_same_bits(world, two, tmp_path):
+    processes = start(2, "train.py", tmp_path, words(world, "--iterations", 10))
+    wait_for(processes[0], "Iteration 0: ")
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, [EXIT_CODE, EXIT_CODE])
+    assert "SIGTERM: stopped before iteration" in outputs[0]
+    stopped = newest(tmp_path)
+    assert load_checkpoint(stopped / "last.pt")["iteration"] < 10
+    finish(start(2, "train.py", tmp_path, words(world, "--resume", "auto")), [0, 0])
+    assert newest(tmp_path) != stopped
+    assert differences(load_checkpoint(newest(two[0]) / "last.pt"), load_checkpoint(newest(tmp_path) / "last.pt")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_when_one_dies_or_hangs_the_others_leave_with_an_error(world, tmp_path, number):
+    processes = start(2, "train.py", tmp_path, words(world, "--iterations", 100_000, "--process_timeout", 20))
+    wait_for(processes[0], "Iteration 0: ")
+    processes[1].send_signal(number)
+    began = time.monotonic()
+    output = processes[0].communicate(timeout=120)[0]
+    assert processes[0].returncode == 2 and "error: " in output and time.monotonic() - began < 60
+    processes[1].kill()
+    processes[1].communicate()
+
+
+def test_evaluation_by_two_gives_the_same_files(world, two, tmp_path):
+    checkpoint = newest(two[0]) / "best.pt"
+    flags = ["--resume", str(checkpoint), "--dataset_path", str(world.path), "--device", "cpu", "--precision", "fp32",
+             "--num_workers", "0", "--batch_size", "4"]
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        if count == 1:
+            process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *flags], cwd=tmp_path / "1", text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            finish([process], [0])
+        else:
+            finish(start(2, "eval.py", tmp_path / "2", flags), [0, 0])
+    for name in ("results.json", "predictions.csv", "predictions.jpg"):
+        one, other = (newest(tmp_path / count, "eval") / name for count in "12")
+        assert one.read_bytes() == other.read_bytes(), name
+    assert json.loads(one.with_name("results.json").read_text())["sets"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("torchrun", path=str(Path(sys.executable).parent)), reason="no torchrun here")
+def test_torchrun_with_four_processes_is_stopped_and_resumed(world, tmp_path):
+    """A signal to torchrun itself, which passes it on; with four ranks the sums of gradients have an order, too."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "4",
+                str(ROOT / "train.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def go(folder, *more):
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([*torchrun, *words(world, *more)], cwd=folder, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+    finish([go(tmp_path / "whole")], [0], 600)
+    process = go(tmp_path / "parts")
+    wait_for(process, "Iteration 0: ")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert load_checkpoint(newest(tmp_path / "parts") / "last.pt")["iteration"] < 10
+    finish([go(tmp_path / "parts", "--resume", "auto")], [0], 600)
+    whole, parts = (load_checkpoint(newest(tmp_path / name) / "last.pt") for name in ("whole", "parts"))
+    assert differences(whole, parts) == []
