@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +19,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_resume import MODEL, ROOT, SHORT, differences
 
+import eval
 import train
 from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import EarthLoc, ModelConfig
 from utils import distributed
+from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint
 from utils.preemption import EXIT_CODE
 from utils.retrieval import describe
@@ -196,20 +199,66 @@ def test_a_batch_that_does_not_divide():
 
 # Whole runs
 
-def start(world, script, folder, words):
-    """The script in `world` processes, as torchrun starts them, but none looks after the others -> processes."""
+class Child:
+    """A process that runs a script's main, forked: nothing is imported anew. It leads a process group of its own."""
+
+    def __init__(self, script, folder, flags, environment):
+        self.log = folder / f"output_{time.monotonic_ns()}"
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.setsid()
+                output = os.open(self.log, os.O_WRONLY | os.O_CREAT)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+                sys.argv = [f"{script.__name__}.py", *flags]
+                os.chdir(folder)
+                os.environ |= environment
+                run_script(script.main, script.parse_arguments(flags))
+                code = 0
+            except SystemExit as leaving:
+                code = leaving.code
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
+
+    def say(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, timeout=240):
+        """-> exit code."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"still running after {timeout} s: {self.say()}")
+
+    def wait_for(self, text, timeout=120):
+        end = time.monotonic() + timeout
+        while text not in self.say():
+            assert time.monotonic() < end, f"never said {text}: {self.say()}"
+            time.sleep(0.02)
+
+
+def start(world, script, folder, flags):
+    """The script in `world` processes, as torchrun starts them, but none looks after the others -> Children."""
     port = free_port()
-    return [subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=folder, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, start_new_session=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                                  "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-            for rank in range(world)]
+    return [Child(script, folder, flags, {} if world == 1 else {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port)}) for rank in range(world)]
 
 
-def finish(processes, codes, timeout=240):
-    outputs = [each.communicate(timeout=timeout)[0] for each in processes]
-    assert [each.returncode for each in processes] == codes, "\n".join(outputs)
-    return outputs
+def finish(children, codes):
+    found = [each.wait() for each in children]
+    assert found == codes, "\n".join(each.say() for each in children)
+    return [each.say() for each in children]
 
 
 def words(world, *more):
@@ -220,18 +269,11 @@ def newest(folder, log="r"):
     return max((folder / "logs" / log).iterdir())
 
 
-def wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"never said {text}")
-
-
 @pytest.fixture(scope="module")
 def two(world, tmp_path_factory):
     """Folder in which two processes trained undisturbed, and what they said."""
     folder = tmp_path_factory.mktemp("two")
-    outputs = finish(start(2, "train.py", folder, words(world)), [0, 0])
+    outputs = finish(start(2, train, folder, words(world)), [0, 0])
     return folder, outputs
 
 
@@ -248,46 +290,40 @@ def test_two_processes_train_as_one_does(world, two, tmp_path, monkeypatch):
 
 
 def test_a_signal_to_any_one_stops_all_and_they_resume_with_the_same_bits(world, two, tmp_path):
-    processes = start(2, "train.py", tmp_path, words(world, "--iterations", 10))
-    wait_for(processes[0], "Iteration 0: ")
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = finish(processes, [EXIT_CODE, EXIT_CODE])
+    children = start(2, train, tmp_path, words(world))
+    children[0].wait_for("Iteration 0: ")
+    os.kill(children[1].pid, signal.SIGTERM)
+    outputs = finish(children, [EXIT_CODE, EXIT_CODE])
     assert "SIGTERM: stopped before iteration" in outputs[0]
     stopped = newest(tmp_path)
     assert load_checkpoint(stopped / "last.pt")["iteration"] < 10
-    finish(start(2, "train.py", tmp_path, words(world, "--resume", "auto")), [0, 0])
+    finish(start(2, train, tmp_path, words(world, "--resume", "auto")), [0, 0])
     assert newest(tmp_path) != stopped
     assert differences(load_checkpoint(newest(two[0]) / "last.pt"), load_checkpoint(newest(tmp_path) / "last.pt")) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_when_one_dies_or_hangs_the_others_leave_with_an_error(world, tmp_path, number):
-    processes = start(2, "train.py", tmp_path, words(world, "--iterations", 100_000, "--process_timeout", 20))
-    wait_for(processes[0], "Iteration 0: ")
-    processes[1].send_signal(number)
-    began = time.monotonic()
-    output = processes[0].communicate(timeout=120)[0]
-    assert processes[0].returncode == 2 and "error: " in output and time.monotonic() - began < 60
-    processes[1].kill()
-    processes[1].communicate()
+    first, second = start(2, train, tmp_path, words(world, "--iterations", 100_000, "--process_timeout", 20))
+    try:
+        first.wait_for("Iteration 0: ")
+        os.kill(second.pid, number)
+        assert first.wait(60) == 2 and "error: " in first.say()
+    finally:
+        os.killpg(second.pid, signal.SIGKILL)
+        os.waitpid(second.pid, 0)
 
 
 def test_evaluation_by_two_gives_the_same_files(world, two, tmp_path):
-    checkpoint = newest(two[0]) / "best.pt"
-    flags = ["--resume", str(checkpoint), "--dataset_path", str(world.path), "--device", "cpu", "--precision", "fp32",
-             "--num_workers", "0", "--batch_size", "4"]
+    flags = ["--resume", str(newest(two[0]) / "best.pt"), "--dataset_path", str(world.path), "--device", "cpu",
+             "--precision", "fp32", "--num_workers", "0", "--batch_size", "4"]
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
-        if count == 1:
-            process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *flags], cwd=tmp_path / "1", text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            finish([process], [0])
-        else:
-            finish(start(2, "eval.py", tmp_path / "2", flags), [0, 0])
+        finish(start(count, eval, tmp_path / str(count), flags), [0] * count)
     for name in ("results.json", "predictions.csv", "predictions.jpg"):
         one, other = (newest(tmp_path / count, "eval") / name for count in "12")
         assert one.read_bytes() == other.read_bytes(), name
-    assert json.loads(one.with_name("results.json").read_text())["sets"]
+    assert json.loads((newest(tmp_path / "2", "eval") / "results.json").read_text())["sets"]
 
 
 @pytest.mark.slow
@@ -303,12 +339,14 @@ def test_torchrun_with_four_processes_is_stopped_and_resumed(world, tmp_path):
         folder.mkdir(exist_ok=True)
         return subprocess.Popen([*torchrun, *words(world, *more)], cwd=folder, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, start_new_session=True, env=environment)
-    finish([go(tmp_path / "whole")], [0], 600)
+    output, _ = (whole := go(tmp_path / "whole")).communicate(timeout=600)
+    assert whole.returncode == 0, output
     process = go(tmp_path / "parts")
-    wait_for(process, "Iteration 0: ")
+    assert any("Iteration 0: " in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
     assert load_checkpoint(newest(tmp_path / "parts") / "last.pt")["iteration"] < 10
-    finish([go(tmp_path / "parts", "--resume", "auto")], [0], 600)
+    output, _ = (rest := go(tmp_path / "parts", "--resume", "auto")).communicate(timeout=600)
+    assert rest.returncode == 0, output
     whole, parts = (load_checkpoint(newest(tmp_path / name) / "last.pt") for name in ("whole", "parts"))
     assert differences(whole, parts) == []
