@@ -88,15 +88,17 @@ def parse_arguments(argv=None):
     steps.add_argument("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
     system = parser.add_argument_group("run")
     system.add_argument("--log_dir", default="default", help="outputs go to logs/LOG_DIR/date_time")
-    system.add_argument("--resume", help="what to go on with: a last.pt, a run's folder (its newest whole checkpoint), a "
-                                         "folder of runs, or auto: logs/LOG_DIR, from the start where there is nothing "
-                                         "yet. Flags are those of the command line")
+    system.add_argument("--resume", help="what to go on with: a last.pt, a run's folder (its newest whole checkpoint), "
+                                         "a folder of runs, or auto: logs/LOG_DIR, from the start if it has none yet. "
+                                         "Flags are those of the command line")
     system.add_argument("--save_every", type=int, help="iterations between last.pt; default: validate_every")
     system.add_argument("--max_skips", type=int, default=0,
                         help="updates with a nan or infinite loss or gradient that are left out before the run stops")
     system.add_argument("--process_timeout", type=float, default=1800,
                         help="seconds that processes wait for one that does not answer")
     system.add_argument("--validate_every", type=int, help="iterations; default: recluster_every")
+    system.add_argument("--keep_every", type=int, help="iterations between weights that are kept, for a curve "
+                                                       "(python -m experiments.curve)")
     system.add_argument("--log_every", type=int, default=50, help="iterations between scalars")
     system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
@@ -137,15 +139,20 @@ class Run:
     validated: int = -1
     skipped: int = 0
 
+    def save_weights(self, path):
+        """Of several processes the first one does, here and in `save`."""
+        if distributed.rank() == 0:
+            save_checkpoint(path, {"model": self.model.state_dict(), "model_config": asdict(self.model.config)})
+
     def save(self, path, args):
-        """Writes a checkpoint; of several processes the first one does. Raises RuntimeError where weights are not finite."""
+        """Writes a checkpoint to go on from. Raises RuntimeError where weights are not finite."""
         if distributed.rank():
             return
         state = self.model.state_dict()
         broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
         if broken:
-            raise RuntimeError(f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the last "
-                               f"good checkpoints stay. A smaller --lr or --precision fp32 may help")
+            raise RuntimeError(f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the "
+                               f"last good checkpoints stay. A smaller --lr or --precision fp32 may help")
         save_checkpoint(path, {
             "model": state, "model_config": asdict(self.model.config),
             "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "best": self.best,
@@ -179,7 +186,8 @@ def resume_run(checkpoint, path, lr, device):
 
 
 # Flags that change nothing in what a run ends with.
-FREE_FLAGS = {"resume", "log_dir", "log_every", "save_every", "num_workers", "traceback", "process_timeout"}
+FREE_FLAGS = {"resume", "log_dir", "log_every", "save_every", "keep_every", "num_workers", "traceback",
+              "process_timeout"}
 
 
 def find_run(args, folder, device):
@@ -237,7 +245,8 @@ def whiten(model, loader, regions, augment, args, device, precision):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     with torch.no_grad(), autocast(device, precision):
-        served = loader.serve(batches, lambda number: spares(batches[number], [np.arange(regions)], [args.seed, 6, number]))
+        substitutes = [spares(each, [np.arange(regions)], [args.seed, 6, k]) for k, each in enumerate(batches)]
+        served = loader.serve(batches, substitutes.__getitem__)
         for _, images, _ in tqdm(served, total=len(batches), desc="whitening", leave=False):
             views = augment(images.to(device), generator).flatten(0, 1)
             features.append(model.aggregate(views.contiguous(memory_format=torch.channels_last)).float())
@@ -361,7 +370,9 @@ def validate(run, validation, writer, args, device, precision):
 
 
 def validate_and_save(run, validation, meter, folder, args, device, precision, stop):
-    """What is due before an iteration: validation with best.pt and last.pt, or last.pt alone."""
+    """What is due before an iteration: weights to keep, validation with best.pt and last.pt, or last.pt alone."""
+    if args.keep_every and run.iteration and run.iteration % args.keep_every == 0:
+        run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
     if run.iteration % args.validate_every == 0 or run.iteration == args.iterations:
         if run.validated == run.iteration:  # resumed right after it
             return
@@ -398,8 +409,8 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
             if step == 0:
                 with stop.at_once():
                     run.clusters = make_clusters(run.model, regions, period, unreadable, args, device, precision)
-                logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of {min(map(len, run.clusters))} "
-                             f"to {max(map(len, run.clusters))} regions")
+                logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of "
+                             f"{min(map(len, run.clusters))} to {max(map(len, run.clusters))} regions")
                 if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
                     save_clusters_figure(folder, regions, run.clusters)
             if step == 0 or served is None:
@@ -434,7 +445,7 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
 
 
 def serve(run, loader, args, mine):
-    """-> The loader's batches from where the run stands to the end of its clusters' period; of them, the rows `mine`."""
+    """-> The loader's batches from where the run stands to its next clusters; of each, the rows `mine`."""
     period, step = divmod(run.iteration, args.recluster_every)
     count = min(args.recluster_every, args.iterations - period * args.recluster_every)
     batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period])[step:]
@@ -460,9 +471,7 @@ def start(args, regions, loader, augment, folder, device, precision):
     run = find_run(args, folder, device) if args.resume else None
     if run is None:
         run = fresh_run(args, device)
-        if distributed.rank() == 0:  # what the trained model is compared with
-            save_checkpoint(folder / "initial.pt", {"model": run.model.state_dict(),
-                                                    "model_config": asdict(run.model.config)})
+        run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             whiten(run.model, loader, len(regions), augment, args, device, precision)
     distributed.use_global_batchnorm(run.model)
@@ -507,8 +516,8 @@ def main(args):
                 logging.info(f"{signal}: stopped before the first iteration, start it again")
             else:
                 run.save(folder / LAST, args)
-                logging.info(f"{signal}: stopped before iteration {run.iteration + 1} of {args.iterations}, all is saved. "
-                             f"Go on with: {how_to_go_on(folder)}")
+                logging.info(f"{signal}: stopped before iteration {run.iteration + 1} of {args.iterations}, all is "
+                             f"saved. Go on with: {how_to_go_on(folder)}")
         finally:
             if loader:
                 loader.close()

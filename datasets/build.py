@@ -124,13 +124,11 @@ def _read_plan(output, parameters):
 
 
 def _make_plan(parameters):
-    from global_land_mask import globe  # loads a mask of 1 GB, so only where it is used
-
     regions = grid.land_regions(parameters["zooms"], min_land=MIN_LAND)
     corners = grid.footprints(regions)
     centers = geo.centers(corners)
     radii = geo.distance_km(centers[:, None], corners).max(axis=1)
-    queries = [demo_world.plan_query(parameters["seed"], index, (centers, radii), globe.is_land)
+    queries = [demo_world.plan_query(parameters["seed"], index, (centers, radii), grid.is_land)
                for index in tqdm(range(parameters["num_queries"]), desc="cameras", unit="query", mininterval=0.5)]
     return {"parameters": parameters, "regions": regions.tolist(),
             "queries": [(query.index, query.group, dataclasses.asdict(query.camera), query.date) for query in queries]}

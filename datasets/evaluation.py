@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.metadata import DATABASE_YEAR, Catalogue
-from datasets.overlap import INTERSECTIONS_FILE, load_intersections
+from datasets.overlap import INTERSECTIONS_FILE, Positives, load_positives
 from utils import geo
+from utils.strings import base_names, find
 
 POINTS_OF_INTEREST = {  # Table 1
     "Texas": (30, -95),
@@ -93,11 +94,11 @@ def load_evaluation_data(dataset_path, validation=True):
     if not len(database):
         raise FileNotFoundError(f"{root / 'database'}: no .jpg in a folder {DATABASE_YEAR}_*; evaluation searches "
                                 f"the images of {DATABASE_YEAR}")
-    return make_evaluation_data(queries, database, load_intersections(root / INTERSECTIONS_FILE), validation)
+    return make_evaluation_data(queries, database, load_positives(root / INTERSECTIONS_FILE), validation)
 
 
 def make_evaluation_data(queries, database, intersections, validation=True):
-    """Catalogues and {query name: [(database path, IoU)]} -> EvaluationData."""
+    """Catalogues and Positives, or {query name: [(database path, IoU)]} -> EvaluationData."""
     pairs, notes = positive_pairs(queries, database, intersections)
     wanted = [(name, center, QUERY_RADIUS_KM, DATABASE_RADIUS_KM) for name, center in POINTS_OF_INTEREST.items()]
     if validation:
@@ -136,22 +137,22 @@ def build_set(name, query_rows, database_rows, pairs):
 
 
 def positive_pairs(queries, database, intersections):
-    """{query name: [(database path, IoU)]} -> pairs (P, 2) of catalogue rows, sorted, and notes on what is missing.
+    """Positives, or {query name: [(database path, IoU)]} -> pairs (P, 2) of catalogue rows, sorted, and notes on what
+    is missing.
 
     Images are matched by file name, which is unique and does not change when a data set's folders are moved.
     """
-    row_of = {name: row for row, name in enumerate(database.names)}
-    rows, counts, missing, unlisted = [], [], 0, 0
-    for name in queries.names:
-        entries = intersections.get(name)
-        unlisted += entries is None
-        listed = [row_of.get(path.rsplit("/", 1)[-1], -1) for path, _ in entries or ()]
-        present = sorted({row for row in listed if row >= 0})
-        missing += listed.count(-1)
-        rows += present
-        counts.append(len(present))
-    pairs = np.stack([np.repeat(np.arange(len(queries)), np.array(counts, dtype=np.int64)),
-                      np.array(rows, dtype=np.int64)], axis=1)
+    table = intersections if isinstance(intersections, Positives) else Positives.from_table(intersections)
+    of_table = find(table.queries, queries.names)
+    image_rows = find(database.names, base_names(table.images))
+    starts = np.searchsorted(table.pairs[:, 0], np.arange(len(table.queries) + 1))
+    counts = np.where(of_table < 0, 0, np.diff(starts, append=starts[-1:])[of_table])
+    # Entry k of query q is the table's pair starts[q] + k.
+    entry = np.arange(counts.sum()) + np.repeat(starts[of_table] - np.cumsum(counts) + counts, counts)
+    found = image_rows[table.pairs[entry, 1]]
+    missing, unlisted = int((found < 0).sum()), int((of_table < 0).sum())
+    key = np.unique((np.repeat(np.arange(len(queries)), counts) * len(database) + found)[found >= 0])
+    pairs = np.stack(np.divmod(key, max(len(database), 1)), axis=1)
     notes = []
     if missing:
         notes.append(f"{missing} of {missing + len(pairs)} positives of {INTERSECTIONS_FILE} are not in the database "

@@ -10,16 +10,20 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.images import read_image
 from datasets.metadata import YEARS, Catalogue
 from utils.preemption import ignore_signals
+from utils.strings import Strings
 
 
 @dataclass(frozen=True)
 class Regions:
-    """paths[i]: region i's images, one a year, relative to root; footprints (R, 4, 2) degrees; ids zoom_row_col."""
+    """paths[i]: region i's images, one a year, relative to root; footprints (R, 4, 2) degrees; ids zoom_row_col.
+
+    paths and ids are Strings, which read like a list of tuples and a list of str: 175,000 regions are a few arrays.
+    """
 
     root: Path
-    paths: list
+    paths: Strings
     footprints: np.ndarray
-    ids: list
+    ids: Strings
     years: tuple
 
     @classmethod
@@ -29,18 +33,20 @@ class Regions:
         Raises ValueError where none is whole.
         """
         catalogue = Catalogue.read(root, "database")
-        by_region = {}
-        for row, (image_id, year) in enumerate(zip(catalogue.ids, catalogue.years.tolist())):
-            by_region.setdefault(image_id, {})[year] = row
-        whole = {key: [rows[year] for year in years] for key, rows in sorted(by_region.items())
-                 if all(year in rows for year in years)}
-        missing = sorted(set(by_region) - set(whole))
-        if not whole:
-            raise ValueError(f"{Path(root) / 'database'}: {len(by_region)} regions, none with an image of every year "
+        ids, region = np.unique(catalogue.ids.array, return_inverse=True)
+        rows = np.full((len(ids), len(years)), -1)
+        for column, year in enumerate(years):
+            of_year = np.flatnonzero(catalogue.years == year)
+            rows[region[of_year], column] = of_year
+        whole = (rows >= 0).all(axis=1)
+        missing = list(Strings(ids[~whole]))
+        if not whole.any():
+            raise ValueError(f"{Path(root) / 'database'}: {len(ids)} regions, none with an image of every year "
                              f"({', '.join(map(str, years))}); is the data set complete?")
-        rows = list(whole.values())
-        return cls(Path(root), [tuple(catalogue.paths[row] for row in each) for each in rows],
-                   catalogue.footprints[[each[-1] for each in rows]], list(whole), tuple(years)), missing
+        rows = rows[whole]
+        paths, footprints = catalogue.paths, catalogue.footprints[rows[:, -1]]
+        del catalogue, region  # 100 MB of a full data set that need not be there while the paths are copied
+        return cls(Path(root), paths[rows], footprints, Strings(ids[whole]), tuple(years)), missing
 
     def __len__(self):
         return len(self.paths)
@@ -48,7 +54,7 @@ class Regions:
     def views_of(self, year):
         """The same regions with one year's image in every place: no regional quadruplets (Table 3, first row)."""
         column = self.years.index(year)
-        return replace(self, paths=[(each[column],) * len(self.years) for each in self.paths])
+        return replace(self, paths=self.paths[:, [column] * len(self.years)])
 
 
 class RegionDataset(Dataset):
@@ -128,7 +134,7 @@ SPARES = 8  # regions that may take the place of one that cannot be read
 
 
 def spares(batch, clusters, seed):
-    """batch (B,) of rows from one of the clusters -> (B, SPARES) rows to take in place of each, in this order; -1: none.
+    """batch (B,) of rows from one of the clusters -> (B, SPARES) rows to take in place of each, in order; -1: none.
 
     First from the batch's own cluster, then from anywhere. No row comes up twice or is in the batch, so places are
     filled without looking at each other. seed: as for `schedule`; nothing else matters.

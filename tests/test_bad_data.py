@@ -122,9 +122,9 @@ def test_broken_images_of_each_kind_are_replaced(own_world, denied, monkeypatch,
         return original(run, *rest)
     monkeypatch.setattr(train, "update", watched)
     real = train.neutral_pairs
-    monkeypatch.setattr(train, "neutral_pairs", lambda footprints, labels: seen.append(footprints) or real(footprints, labels))
-    flags = ("--iterations", 18, "--recluster_every", 8, "--validate_every", 18, "--batch_size", 4, "--max_unreadable", 0.4,
-             "--num_workers", workers)
+    monkeypatch.setattr(train, "neutral_pairs", lambda shown, labels: seen.append(shown) or real(shown, labels))
+    flags = ("--iterations", 18, "--recluster_every", 8, "--validate_every", 18, "--batch_size", 4,
+             "--max_unreadable", 0.4, "--num_workers", workers)
     first = go(own_world, *flags)
     log = (first / "info.log").read_text()
     for kind, path in broken.items():
@@ -140,7 +140,8 @@ def test_broken_images_of_each_kind_are_replaced(own_world, denied, monkeypatch,
 def test_too_many_broken_images_stop_the_run(own_world):
     for region in own_world.regions[:5]:
         plant(own_world.image(region, 2019), "empty")
-    with pytest.raises(ValueError, match=r"\d of 24 regions have an image that cannot be read, .*--max_unreadable 0.1 .*@"):
+    message = r"\d of 24 regions have an image that cannot be read, .*--max_unreadable 0.1 .*@"
+    with pytest.raises(ValueError, match=message):
         go(own_world, "--iterations", 9, "--recluster_every", 9, "--batch_size", 8, "--num_workers", 0,
            "--max_unreadable", 0.1)
 
@@ -148,8 +149,8 @@ def test_too_many_broken_images_stop_the_run(own_world):
 def test_stopped_and_resumed_among_broken_images(own_world, monkeypatch):
     for region in own_world.regions[:6:2]:
         plant(own_world.image(region, 2021), "truncated")
-    flags = ("--iterations", 6, "--recluster_every", 3, "--validate_every", 6, "--batch_size", 5, "--max_unreadable", 0.4,
-             "--num_workers", 0)
+    flags = ("--iterations", 6, "--recluster_every", 3, "--validate_every", 6, "--batch_size", 5,
+             "--max_unreadable", 0.4, "--num_workers", 0)
     expected = go(own_world, *flags)
     with monkeypatch.context() as patch:
         signal_at(patch, "update", 3)

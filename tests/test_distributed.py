@@ -46,7 +46,8 @@ def spawn(function, world, *rest):
 
     def body(rank):
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
         with distributed.processes(torch.device("cpu"), 60):
             results.put((rank, function(rank, *rest)))
     children = [mp.get_context("fork").Process(target=body, args=(rank,)) for rank in range(world)]

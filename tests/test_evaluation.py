@@ -12,6 +12,7 @@ from PIL import Image
 
 from datasets import evaluation as sets
 from datasets.metadata import Catalogue, ImageName
+from datasets.overlap import Positives
 from utils import evaluation, figures, geo
 from utils.evaluation import Descriptors
 from utils.retrieval import orientation_error
@@ -80,6 +81,27 @@ def test_positives_match_by_file_name_and_missing_ones_are_counted():
         queries.names[0]: [(moved, 0.2), (database.paths[0], 0.5), (gone, 0.1)], queries.names[1]: []})
     assert pairs.tolist() == [[0, 0], [0, 1]]
     assert notes[0].startswith("1 of 3 positives") and notes[1].startswith("1 of 3 queries are not listed")
+
+
+def test_positives_in_columns_agree_with_plain_loops():
+    """Tables that miss queries, name images twice or unknown ones, list queries of no catalogue."""
+    rng = np.random.default_rng(0)
+    queries = catalogue(["queries/" + query_name(i, 30, -95 + i, (30, -95)) for i in range(30)])
+    database = catalogue([database_path(i, 30, -95 + i) for i in range(20)])
+    for _ in range(20):
+        images = [*database.paths, *(database_path(i, 40, 10) for i in range(5))]
+        names = [*rng.permutation(list(queries.names))[:25].tolist(), "@stranger@.jpg"]
+        table = {name: [(images[d], 0.5) for d in rng.integers(25, size=rng.integers(6))] for name in names}
+        rows = {name: row for row, name in enumerate(database.names)}
+        expected = sorted({(q, rows[path.split("/")[-1]]) for q, name in enumerate(queries.names)
+                           for path, _ in table.get(name, []) if path.split("/")[-1] in rows})
+        for given in (table, Positives.from_table(table)):
+            pairs, notes = sets.positive_pairs(queries, database, given)
+            assert list(map(tuple, pairs.tolist())) == expected
+        gone = sum(path in images[20:] for name in names[:-1] for path, _ in table[name])
+        assert [note.split(" of ")[0] for note in notes] == [str(gone)] * (gone > 0) + ["5"]
+    assert sets.positive_pairs(queries.select([]), database, table)[0].shape == (0, 2)
+    assert sets.positive_pairs(queries, database.select([]), {})[0].shape == (0, 2)
 
 
 def make_texas():

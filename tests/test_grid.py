@@ -64,3 +64,21 @@ def test_land_regions_hold_land_and_stay_within_the_latitudes():
     assert covered(23, 15) == {5, 6}  # Libya
     assert covered(-30, -130.3) == set()  # the emptiest Pacific
     assert len(grid.land_regions([6], 40, min_land=0.5)) < (regions[:, 0] == 6).sum()
+
+
+@pytest.mark.parametrize("zoom, row, col, area", [
+    (9, 276, 272, 91197), (10, 356, 324, 11178), (10, 566, 906, 21824), (11, 1098, 0, None)])
+def test_areas_are_those_of_single_precision_corners(zoom, row, col, area):
+    """The three numbers are of public names; double precision gives 91196, 11177 and 21825."""
+    name = grid.image_name(zoom, row, col, 2021)
+    lat = [math.radians(float(np.float32(name.footprint[k][0]))) for k in (0, 1)]
+    lon = [math.radians(float(np.float32(name.footprint[k][1]))) for k in (0, 2)]
+    expected = 6378.137**2 * (lon[1] - lon[0]) * (math.sin(lat[1]) - math.sin(lat[0]))
+    assert name.area == int(expected) == (area or int(expected))
+
+
+def test_land_is_asked_at_any_longitude_and_shape():
+    pytest.importorskip("global_land_mask")
+    lat, lon = np.array([[30.0], [0.0]]), np.array([-97.0, 263.0, -457.0])
+    assert grid.is_land(lat, lon).tolist() == [[True] * 3, [False] * 3]  # Texas; the Pacific
+    assert grid.is_land(65, 180) == grid.is_land(65, -180)

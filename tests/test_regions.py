@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import index
 from datasets.metadata import YEARS, ImageName
 from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, spread
 
@@ -24,6 +25,30 @@ def test_a_region_without_a_year_is_listed_and_left_out(own_world):
     regions, missing = Regions.read(own_world.path)
     assert missing == ["{:02d}_{:04d}_{:04d}".format(*own_world.regions[5])]
     assert len(regions) == 23 and missing[0] not in regions.ids
+
+
+def test_regions_agree_with_plain_loops_whatever_is_missing(own_world, monkeypatch):
+    """Also from an index, and in whatever years."""
+    rng = np.random.default_rng(0)
+    for path in sorted((own_world.path / "database").rglob("*.jpg")):
+        if rng.uniform() < 0.1:
+            path.unlink()
+    monkeypatch.setattr(index, "MIN_IMAGES", 1)
+    monkeypatch.setattr(index, "RACY_SECONDS", -1)
+    for years in (YEARS, (2021,), (2020, 2018)):
+        found = {}
+        for path in sorted((own_world.path / "database").rglob("*.jpg")):
+            name = ImageName.parse(path.name)
+            found.setdefault(name.image_id, {})[name.year] = str(path.relative_to(own_world.path))
+        whole = {key: tuple(paths[year] for year in years) for key, paths in sorted(found.items())
+                 if set(years) <= set(paths)}
+        regions, missing = Regions.read(own_world.path, years)
+        assert list(regions.ids) == list(whole) and list(regions.paths) == list(whole.values())
+        assert missing == sorted(set(found) - set(whole)) and 0 < len(whole) <= 24
+        assert [tuple(map(tuple, each)) for each in regions.footprints.tolist()] == [
+            ImageName.parse(paths[0]).footprint for paths in whole.values()]
+        assert list(regions.views_of(years[-1]).paths) == [(paths[-1],) * len(years) for paths in whole.values()]
+    assert (own_world.path / "index_database.npz").is_file()
 
 
 def test_no_whole_region_is_an_error(own_world):

@@ -52,7 +52,8 @@ def differences(a, b, name=""):
     if isinstance(a, dict):
         if list(a) != list(b):
             return [name]
-        return [each for key in a if (name, key) != ("", "args") for each in differences(a[key], b[key], f"{name}/{key}")]
+        return [each for key in a if (name, key) != ("", "args")
+                for each in differences(a[key], b[key], f"{name}/{key}")]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [name]

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description):
     """-> a parser that shows defaults and reads @FILE."""
-    return Parser(description=description, fromfile_prefix_chars="@",
+    return Parser(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 

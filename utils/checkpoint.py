@@ -80,7 +80,7 @@ def newest_checkpoint(place):
     """A run's folder, a folder of runs, or a file -> path and content of the newest whole checkpoint to go on with.
 
     In a run's folder that is last.pt, or previous.pt where last.pt is damaged (a line says so); of several runs, named
-    by their date, the newest that has one. Raises FileNotFoundError where there is none, ValueError where none is whole.
+    by their date, the newest with one. Raises FileNotFoundError where there is none, ValueError where none is whole.
     """
     place = Path(place)
     if place.is_dir():

@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: it stops between two iterations, so that it can write a checkpoint and go on later."""
+"""Signals that ask a run to leave: it stops between two iterations, writes a checkpoint, and can go on later."""
 
 import os
 import signal

@@ -227,8 +227,8 @@ def orientation_of(rotation):
     The names' orientation is the angle in the photo from its up direction to north, clockwise: the compass azimuth of
     up is minus the orientation. Found on the 17,752 public names: their corners run top-left, bottom-left,
     bottom-right, top-right, and minus the azimuth of up that follows is within 45 degrees of the label for 74 % of
-    them (median 4 off). The others list their corners from the one that makes up the side nearest north (97 %), and
-    agree with their label (median 4 off as well, landscape format) once counted from a later corner.
+    them (median 3.7 off). The others list their corners from the one that makes up the side nearest north (97 %), and
+    agree with their label (median 3.7 off as well, landscape format) once counted from a later corner.
     A north-up image turned counter-clockwise by 90 has north at its left: orientation -90, so 270.
     """
     return (-np.asarray(rotation)) % 360

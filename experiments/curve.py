@@ -1,0 +1,66 @@
+"""Recalls over the course of a run: python -m experiments.curve logs/demo_long/DATE_TIME --dataset_path data/demo_world
+
+The run was trained with --keep_every. Evaluates initial.pt and each kept checkpoint on all sets, prints a table, writes
+curve.json beside the checkpoints and a picture (--figure). Checkpoints in curve.json are not evaluated again.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from datasets.evaluation import VALIDATION, load_evaluation_data
+from models.weights import load_model
+from utils import figures
+from utils.arguments import make_parser, run
+from utils.evaluation import evaluate
+from utils.precision import default_precision, require_device
+
+
+def checkpoints_of(folder):
+    """Run folder -> {iteration: file}, initial.pt first. Raises ValueError where none was kept."""
+    kept = {int(path.stem.removeprefix("iteration_")): path for path in sorted(folder.glob("iteration_*.pt"))}
+    if not kept or not (folder / "initial.pt").exists():
+        raise ValueError(f"{folder}: holds no iteration_*.pt beside an initial.pt; train with --keep_every N")
+    return {0: folder / "initial.pt", **kept}
+
+
+def main(args):
+    device, folder = require_device(args.device), Path(args.folder)
+    table = folder / "curve.json"
+    recalls = json.loads(table.read_text()) if table.exists() else {}
+    checkpoints, data = checkpoints_of(folder), load_evaluation_data(args.dataset_path)
+    for iteration, path in checkpoints.items():
+        if str(iteration) not in recalls:
+            model = load_model(path).to(device, memory_format=torch.channels_last).eval()
+            result = evaluate(model, data, model.config.image_size, args.batch_size, args.num_workers, device,
+                              default_precision(device))
+            recalls[str(iteration)] = {each.set.name: each.recalls for each in result.results}
+            recalls[str(iteration)]["average"] = result.average()
+            table.write_text(json.dumps(recalls, indent=1))
+    rows = sorted((int(iteration), sets) for iteration, sets in json.loads(table.read_text()).items())
+    names = [name for name in rows[0][1] if name not in (VALIDATION, "average")]
+    print("\n| iteration | " + " | ".join(names) + " | average R@1 | R@10 | R@100 |")
+    print("| --- " * (len(names) + 4) + "|")
+    for iteration, sets in rows:
+        ours = [sets[name]["1"] for name in names] + [sets["average"][k] for k in ("1", "10", "100")]
+        print(f"| {iteration} | " + " | ".join(f"{value:.1f}" for value in ours) + " |")
+    curves = {f"R@{k}": [(iteration, sets["average"][k]) for iteration, sets in rows] for k in ("1", "5", "10", "20")}
+    picture = figures.curve_figure(curves, y_title="average over the sets, %")
+    figures.save(picture, Path(args.figure or folder / "curve.png"))
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", help="of the run: logs/LOG_DIR/DATE_TIME")
+    parser.add_argument("--dataset_path", required=True)
+    parser.add_argument("--figure", help="where the picture goes; default: curve.png in the folder")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

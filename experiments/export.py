@@ -1,0 +1,26 @@
+"""A checkpoint -> the small file to share: python -m experiments.export logs/…/last.pt model.safetensors
+
+Half precision, shape and preprocessing inside; eval.py --resume and train.py --weights read it as it is.
+"""
+
+from pathlib import Path
+
+from models.weights import load_model, save_safetensors
+from utils.arguments import make_parser, run
+
+
+def main(args):
+    save_safetensors(load_model(args.checkpoint), args.output)
+    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("output", help="file to write, .safetensors")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

@@ -1,0 +1,153 @@
+"""Start-up at full size: python -m experiments.full_size --queries NAMES makes 737,692 empty files and opens them.
+
+The tree has the database of all regions with land in four years, the queries of NAMES (a data set's folder or a text
+file; without it, one made-up query a region of zoom 9), and their positives. It goes to a temporary folder, or to
+--folder, where it stays and is used again. Each opening is a process of its own, as train.py and eval.py are: the first
+one lists and writes the index, the others read it. Memory is the peak of the process, of which the imports (torch) take
+what is printed first.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from datasets import grid
+from datasets.evaluation import load_evaluation_data
+from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue, ImageName
+from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections, share_ground
+from datasets.regions import Regions
+from utils.arguments import make_parser, run
+
+
+def made_up_queries(regions):
+    """One query name a region: its footprint, north up."""
+    names = []
+    for number, corners in enumerate(grid.footprints(regions)):
+        middle = corners.mean(axis=0).round(1)
+        names.append(str(ImageName(tuple(map(tuple, corners.tolist())), f"MADE00-E-{number}", "20200101",
+                                   tuple(middle.tolist()), int(grid.quadrilateral_area(corners)), 0.0)))
+    return names
+
+
+def make_tree(folder, queries, regions):
+    """Empty files of the regions × four years and of the queries, and the intersections file -> number of files.
+
+    regions: function that gives rows of zoom, row, col, sorted. queries: as for --queries, or None.
+
+    full_size.json marks the folder as such a tree, and whole once it holds the number; an unfinished one goes on.
+    Raises ValueError where the folder holds anything else: a data set must not be filled with empty files.
+    """
+    done = folder / "full_size.json"
+    if done.exists() and (count := json.loads(done.read_text())["files"]):
+        return count
+    if not done.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty and no tree of this script; name a new folder")
+    done.write_text(json.dumps({"files": 0}))
+    regions = regions()
+    names = [Path(path).name for path in Catalogue.read_source(queries, "queries").paths] if queries else \
+        made_up_queries(regions[regions[:, 0] == regions[0, 0]])
+    paths = [grid.image_path(*region, DATABASE_YEAR) for region in regions.tolist()]
+    of_year = {year: [f"database/{year}{path[len('database/2021'):path.rfind('/')]}/"
+                      f"{ImageName.parse(path).in_year(year)}" for path in paths] for year in YEARS}
+    everything = [path for year in YEARS for path in of_year[year]] + [f"queries/{name}" for name in names]
+    for place in {path.rsplit("/", 1)[0] for path in everything}:
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    for path in everything:
+        os.close(os.open(folder / path, os.O_CREAT | os.O_WRONLY))
+    table = intersections_table(Catalogue.from_paths(folder, names), Catalogue.from_paths(folder, paths))
+    save_intersections(folder / INTERSECTIONS_FILE, table)
+    done.write_text(json.dumps({"files": len(everything)}))
+    return len(everything)
+
+
+def measured(function, *args):
+    """Runs it in a fresh process -> (what it returns, seconds, those of CPU, peak memory in GB before and after)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (function, *args))
+
+
+def _measure(function, *args):
+    before, began, spent = _peak_gb(), time.perf_counter(), time.process_time()
+    result = function(*args)
+    return result, time.perf_counter() - began, time.process_time() - spent, before, _peak_gb()
+
+
+def _peak_gb():
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: ru_maxrss would be no less than the parent's
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts in bytes
+
+
+def open_for_training(folder):
+    regions, missing = Regions.read(folder)
+    return f"{len(regions):,} regions with four years, {len(missing)} without"
+
+
+def open_for_evaluation(folder):
+    data = load_evaluation_data(folder)
+    return f"{len(data.queries):,} queries, {len(data.database):,} images, {len(data.pairs):,} positives"
+
+
+def open_both(folder):
+    """As train.py does."""
+    return f"{open_for_training(folder)}; {open_for_evaluation(folder)}"
+
+
+def neutral_test(folder, batches=100, size=32):
+    """Milliseconds for one batch's table of which regions share ground."""
+    footprints = Regions.read(folder)[0].footprints
+    rng = np.random.default_rng(0)
+    began = time.perf_counter()
+    for _ in range(batches):
+        rows = rng.integers(len(footprints), size=size)
+        share_ground(footprints[rows], footprints[rows])
+    return f"{1000 * (time.perf_counter() - began) / batches:.1f} ms a batch of {size}"
+
+
+def main(args):
+    with tempfile.TemporaryDirectory(prefix="full_size_") as temporary:
+        folder = Path(args.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        count = make_tree(folder, args.queries, lambda: grid.land_regions(args.zooms))
+        print(f"{folder}: {count:,} empty files, ready in {time.perf_counter() - began:.0f} s", flush=True)
+        for file in folder.glob("index_*.npz"):
+            file.unlink()
+        time.sleep(3)  # folders that changed a moment ago are not trusted
+        one = next((folder / "database" / f"{DATABASE_YEAR}_{args.zooms[0]:02d}").iterdir())
+        steps = [("training, no index", open_for_training, None), ("training, index", open_for_training, None),
+                 ("evaluation, no index", open_for_evaluation, None), ("evaluation, index", open_for_evaluation, None),
+                 ("train.py: both, index", open_both, None),
+                 ("both, one folder changed", open_both, one / "@stranger.txt"),
+                 ("neutral test", neutral_test, None)]
+        print(f"{'':26}{'seconds':>8}{'CPU s':>8}{'GB imports':>12}{'GB peak':>9}")
+        for title, function, touched in steps:
+            if touched:
+                touched.touch()
+            said, seconds, cpu, before, peak = measured(function, folder)
+            print(f"{title:26}{seconds:8.2f}{cpu:8.2f}{before:12.2f}{peak:9.2f}   {said}", flush=True)
+            if touched:
+                touched.unlink()
+        for file in sorted(folder.glob("index_*.npz")):
+            print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--folder", help="where the tree goes and stays; default: a temporary folder")
+    parser.add_argument("--queries", help="data set's folder, or a text file of query names")
+    parser.add_argument("--zooms", type=int, nargs="+", default=[9, 10, 11])
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    run(main, arguments)

@@ -1,0 +1,111 @@
+"""The paper's Table 1 and Table 2's row "Random choice", from file names alone: python -m experiments.table1 NAMES
+
+NAMES is a data set's folder, or a text file with one query name a line. The database is made of all regions that hold
+land (datasets/grid.py), or is that of --database, again a folder or a file of names. No picture is read.
+
+Random choice is exact: the expected recall of drawing N different images, from how many of each query's images are
+right. The paper's row is one draw; the column ± is the most by which one draw scatters (one standard deviation).
+
+Amazon's recalls come out at twice the paper's, whatever the land rule (min_land 0 to 0.5: R@100 22.0 to 22.7). The
+column "implied" says why the paper's cell is to blame: it is the number of positives a query that its R@100 and its own
+Table 1 imply. That is near ours for five sets, but for Amazon less than half of ours, although its photos are as large
+as everywhere (median 10,287 km², Toshka 10,316). Its row would fit a database of 45,000 images, not of 19,000.
+"""
+
+import time
+
+import numpy as np
+
+from datasets import grid
+from datasets.evaluation import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, select_set
+from datasets.metadata import DATABASE_YEAR, Catalogue
+from datasets.overlap import intersections
+from utils import geo
+from utils.arguments import make_parser, run
+from utils.retrieval import random_choice_recall
+
+ZOOMS = (9, 10, 11)
+RANKS = (1, 10, 100)
+TABLE_1 = {"Texas": (6142, 34_000), "Alps": (2394, 53_000), "California": (3568, 30_000),
+           "Gobi Desert": (726, 54_000), "Amazon": (682, 19_000), "Toshka Lakes": (2164, 63_000)}
+RANDOM_CHOICE = {"Texas": (0.2, 1.7, 15.5), "Alps": (0.1, 1.1, 11.6), "California": (0.2, 2.3, 20.1),
+                 "Gobi Desert": (0.1, 1.0, 13.2), "Amazon": (0.1, 1.1, 11.5), "Toshka Lakes": (0.2, 1.2, 9.1)}
+
+
+def compute_sets(queries, footprints):
+    """Catalogue, (D, 4, 2) -> {set: (queries in reach, EvaluationSet)}, the latter of those with a positive."""
+    pairs, _ = intersections(queries.footprints, footprints)
+    centers = geo.centers(footprints)
+    sets = {}
+    for name, center in POINTS_OF_INTEREST.items():
+        one = select_set(name, center, queries.nadirs, centers, pairs)
+        sets[name] = (len(one.query_rows) + len(one.left_out), one)
+    return sets
+
+
+def table_1(sets):
+    """-> lines: queries and database images of each set beside the paper's."""
+    lines = [f"Table 1 (queries within {QUERY_RADIUS_KM:,} km, database within {DATABASE_RADIUS_KM:,} km)",
+             f"{'':14}{'in reach':>10}{'queries':>9}{'paper':>7}{'diff':>6}{'database':>11}{'paper':>8}{'diff':>8}"]
+    for name, (reach, one) in sets.items():
+        found, images = len(one.query_rows), len(one.database_rows)
+        queries, database = TABLE_1[name]
+        lines.append(f"{name:14}{reach:10}{found:9}{queries:7}{found - queries:+6}{images:11,}"
+                     f"{database // 1000:7}k{100 * (images / database - 1):+7.1f}%")
+    return lines
+
+
+def random_choice(sets, ks=RANKS):
+    """-> {set: (positives a query, {k: percent})}; a set without queries or images is left out."""
+    rows = {}
+    for name, (_, one) in sets.items():
+        counts = np.array([len(positives) for positives in one.positives])
+        if len(counts):
+            rows[name] = counts.mean(), random_choice_recall(counts, len(one.database_rows), ks)
+    return rows
+
+
+def table_2(sets, ks=RANKS):
+    """-> lines: expected recalls of random choice beside the paper's."""
+    head = "".join(f"{f'R@{k}':>9}{'paper':>7}{'±':>6}" for k in ks)
+    lines = ["Table 2, row Random choice (percent)", f"{'':14}{'positives':>10}{'implied':>9}{head}"]
+    for name, (mean, recalls) in random_choice(sets, ks).items():
+        queries = len(sets[name][1].query_rows)
+        cells = ""
+        for k, paper in zip(ks, RANDOM_CHOICE[name]):
+            scatter = np.sqrt(recalls[k] * (100 - recalls[k]) / queries)
+            cells += f"{recalls[k]:9.2f}{paper:7.1f}{scatter:6.2f}"
+        implied = TABLE_1[name][1] * (1 - (1 - RANDOM_CHOICE[name][-1] / 100) ** (1 / RANKS[-1]))
+        lines.append(f"{name:14}{mean:10.1f}{implied:9.1f}{cells}")
+    return lines
+
+
+def main(args):
+    began = time.perf_counter()
+    queries = Catalogue.read_source(args.names, "queries")
+    if args.database:
+        footprints = Catalogue.read_source(args.database, "database").footprints
+        said = f"names of {args.database}, {DATABASE_YEAR}"
+    else:
+        footprints = grid.footprints(grid.land_regions(ZOOMS, args.max_latitude, args.min_land))
+        said = f"all regions of zooms {', '.join(map(str, ZOOMS))} with land, centre within ±{args.max_latitude:g}"
+    print(f"{len(queries):,} queries of {args.names}; database: {len(footprints):,} images ({said})")
+    sets = compute_sets(queries, footprints)
+    print("\n" + "\n".join(table_1(sets)) + "\n\n" + "\n".join(table_2(sets)))
+    print(f"\nDone in {time.perf_counter() - began:.0f} s")
+    return sets
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("names", help="data set's folder, or a text file of query names")
+    parser.add_argument("--database", help="data set's folder, or a text file of database names; default: land regions")
+    parser.add_argument("--min_land", type=float, default=0.0, help="a region counts with more than this share of land")
+    parser.add_argument("--max_latitude", type=float, default=60.0, help="of a region's centre, degrees")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    run(main, arguments)

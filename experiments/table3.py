@@ -1,0 +1,68 @@
+"""The paper's Table 3 on any data set: what regional quadruplets, clustered batches, year-wise augmentation and the
+neutral-aware loss each add.
+
+python -m experiments.table3 @presets/demo.args --seeds 0 1 2: all other flags are train.py's. Each run is trained and
+its last checkpoint evaluated on the six sets; a run whose results are there is not done again.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import eval as evaluation
+import train
+from utils.arguments import make_parser, run
+
+# What changes, the flags that make it so, and the paper's average R@1 and R@100.
+ROWS = {
+    "views": ("views of one image", "--positives views --batches random --augmentation image --neutral off", 26.2, 72.7),
+    "quadruplets": ("regional quadruplets", "--batches random --augmentation image --neutral off", 45.4, 85.2),
+    "clustered": ("+ clustered batches", "--batches clustered --augmentation image --neutral off", 49.8, 88.0),
+    "year": ("+ year-wise augmentation", "--batches clustered --augmentation year --neutral off", 54.1, 87.2),
+    "neutral": ("clustered + neutral-aware", "--batches clustered --augmentation image --neutral on", 54.9, 88.7),
+    "all": ("everything", "--batches clustered --augmentation year --neutral on", 57.1, 88.9),
+}
+
+
+def average_recalls(name, flags):
+    """Trains and evaluates one run under logs/table3/name, or reads what it left -> {"1": average R@1, …}."""
+    done = sorted(Path("logs", "table3", f"{name}_eval").glob("*/results.json"))
+    if not done:
+        args = train.parse_arguments([*flags, "--log_dir", f"table3/{name}"])
+        folder = train.main(args)
+        evaluation.main(evaluation.parse_arguments([
+            "--resume", str(folder / "last.pt"), "--dataset_path", args.dataset_path, "--log_dir", f"table3/{name}_eval",
+            "--num_workers", str(args.num_workers), "--device", args.device, "--precision", args.precision]))
+        done = sorted(Path("logs", "table3", f"{name}_eval").glob("*/results.json"))
+    return json.loads(done[-1].read_text())["average"]["recalls"]
+
+
+def main(args):
+    table = []
+    for name in args.rows:
+        title, flags, *paper = ROWS[name]
+        runs = [average_recalls(f"{name}_{seed}", [*args.flags, *flags.split(), "--seed", str(seed)])
+                for seed in args.seeds]
+        ours = np.array([[recalls["1"], recalls["100"]] for recalls in runs])
+        table.append((title, paper, ours))
+    print(f"\n| {'mean (spread) of ' + str(len(args.seeds)) + ' seeds':26} | R@1 | R@100 | paper R@1 | paper R@100 |")
+    print("| --- | --- | --- | --- | --- |")
+    for title, paper, ours in table:
+        mean, spread = ours.mean(axis=0), ours.std(axis=0, ddof=1) if len(ours) > 1 else np.zeros(2)
+        print(f"| {title:26} | {mean[0]:.1f} ({spread[0]:.1f}) | {mean[1]:.1f} ({spread[1]:.1f}) "
+              f"| {paper[0]} | {paper[1]} |")
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args, args.flags = parser.parse_known_args(argv)
+    train.parse_arguments(args.flags)  # a wrong flag is better met now than after hours
+    return args
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

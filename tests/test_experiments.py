@@ -1,0 +1,67 @@
+"""The experiments' scripts on the tiny world."""
+
+import json
+
+import pytest
+
+import train
+from experiments import curve, export, table3
+from models.weights import load_model
+
+TINY = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer2", "--aggregator", "gem",
+        "--descriptor_dim", "32", "--image_size", "32", "--num_workers", "0", "--device", "cpu", "--precision", "fp32",
+        "--iterations", "1", "--batch_size", "4", "--num_clusters", "3"]
+
+
+def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--rows", "views", "all", "--seeds", "0", "1", "--dataset_path", str(world.path), *TINY]
+    table3.main(table3.parse_arguments(argv))
+    lines = capsys.readouterr().out.splitlines()
+    views, everything = [line.split("|") for line in lines if line.startswith(("| views", "| everything"))]
+    assert views[4].strip() == "26.2" and everything[5].strip() == "88.9"
+    means = []
+    for seed in (0, 1):
+        results, = (tmp_path / "logs" / "table3" / f"all_{seed}_eval").glob("*/results.json")
+        means.append(json.loads(results.read_text())["average"]["recalls"]["1"])
+        config, = (tmp_path / "logs" / "table3" / f"views_{seed}").glob("*/config.json")
+        assert '"positives": "views"' in config.read_text() and f'"seed": {seed}' in config.read_text()
+    assert float(everything[2].split("(")[0]) == pytest.approx(sum(means) / 2, abs=0.051)
+
+    # Again: nothing is trained twice.
+    monkeypatch.setattr(table3.train, "main", None)
+    table3.main(table3.parse_arguments(argv))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| everything")
+
+
+def test_table3_refuses_a_wrong_flag_before_training(capsys):
+    with pytest.raises(SystemExit):
+        table3.parse_arguments(["--seeds", "0", "--no_such_flag", "1"])
+    assert "--no_such_flag" in capsys.readouterr().err
+
+
+def test_a_curve_of_the_kept_checkpoints_and_an_export_of_the_last(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = train.main(train.parse_arguments(["--dataset_path", str(world.path), *TINY, "--iterations", "4",
+                                               "--validate_every", "4", "--keep_every", "2"]))
+    args = curve.parse_arguments([str(folder), "--dataset_path", str(world.path), "--device", "cpu",
+                                  "--num_workers", "0"])
+    curve.main(args)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [row.split("|")[1].strip() for row in rows] == ["0", "2", "4"]
+    assert (folder / "curve.png").is_file()
+    monkeypatch.setattr(curve, "evaluate", None)  # again: read, not evaluated
+    curve.main(args)
+    assert capsys.readouterr().out.count("| 4 |") == 1
+
+    export.main(export.parse_arguments([str(folder / "last.pt"), "small.safetensors"]))
+    whole, small = load_model(folder / "last.pt"), load_model("small.safetensors")
+    assert small.config == whole.config
+    for key, value in whole.state_dict().items():
+        assert (small.state_dict()[key].float() - value.float()).abs().max() <= 1e-3 * value.float().abs().max() + 1e-6
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.8 * (folder / "initial.pt").stat().st_size
+
+
+def test_a_curve_of_a_run_that_kept_nothing(tmp_path):
+    with pytest.raises(ValueError, match="--keep_every"):
+        curve.main(curve.parse_arguments([str(tmp_path), "--dataset_path", "nowhere", "--device", "cpu"]))
