@@ -214,6 +214,8 @@ def find_run(args, folder, device):
 
 def read_regions(dataset_path, batch_size):
     """-> Regions with all years; those without are logged. Raises ValueError where a batch cannot be filled."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: a batch has at least one region")
     regions, incomplete = Regions.read(dataset_path)
     logging.info(f"{len(regions)} regions with all years")
     if incomplete:
@@ -414,7 +416,8 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
                 if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
                     save_clusters_figure(folder, regions, run.clusters)
             if step == 0 or served is None:
-                served = serve(run, loader, args, mine)
+                with stop.at_once():
+                    served = serve(run, loader, args, mine)
                 meter.restart()
 
             with meter.waiting(), stop.at_once():
@@ -436,7 +439,7 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
             try:
                 loss, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
             except NotFinite as error:
-                skip_update(run, error, buffers, [regions.paths[row] for row in rows], views, own, args.max_skips)
+                skip_update(run, error, buffers, [regions.paths[row] for row in rows.tolist()], views, own, args.max_skips)
                 continue
             meter.count(len(labels))
             if run.iteration % args.log_every == 0 or run.iteration == args.iterations:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import read_image
 from datasets.metadata import YEARS, Catalogue
-from utils.preemption import ignore_signals
+from utils.preemption import ignore_signals, iterate
 from utils.strings import Strings
 
 
@@ -196,7 +196,7 @@ class BatchLoader:
         spares: batch number -> (B, K), asked for one batch at a time; without, an unreadable region has no substitute.
         """
         self.batches, self.spares = batches, spares
-        return iter(self.loader)
+        return iterate(self.loader)
 
     def close(self):
         """Ends the workers."""

@@ -235,7 +235,7 @@ def test_the_batch_of_a_nan_is_saved_and_the_run_stops(world, monkeypatch, gradi
     bad, last = load_checkpoint(folder / "bad_batch_2.pt"), load_checkpoint(folder / "last.pt")
     assert bad["model"]["iteration"] == 2 and bad["model"]["views"].shape == (4, 4, 3, 32, 32)
     regions, _ = Regions.read(world.path)
-    assert all(tuple(paths) in regions.paths for paths in bad["model"]["paths"]) and len(bad["model"]["paths"]) == 4
+    assert all(tuple(paths) in list(regions.paths) for paths in bad["model"]["paths"]) and len(bad["model"]["paths"]) == 4
     assert last["iteration"] == 2 and last["skipped"] == 0
 
 

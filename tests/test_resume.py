@@ -301,7 +301,7 @@ def test_a_process_group_killed_twenty_times(world, undisturbed):
             for line in process.stdout:  # imports and the like are over
                 if "The outputs are in" in line:
                     break
-            time.sleep(moments.uniform(0, 1.0))
+            time.sleep(moments.uniform(0, 0.5))
             os.killpg(process.pid, moments.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
         output = process.communicate(timeout=120)[0]
         assert process.returncode in (0, EXIT_CODE), output
@@ -324,7 +324,7 @@ def test_killed_hard_twenty_times(world, undisturbed):
             if "The outputs are in" in line:
                 break
         if kills < 20:
-            time.sleep(moments.uniform(0, 2.0))
+            time.sleep(moments.uniform(0, 0.4))
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=120)
         if process.returncode == 0:

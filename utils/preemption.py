@@ -69,6 +69,15 @@ class Stop:
             self.interruptible = False
 
 
+def iterate(loader):
+    """iter(loader), with workers that a signal cannot reach before they ignore it (see `ignore_signals`)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_signals(_):
     """worker_init_fn: signals go to a whole group of processes, and workers are needed until the run has stopped.
 
@@ -77,3 +86,4 @@ def ignore_signals(_):
     for each in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

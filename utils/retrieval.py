@@ -8,7 +8,7 @@ from tqdm import tqdm
 from datasets.images import read_image
 from utils import distributed, geo
 from utils.precision import autocast
-from utils.preemption import ignore_signals
+from utils.preemption import ignore_signals, iterate
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 RANKS = (1, 5, 10, 20, 100)
@@ -59,7 +59,7 @@ def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu
     try:
         with tqdm(total=sum(map(len, own)), desc=label, unit="img", leave=False,
                   disable=not progress or distributed.rank() > 0) as bar:
-            for rows, images, errors in loader:
+            for rows, images, errors in iterate(loader):
                 failures += [(int(row), error) for row, error in zip(rows, errors) if error]
                 images = images.to(device, non_blocking=True).float() / 255
                 bad = [i for i, error in enumerate(errors) if error]
