@@ -269,6 +269,13 @@ def test_a_signal_is_a_wish_until_it_is_looked_at():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_while_a_checkpoint_is_read_does_not_make_it_damaged(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.ones(1)}, "iteration": 1})
+    monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with Stop() as stop, pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        load_checkpoint(tmp_path / "last.pt")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_the_process_at_once(number):
     child = os.fork()

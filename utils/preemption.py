@@ -12,8 +12,9 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped, not failed; start it again
 GRACE = 2.0  # seconds: launchers forward a signal that the processes have got already
 
 
-class Stopped(Exception):
-    """The run was asked to leave; its message says by what."""
+class Stopped(BaseException):
+    """The run was asked to leave; its message says by what. Like KeyboardInterrupt, no `except Exception` takes it: a
+    reader that is interrupted would call its file damaged."""
 
 
 class Stop:
