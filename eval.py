@@ -11,9 +11,9 @@ from datasets.cache import cache_note
 from datasets.evaluation import load_evaluation_data
 from models.earthloc import build_model
 from models.weights import load_model
-from utils import figures
+from utils import distributed, figures
 from utils.arguments import add_model_arguments, make_parser, model_config, run
-from utils.evaluation import evaluate, write_predictions, write_results
+from utils.evaluation import describe_sets, score_sets, write_predictions, write_results
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
 from utils.retrieval import ROTATIONS, SEARCHES
@@ -30,34 +30,48 @@ def parse_arguments(argv=None):
     parser.add_argument("--search", choices=SEARCHES, default="exact",
                         help="flat: exact too, in plain float32; compressed: little memory, may miss neighbours")
     parser.add_argument("--descriptors", default="logs/descriptors",
-                        help="folder where descriptors are kept, so that none is made twice; none: in memory only")
+                        help="folder where descriptors are kept, so that none is made twice; none: in memory only, "
+                             "as always with several processes")
     parser.add_argument("--batch_size", type=int, default=32, help="images described at a time")
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the network; auto: bf16 where the hardware multiplies in it")
     parser.add_argument("--seed", type=int, default=0, help="of a fresh model, and of the queries in the picture")
+    parser.add_argument("--process_timeout", type=float, default=1800,
+                        help="seconds that processes wait for one that does not answer")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(args):
-    device = require_device(args.device)
-    precision = default_precision(device) if args.precision == "auto" else args.precision
-    folder = make_log_dir(args.log_dir)
-    setup_logging(folder, args)
-    torch.manual_seed(args.seed)
-    data = load_evaluation_data(args.dataset_path)
-    # A checkpoint says its own shape; the model flags are for a fresh model.
-    model = load_model(args.resume) if args.resume else build_model(model_config(args), args.weights)
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    note = cache_note(args.dataset_path, model.config.image_size)
-    if note:
-        logging.info(note)
-    result = evaluate(model, data, model.config.image_size, args.batch_size, args.num_workers, device, precision,
-                      ROTATIONS if args.tta == "4x90" else (0,), rotate=args.rotate,
-                      keep=None if args.descriptors == "none" else args.descriptors, search=args.search)
+    """-> Evaluation; None in all but the first of several processes, which only help to describe the images."""
+    with distributed.processes(require_device(args.device), args.process_timeout) as device:
+        precision = default_precision(device) if args.precision == "auto" else args.precision
+        folder = distributed.from_first(lambda: make_log_dir(args.log_dir))
+        own = folder / f"rank{distributed.rank()}" if distributed.rank() else folder
+        own.mkdir(exist_ok=True)
+        setup_logging(own, args)
+        torch.manual_seed(args.seed)
+        data = load_evaluation_data(args.dataset_path)
+        # A checkpoint says its own shape; the model flags are for a fresh model.
+        model = load_model(args.resume) if args.resume else build_model(model_config(args), args.weights)
+        model = model.to(device, memory_format=torch.channels_last).eval()
+        note = cache_note(args.dataset_path, model.config.image_size)
+        if note:
+            logging.info(note)
+        kept = None if args.descriptors == "none" or distributed.world() > 1 else args.descriptors
+        descriptors, data = describe_sets(model, data, model.config.image_size, args.batch_size, args.num_workers,
+                                          device, precision, ROTATIONS if args.tta == "4x90" else (0,),
+                                          rotate=args.rotate, keep=kept)
+        first = distributed.rank() == 0
+    return score(data, descriptors, folder, device, args) if first else None
+
+
+def score(data, descriptors, folder, device, args):
+    """-> Evaluation, after its lines, files and picture."""
+    result = score_sets(data, descriptors, search=args.search, device=device)
     for line in result.notes + result.lines():
         logging.info(line)
     write_results(folder / "results.json", result, checkpoint=args.resume, dataset=args.dataset_path)

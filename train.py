@@ -2,11 +2,19 @@
 
 The recipe is the paper's (sec. 4 and 5.1) unless a flag says otherwise; presets/ holds whole recipes. Checkpoints,
 logs and pictures go to logs/LOG_DIR/date_time; python eval.py --resume …/best.pt evaluates one.
+
+A signal (SIGTERM, SIGINT, SIGUSR1) stops it at the next iteration with exit code 75; --resume goes on with the same
+bits. Several GPUs or machines: torchrun --nproc_per_node N train.py …
 """
 
 import logging
 import math
+import shlex
+import shutil
+import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,18 +26,18 @@ from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
 from datasets.overlap import share_ground
-from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule
+from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, spares
 from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import EarthLoc, ModelConfig, build_model
-from utils import figures
+from utils import distributed, figures
 from utils.arguments import (add_augmentation_arguments, add_model_arguments, augmentation_of, make_parser,
                              model_config, run as run_script)
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import LAST, PREVIOUS, newest_checkpoint, save_checkpoint
 from utils.clustering import cluster
-from utils.evaluation import evaluate
-from utils.finite import finite_later
+from utils.evaluation import describe_sets, score_sets
 from utils.logs import Meter, make_log_dir, setup_logging
+from utils.preemption import EXIT_CODE, Stop, Stopped
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
 from utils.retrieval import describe
 
@@ -43,8 +51,11 @@ def parse_arguments(argv=None):
     data.add_argument("--source_size", type=int, help="pixels a side at which images are loaded, before the crop; "
                                                       "default: 1.6 × image_size")
     data.add_argument("--num_workers", type=int, default=4)
+    data.add_argument("--max_unreadable", type=float, default=0.05,
+                      help="share of regions with an unreadable image above which the run stops")
     batches = parser.add_argument_group("batches (paper, sec. 4.2)")
-    batches.add_argument("--batch_size", type=int, default=32, help="regions a batch; each brings its four years")
+    batches.add_argument("--batch_size", type=int, default=32,
+                         help="regions a batch, over all processes; each brings its four years")
     batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
     batches.add_argument("--num_clusters", type=int, default=200)
     batches.add_argument("--recluster_every", type=int, default=5000, help="iterations")
@@ -69,7 +80,14 @@ def parse_arguments(argv=None):
     steps.add_argument("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
     system = parser.add_argument_group("run")
     system.add_argument("--log_dir", default="default", help="outputs go to logs/LOG_DIR/date_time")
-    system.add_argument("--resume", help="a last.pt of a run to go on with; flags are those of the command line")
+    system.add_argument("--resume", help="what to go on with: a last.pt, a run's folder (its newest whole checkpoint), "
+                                         "a folder of runs, or auto: logs/LOG_DIR, from the start if it has none yet. "
+                                         "Flags are those of the command line")
+    system.add_argument("--save_every", type=int, help="iterations between last.pt; default: validate_every")
+    system.add_argument("--max_skips", type=int, default=0,
+                        help="updates with a nan or infinite loss or gradient that are left out before the run stops")
+    system.add_argument("--process_timeout", type=float, default=1800,
+                        help="seconds that processes wait for one that does not answer")
     system.add_argument("--validate_every", type=int, help="iterations; default: recluster_every")
     system.add_argument("--keep_every", type=int, help="iterations between weights that are kept, for a curve "
                                                        "(python -m experiments.curve)")
@@ -85,6 +103,13 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+def learning_rate(iteration, args):
+    """Warm-up, then constant (the paper) or a cosine to zero."""
+    warm = min(1.0, (iteration + 1) / args.warmup) if args.warmup else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * iteration / args.iterations)) if args.lr_schedule == "cosine" else 1.0
+    return args.lr * warm * cosine
+
+
 def make_loss(args):
     if args.loss == "contrastive":
         return ContrastiveLoss(args.base or 0.5)
@@ -96,6 +121,7 @@ class Run:
     """What a run is between two iterations, and all that a checkpoint has to hold.
 
     clusters: arrays of region rows, None before the first ones. best: highest validation R@1, -1 before the first one.
+    validated: the iteration before which validation was done last, -1 before the first one. skipped: updates left out.
     What happens in an iteration depends on these, the seed and the iteration's number alone.
     """
 
@@ -104,16 +130,29 @@ class Run:
     iteration: int = 0
     clusters: list | None = None
     best: float = -1.0
+    validated: int = -1
+    skipped: int = 0
 
     def save_weights(self, path):
-        save_checkpoint(path, {"model": self.model.state_dict(), "model_config": asdict(self.model.config)})
+        """Of several processes the first one does, here and in `save`."""
+        if distributed.rank() == 0:
+            save_checkpoint(path, {"model": self.model.state_dict(), "model_config": asdict(self.model.config)})
 
     def save(self, path, args):
+        """Writes a checkpoint to go on from. Raises RuntimeError where weights are not finite."""
+        if distributed.rank():
+            return
+        state = self.model.state_dict()
+        broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise RuntimeError(f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the "
+                               f"last good checkpoints stay. A smaller --lr or --precision fp32 may help")
         save_checkpoint(path, {
-            "model": self.model.state_dict(), "model_config": asdict(self.model.config),
+            "model": state, "model_config": asdict(self.model.config),
             "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "best": self.best,
-            "clusters": [torch.as_tensor(each) for each in self.clusters],
-            "args": {key: str(value) for key, value in vars(args).items()}})
+            "validated": self.validated, "skipped": self.skipped,
+            "clusters": self.clusters and [torch.as_tensor(each) for each in self.clusters],
+            "args": {key: str(value) for key, value in vars(args).items()}}, PREVIOUS if path.name == LAST else None)
 
 
 def make_optimizer(model, lr):
@@ -126,9 +165,8 @@ def fresh_run(args, device):
     return Run(model, make_optimizer(model, args.lr))
 
 
-def resume_run(path, lr, device):
-    """Checkpoint -> the Run it was saved from. Raises ValueError where it holds weights only."""
-    checkpoint = load_checkpoint(path)
+def resume_run(checkpoint, path, lr, device):
+    """Content and path of a checkpoint -> the Run it was saved from. Raises ValueError where it holds weights only."""
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path}: holds weights only; --resume wants a last.pt of train.py, --weights takes this file")
     model = EarthLoc(ModelConfig(**checkpoint["model_config"]))
@@ -136,12 +174,42 @@ def resume_run(path, lr, device):
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, lr)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return Run(model, optimizer, checkpoint["iteration"], [each.numpy() for each in checkpoint["clusters"]],
-               checkpoint["best"])
+    clusters = checkpoint["clusters"] and [each.numpy() for each in checkpoint["clusters"]]
+    return Run(model, optimizer, checkpoint["iteration"], clusters, checkpoint["best"],
+               checkpoint.get("validated", checkpoint["iteration"]), checkpoint.get("skipped", 0))
+
+
+# Flags that change nothing in what a run ends with.
+FREE_FLAGS = {"resume", "log_dir", "log_every", "save_every", "keep_every", "num_workers", "traceback",
+              "process_timeout"}
+
+
+def find_run(args, folder, device):
+    """--resume -> the Run to go on with, its best.pt taken over into the folder; None where "auto" finds nothing."""
+    place = Path("logs", args.log_dir) if args.resume == "auto" else args.resume
+    try:
+        path, checkpoint = newest_checkpoint(distributed.from_first(lambda: newest_checkpoint(place)[0]))
+    except FileNotFoundError:
+        if args.resume != "auto":
+            raise
+        logging.info(f"{place}: no checkpoint yet, starting from the beginning")
+        return None
+    run = resume_run(checkpoint, path, args.lr, device)
+    logging.info(f"Resumed {path} at iteration {run.iteration}, best validation R@1 {run.best:.1f}")
+    for flag, before in checkpoint.get("args", {}).items():
+        now = str(getattr(args, flag, before))
+        if now != before and flag not in FREE_FLAGS:
+            logging.warning(f"--{flag} is {now}, and was {before}: not the same run any more")
+    for name in ("initial.pt", "best.pt"):
+        if distributed.rank() == 0 and path.with_name(name).is_file():
+            shutil.copy2(path.with_name(name), folder / name)
+    return run
 
 
 def read_regions(dataset_path, batch_size):
     """-> Regions with all years; those without are logged. Raises ValueError where a batch cannot be filled."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: a batch has at least one region")
     regions, incomplete = Regions.read(dataset_path)
     logging.info(f"{len(regions)} regions with all years")
     if incomplete:
@@ -164,13 +232,6 @@ def iteration_seed(seed, iteration):
     return int(np.random.SeedSequence([seed, 3, iteration]).generate_state(1)[0])
 
 
-def learning_rate(iteration, args):
-    """Warm-up, then constant (the paper) or a cosine to zero."""
-    warm = min(1.0, (iteration + 1) / args.warmup) if args.warmup else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * iteration / args.iterations)) if args.lr_schedule == "cosine" else 1.0
-    return args.lr * warm * cosine
-
-
 def whiten(model, loader, regions, augment, args, device, precision):
     """Sets the model's fc to the whitening of augmented views of up to 512 regions, in the mode that training uses."""
     rows = np.random.default_rng([args.seed, 1]).permutation(regions)[:512]
@@ -180,24 +241,44 @@ def whiten(model, loader, regions, augment, args, device, precision):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     with torch.no_grad(), autocast(device, precision):
-        for _, images in tqdm(loader.serve(batches), total=len(batches), desc="whitening", leave=False):
+        substitutes = [spares(each, [np.arange(regions)], [args.seed, 6, k]) for k, each in enumerate(batches)]
+        served = loader.serve(batches, substitutes.__getitem__)
+        for _, images, _ in tqdm(served, total=len(batches), desc="whitening", leave=False):
             views = augment(images.to(device), generator).flatten(0, 1)
             features.append(model.aggregate(views.contiguous(memory_format=torch.channels_last)).float())
     model.load_state_dict(state)  # the passes moved BatchNorm's running statistics
     model.whiten_(torch.cat(features), std=args.fc_std, regulariser=args.fc_regulariser, generator=generator)
 
 
-def make_clusters(model, regions, period, args, device, precision):
-    """Clusters for one period: random ones first, then k-means of one year's descriptors (paper, sec. 4.2)."""
+def make_clusters(model, regions, period, unreadable, args, device, precision):
+    """Clusters for one period: random ones first, then k-means of one year's descriptors (paper, sec. 4.2).
+
+    Regions whose image cannot be read are noted in `unreadable` and in no cluster.
+    """
     if args.batches == "random":
         return [np.arange(len(regions))]
     if period == 0:
         return random_clusters(len(regions), args.num_clusters, args.batch_size, [args.seed, 4])
     descriptors, failures = describe(model, year_files(regions, DATABASE_YEAR), args.image_size, 4 * args.batch_size,
                                      args.num_workers, device, precision, label="describing regions")
-    if failures:
-        raise ValueError(failures[0][1])
-    return cluster(descriptors[0], args.num_clusters, args.batch_size, args.seed + period, device)
+    note_unreadable(failures, unreadable, len(regions), args.max_unreadable)
+    rows = np.setdiff1d(np.arange(len(regions)), [row for row, _ in failures])
+    return distributed.from_first(lambda: [rows[each] for each in cluster(
+        descriptors[0][rows], args.num_clusters, args.batch_size, args.seed + period, device)])
+
+
+def note_unreadable(errors, unreadable, regions, share):
+    """errors [(row, what went wrong)] are logged and added to the dict `unreadable`, each region once.
+
+    Raises ValueError where a region had no substitute, or where more than this share of all `regions` is unreadable.
+    """
+    for row, text in errors:
+        if row not in unreadable:
+            unreadable[row] = text
+            logging.warning(f"Left out, another region takes its place: {text}")
+    if len(unreadable) > share * regions:
+        raise ValueError(f"{len(unreadable)} of {regions} regions have an image that cannot be read, more than "
+                         f"--max_unreadable {share:g} allows; the last one: {list(unreadable.values())[-1]}")
 
 
 def neutral_pairs(footprints, labels):
@@ -206,34 +287,64 @@ def neutral_pairs(footprints, labels):
     return shared[labels][:, labels] & (labels[:, None] != labels)
 
 
+class NotFinite(RuntimeError):
+    """A loss or gradient with which nothing was updated."""
+
+
 def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     """One step on views (N, 3, S, S) with labels (N,) and neutral (N, N) or None -> loss, descriptors (N, D) float32.
 
-    Low precision only around the network, the loss in float32. Raises RuntimeError before the update at a nan loss.
+    Low precision only around the network, the loss in float32. Of several processes each has its part of the views, and
+    labels, neutral and what is returned are those of all. Raises NotFinite, before the update, at a loss or gradient
+    that is not finite.
     """
     run.model.train()
     with autocast(device, precision):
         descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
-    descriptors = descriptors.float()
+    descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
     # Mining drops nan similarities: the loss would be a harmless 0.
     loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
-    is_finite = finite_later(loss)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if not is_finite():  # a GPU is busy with the backward pass while this waits for the forward pass
-        raise RuntimeError(f"iteration {run.iteration}: the loss is {loss.item()}; nothing was updated, the last good "
-                           f"checkpoints stay. A smaller --lr or --precision fp32 may help")
+    distributed.average_gradients(run.model.parameters())
+    norm = torch.nn.utils.get_total_norm([each.grad for each in run.model.parameters() if each.grad is not None])
+    if not torch.isfinite(loss + norm):  # one look at both: each look waits for the device
+        what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient's norm is {norm.item()}"
+        raise NotFinite(f"iteration {run.iteration}: {what}")
     run.optimizer.step()
     run.iteration += 1
     return loss.detach(), descriptors.detach()
 
 
+def skip_update(run, error, buffers, paths, views, folder, max_skips):
+    """What is left of an iteration without an update: BatchNorm's averages as before, and the batch in a file.
+
+    Raises RuntimeError where this is more often than max_skips.
+    """
+    with torch.no_grad():
+        for buffer, before in zip(run.model.buffers(), buffers):
+            buffer.copy_(before)
+    run.optimizer.zero_grad(set_to_none=True)
+    file = folder / f"bad_batch_{run.iteration}.pt"
+    save_checkpoint(file, {"reason": str(error), "iteration": run.iteration, "paths": paths, "views": views.cpu()})
+    logging.warning(f"{error}; its regions and views are in {file}")
+    if run.skipped >= max_skips:
+        raise RuntimeError(f"{error}; nothing was updated, the last good checkpoints stay, the batch is in {file}. "
+                           f"A smaller --lr or --precision fp32 may help, --max_skips leaves out a few updates")
+    run.skipped += 1
+    run.iteration += 1
+
+
 def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
     """Fig. 14: a row a cluster."""
     files = year_files(regions, DATABASE_YEAR)
-    pictures = [[read_image(files[row], 128) for row in rows[:images]] for rows in clusters[:shown]]
+    try:
+        pictures = [[read_image(files[row], 128) for row in rows[:images]] for rows in clusters[:shown]]
+    except (ValueError, OSError) as error:  # described a moment ago, gone now
+        logging.warning(f"No picture of the clusters: {error}")
+        return
     figures.save(figures.clusters_figure(pictures), folder / "clusters.jpg")
 
 
@@ -241,94 +352,176 @@ def validate(run, validation, writer, args, device, precision):
     """R@1 of the validation set, logged and written; None without one."""
     if not validation.sets:
         return None
-    result = evaluate(run.model, validation, args.image_size, 4 * args.batch_size, args.num_workers, device, precision,
-                      progress=False)
-    logging.info(f"Iteration {run.iteration}: {result.lines()[0]}")
-    score = result[VALIDATION].recalls[1]
+    descriptors, data = describe_sets(run.model, validation, args.image_size, 4 * args.batch_size, args.num_workers,
+                                      device, precision, progress=False)
+
+    def score():
+        result = score_sets(data, descriptors)
+        logging.info(f"Iteration {run.iteration}: {result.lines()[0]}")
+        return result[VALIDATION].recalls[1]
+    score = distributed.from_first(score)
     writer.add_scalar("validation/R@1", score, run.iteration)
     return score
 
 
-def train(run, regions, loader, augment, validation, folder, args, device, precision):
-    """From where the run stands to the last iteration: checkpoints, scalars and pictures go to the folder."""
-    loss_fn = make_loss(args)
-    meter = Meter(folder, run.iteration, args.iterations)
-    served = None
-    if run.iteration == 0:
-        validate(run, validation, meter.writer, args, device, precision)
-    while run.iteration < args.iterations:
-        # New clusters from one year's descriptors, and the schedule up to the next ones.
-        period, step = divmod(run.iteration, args.recluster_every)
-        if step == 0:
-            run.clusters = make_clusters(run.model, regions, period, args, device, precision)
-            logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of {min(map(len, run.clusters))} "
-                         f"to {max(map(len, run.clusters))} regions")
-            if period == 1 and args.batches == "clustered":
-                save_clusters_figure(folder, regions, run.clusters)
-        if step == 0 or served is None:
-            count = min(args.recluster_every, args.iterations - period * args.recluster_every)
-            batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period])
-            served = loader.serve(batches[step:])
-            meter.restart()
-
-        with meter.waiting():
-            rows, images = next(served)
-        seed = iteration_seed(args.seed, run.iteration)
-        torch.manual_seed(seed)
-        views = augment(images.to(device, non_blocking=True), torch.Generator().manual_seed(seed))
-        if run.iteration == 0:
-            figures.save(figures.batch_figure(views[:20], regions.years), folder / "batch.jpg")
-        labels = torch.arange(len(rows), device=device).repeat_interleave(len(regions.years))
-        neutral = neutral_pairs(regions.footprints[rows.numpy()], labels) if args.neutral == "on" else None
-        lr = learning_rate(run.iteration, args)
-        loss, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
-
-        last = run.iteration == args.iterations
-        meter.count(len(labels))
-        if run.iteration % args.log_every == 0 or last:
-            anchors, pairs = loss_fn.mined_shares(descriptors, labels, neutral)
-            meter.log(run.iteration, {"loss": loss, "mined/anchors": anchors, "mined/pairs": pairs, "lr": lr})
-        if run.iteration % args.validate_every == 0 or last:
+def validate_and_save(run, validation, meter, folder, args, device, precision, stop):
+    """What is due before an iteration: weights to keep, validation with best.pt and last.pt, or last.pt alone."""
+    if args.keep_every and run.iteration and run.iteration % args.keep_every == 0:
+        run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
+    if run.iteration % args.validate_every == 0 or run.iteration == args.iterations:
+        if run.validated == run.iteration:  # resumed right after it
+            return
+        with stop.at_once():
             score = validate(run, validation, meter.writer, args, device, precision)
+        run.validated = run.iteration
+        if run.iteration:
             if score is None or score > run.best:
                 run.best = run.best if score is None else score
                 run.save(folder / "best.pt", args)
-            run.save(folder / "last.pt", args)
-            meter.restart()
-        if args.keep_every and run.iteration % args.keep_every == 0:
-            run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
-    meter.close()
+            run.save(folder / LAST, args)
+        meter.restart()
+    elif run.iteration % args.save_every == 0:
+        run.save(folder / LAST, args)
 
 
-def main(args):
-    device = require_device(args.device)
-    precision = default_precision(device) if args.precision == "auto" else args.precision
-    args.source_size = args.source_size or round(1.6 * args.image_size)
-    args.validate_every = args.validate_every or args.recluster_every
-    folder = make_log_dir(args.log_dir)
-    setup_logging(folder, args)
-    torch.manual_seed(args.seed)
-    note = cache_note(args.dataset_path, args.source_size)
-    if note:
-        logging.info(note)
+def train(run, regions, loader, augment, validation, folder, args, device, precision, stop):
+    """From where the run stands to the last iteration: checkpoints, scalars and pictures go to the folder.
 
+    Raises Stopped after a signal, with the run as it is between two iterations.
+    """
+    loss_fn = make_loss(args)
+    own = folder / f"rank{distributed.rank()}" if distributed.rank() else folder
+    mine = distributed.part(args.batch_size)
+    served, unreadable = None, {}
+    with closing(Meter(own, run.iteration, args.iterations)) as meter:
+        while True:
+            validate_and_save(run, validation, meter, folder, args, device, precision, stop)
+            if run.iteration == args.iterations:
+                break
+            stop.check()
+            # New clusters from one year's descriptors, and the schedule up to the next ones.
+            period, step = divmod(run.iteration, args.recluster_every)
+            if step == 0:
+                with stop.at_once():
+                    run.clusters = make_clusters(run.model, regions, period, unreadable, args, device, precision)
+                logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of "
+                             f"{min(map(len, run.clusters))} to {max(map(len, run.clusters))} regions")
+                if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
+                    save_clusters_figure(folder, regions, run.clusters)
+            if step == 0 or served is None:
+                with stop.at_once():
+                    served = serve(run, loader, args, mine)
+                meter.restart()
+
+            with meter.waiting(), stop.at_once():
+                rows, images, errors = next(served)
+            rows, errors = distributed.gather(rows), sum(distributed.gather_objects_if(errors), [])
+            if errors:
+                note_unreadable(errors, unreadable, len(regions), args.max_unreadable)
+            if (rows < 0).any():
+                raise ValueError(f"{errors[0][1]}. No other region of {len(regions)} can take its place in the batch")
+            seed = iteration_seed(args.seed, run.iteration)
+            torch.manual_seed(seed)
+            views = augment(images.to(device, non_blocking=True), torch.Generator().manual_seed(seed), mine, len(rows))
+            if run.iteration == 0:
+                figures.save(figures.batch_figure(views[:20], regions.years), own / "batch.jpg")
+            labels = torch.arange(len(rows), device=device).repeat_interleave(len(regions.years))
+            neutral = neutral_pairs(regions.footprints[rows.numpy()], labels) if args.neutral == "on" else None
+            lr = learning_rate(run.iteration, args)
+            buffers = [each.clone() for each in run.model.buffers()]
+            try:
+                loss, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
+            except NotFinite as error:
+                skip_update(run, error, buffers, [regions.paths[row] for row in rows.tolist()], views, own, args.max_skips)
+                continue
+            meter.count(len(labels))
+            if run.iteration % args.log_every == 0 or run.iteration == args.iterations:
+                anchors, pairs = loss_fn.mined_shares(descriptors, labels, neutral)
+                meter.log(run.iteration, {"loss": loss, "mined/anchors": anchors, "mined/pairs": pairs, "lr": lr})
+
+
+def serve(run, loader, args, mine):
+    """-> The loader's batches from where the run stands to its next clusters; of each, the rows `mine`."""
+    period, step = divmod(run.iteration, args.recluster_every)
+    count = min(args.recluster_every, args.iterations - period * args.recluster_every)
+    batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period])[step:]
+    first = run.iteration
+    return loader.serve(batches[:, mine], lambda number: spares(
+        batches[number], run.clusters, [args.seed, 5, first + number])[mine])
+
+
+def prepare(args):
+    """-> regions, loader, augmentation and validation data, as the flags have them."""
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
     loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
     validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
     augment = augmentation_of(args, args.image_size)
+    return regions, loader, augment, validation
 
-    if args.resume:
-        run = resume_run(args.resume, args.lr, device)
-        logging.info(f"Resumed {args.resume} at iteration {run.iteration}, best validation R@1 {run.best:.1f}")
-    else:
+
+def start(args, regions, loader, augment, folder, device, precision):
+    """-> The Run to go on with, or a fresh one."""
+    run = find_run(args, folder, device) if args.resume else None
+    if run is None:
         run = fresh_run(args, device)
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             whiten(run.model, loader, len(regions), augment, args, device, precision)
-    if args.compile:
-        run.model.compile()
-    train(run, regions, loader, augment, validation, folder, args, device, precision)
+    distributed.use_global_batchnorm(run.model)
+    return run
+
+
+def how_to_go_on(folder):
+    """The command that was given, with --resume FOLDER."""
+    given = iter(sys.argv)
+    words = []
+    for word in given:
+        if word == "--resume":
+            next(given, None)
+        elif not word.startswith("--resume="):
+            words.append(word)
+    return shlex.join(["python", *words, "--resume", str(folder)])
+
+
+def main(args):
+    """-> the run's folder. Leaves with exit code 75 after a signal."""
+    with Stop() as stop, distributed.processes(require_device(args.device), args.process_timeout) as device:
+        precision = default_precision(device) if args.precision == "auto" else args.precision
+        args.source_size = args.source_size or round(1.6 * args.image_size)
+        args.validate_every = args.validate_every or args.recluster_every
+        args.save_every = args.save_every or args.validate_every
+        args.processes = distributed.world()
+        folder = distributed.from_first(lambda: make_log_dir(args.log_dir))
+        own = folder / f"rank{distributed.rank()}" if distributed.rank() else folder
+        own.mkdir(exist_ok=True)
+        setup_logging(own, args)
+        distributed.part(args.batch_size)
+        torch.manual_seed(args.seed)
+        note = cache_note(args.dataset_path, args.source_size)
+        if note:
+            logging.info(note)
+        run, loader, stopped = None, None, False
+        try:
+            with stop.at_once():
+                regions, loader, augment, validation = prepare(args)
+                run = start(args, regions, loader, augment, folder, device, precision)
+            if args.compile:
+                run.model.compile()
+            train(run, regions, loader, augment, validation, folder, args, device, precision, stop)
+        except Stopped as signal:
+            stopped = True
+            if run is None:
+                logging.info(f"{signal}: stopped before the first iteration, start it again")
+            else:
+                run.save(folder / LAST, args)
+                logging.info(f"{signal}: stopped before iteration {run.iteration + 1} of {args.iterations}, all is "
+                             f"saved. Go on with: {how_to_go_on(folder)}")
+        finally:
+            if loader:
+                loader.close()
+    if stopped:
+        sys.exit(EXIT_CODE)
     logging.info(f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "
                  f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}")
     (folder / "done").touch()

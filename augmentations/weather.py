@@ -56,23 +56,25 @@ def expose(images, strength):
     return 1 - torch.exp(-1.3 * gain * images)
 
 
-def add_weather(images, clouds, haze, exposure, generator):
+def add_weather(images, clouds, haze, exposure, generator, here=None):
     """images (N, 3, S, S) float32 in [0, 1] -> half of them behind bluish air, under white clouds, exposed anew.
 
     clouds: largest share of an image under clouds. haze: largest opacity of the air. exposure: largest strength of the
-    automatic exposure. Zeros draw nothing.
+    automatic exposure. Zeros draw nothing. here (M,) bool: the images are only these N of M, and get what they would get
+    among all of them.
     """
     if not (clouds or haze or exposure):
         return images
-    count, size, device = len(images), images.shape[-1], images.device
-    photos = torch.randint(2, (count, 1, 1, 1), generator=generator).bool().to(device)
+    here = torch.ones(len(images), dtype=torch.bool) if here is None else here
+    count, size, device = len(here), images.shape[-1], images.device
+    photos = torch.randint(2, (count, 1, 1, 1), generator=generator)[here].bool().to(device)
     photo = images
     if haze:
-        opacity = haze_opacity(haze, count, size, generator).to(device)
+        opacity = haze_opacity(haze, count, size, generator)[here].to(device)
         photo = photo + opacity * (torch.tensor(HAZE_COLOUR, device=device)[:, None, None] - photo)
     if clouds:
-        opacity = cloud_opacity(clouds, count, size, generator).to(device)
+        opacity = cloud_opacity(clouds, count, size, generator)[here].to(device)
         photo = photo + opacity * (1 - photo)
     if exposure:
-        photo = expose(photo, uniform(0, exposure, count, generator).to(device))
+        photo = expose(photo, uniform(0, exposure, count, generator)[here].to(device))
     return torch.where(photos, photo, images)

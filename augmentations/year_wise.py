@@ -68,25 +68,37 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1]")
 
-    def __call__(self, images, generator):
+    def __call__(self, images, generator, part=None, batch=None):
         """images uint8 (B, Y, 3, H, W), one column a year -> float32 (B, Y, 3, size, size) in [0, 1].
 
-        generator: a CPU torch.Generator; the same state gives the same augmentation.
+        generator: a CPU torch.Generator; the same state gives the same augmentation. Where the images are only a slice
+        `part` of a batch of more regions, they get what they would get in the whole batch.
         """
-        batch, years = images.shape[:2]
-        flat = images.flatten(0, 1)
+        years = images.shape[1]
+        batch = batch or len(images)
+        part = part or slice(0, batch)
         if self.group == "none":
-            views = F.interpolate(flat.float() / 255, size=(self.size, self.size), mode="bilinear", antialias=True)
-            return views.unflatten(0, (batch, years))
-        parts = {"image": flat.split(1), "batch": (flat,), "year": images.unbind(1)}[self.group]
-        views = [self.view(part, generator) for part in parts]
-        return torch.stack(views, dim=1) if self.group == "year" else torch.cat(views).unflatten(0, (batch, years))
+            views = F.interpolate(images.flatten(0, 1).float() / 255, size=(self.size, self.size), mode="bilinear",
+                                  antialias=True)
+            return views.unflatten(0, (-1, years))
+        here = torch.zeros(batch, dtype=torch.bool)
+        here[part] = True
+        if self.group == "year":
+            return torch.stack([self.view(each, generator, here) for each in images.unbind(1)], dim=1)
+        here, flat = here.repeat_interleave(years), images.flatten(0, 1)
+        if self.group == "batch":
+            views = self.view(flat, generator, here)
+        else:
+            own = iter(flat.split(1))
+            views = torch.cat([self.view(next(own) if mine else flat[:0], generator, mine[None]) for mine in here])
+        return views.unflatten(0, (-1, years))
 
-    def view(self, images, generator):
-        """images uint8 (N, 3, H, W) -> float32 (N, 3, size, size), one draw for all but the weather."""
+    def view(self, images, generator, here):
+        """images uint8 (N, 3, H, W) -> float32 (N, 3, size, size), one draw for all but the weather. here (M,): which
+        of the images that share it these are; where there are none, the draws are made all the same."""
         draw = self.draw(generator)
-        views = jitter(warp(images, draw, self.size), draw)
-        return add_weather(views, self.clouds, self.haze, self.exposure, generator)
+        views = jitter(warp(images, draw, self.size), draw) if len(images) else torch.empty(0, 3, self.size, self.size)
+        return add_weather(views.to(images.device), self.clouds, self.haze, self.exposure, generator, here)
 
     def draw(self, generator):
         """-> a Draw."""

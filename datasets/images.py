@@ -5,9 +5,8 @@ reads more kinds and words the errors. Pixels are the same as PIL's alone. exper
 """
 
 import io
-from pathlib import Path
-
 import os
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -16,6 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 MAX_PIXELS = 200_000_000  # refused before decoding: no camera on the station and no tile mosaic comes near
+MIN_SIDE = 4  # pixels; what is smaller shows no ground
+# Not all that Pillow can: for some formats it would start other programs (EPS), whatever the file is called.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "JPEG2000", "GIF", "BMP", "PPM")
 
 
 def read_image(path, size=None):
@@ -35,7 +37,9 @@ def read_pixels(path, size=None):
         pixels = torch.from_numpy(decode_any(content, path, size) if pixels is None else pixels)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be read as an image (of no known kind); replace or remove the file") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from error
     return pixels if size is None or pixels.shape[:2] == (size, size) else resize(pixels, size)
 
@@ -44,7 +48,7 @@ def decode_jpeg(content, size=None):
     """Bytes -> uint8 (H, W, 3) at the smallest power-of-two scale that holds size × size; None if it is not for us."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if height * width > MAX_PIXELS or colours not in ("YCbCr", "Gray", "RGB"):
+        if height * width > MAX_PIXELS or min(height, width) < MIN_SIDE or colours not in ("YCbCr", "Gray", "RGB"):
             return None
         factor = 1 if size is None else next((f for f in (8, 4, 2) if min(height, width) // size >= f), 1)
         return simplejpeg.decode_jpeg(content, min_height=-(-height // factor), min_width=-(-width // factor))
@@ -54,10 +58,12 @@ def decode_jpeg(content, size=None):
 
 def decode_any(content, path, size=None):
     """Bytes -> uint8 (H, W, 3) by PIL, JPEGs at the same scale. Raises ValueError, or what PIL raises."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{path}: {image.width} × {image.height} pixels, more than {MAX_PIXELS:,}; "
                              f"scale the image down")
+        if min(image.size) < MIN_SIDE:
+            raise ValueError(f"{path}: {image.width} × {image.height} pixels, too small for an image; replace it")
         if size is not None:
             image.draft("RGB", (size, size))
         return np.array(_to_rgb(image))

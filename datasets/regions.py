@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import read_pixels
 from datasets.metadata import YEARS, Catalogue
+from utils.preemption import ignore_signals, iterate
 from utils.strings import Strings
 
 
@@ -57,7 +58,10 @@ class Regions:
 
 
 class RegionDataset(Dataset):
-    """Row -> (row, uint8 (years, 3, size, size)). Pixels stay uint8 until they are on the device."""
+    """Row -> (row, uint8 (years, 3, size, size)). Pixels stay uint8 until they are on the device.
+
+    In memory they lie as they were decoded, (…, H, W, 3): channels last.
+    """
 
     def __init__(self, regions, size):
         self.regions, self.size = regions, size
@@ -69,12 +73,6 @@ class RegionDataset(Dataset):
         paths = self.regions.paths[row]
         images = {path: read_pixels(self.regions.root / path, self.size) for path in set(paths)}
         return row, torch.stack([images[path] for path in paths]).permute(0, 3, 1, 2)
-
-
-def collate(items):
-    """Samples -> rows (B,), images (B, years, 3, H, W), in memory (…, H, W, 3) as they were decoded: channels last."""
-    rows, images = default_collate([(row, images.permute(0, 2, 3, 1)) for row, images in items])
-    return rows, images.permute(0, 1, 4, 2, 3)
 
 
 def schedule(clusters, batch_size, count, seed):
@@ -135,21 +133,79 @@ def random_clusters(regions, count, batch_size, seed):
     return [np.sort(rows) for rows in np.array_split(np.random.default_rng(seed).permutation(regions), count)]
 
 
+SPARES = 8  # regions that may take the place of one that cannot be read
+
+
+def spares(batch, clusters, seed):
+    """batch (B,) of rows from one of the clusters -> (B, SPARES) rows to take in place of each, in order; -1: none.
+
+    First from the batch's own cluster, then from anywhere. No row comes up twice or is in the batch, so places are
+    filled without looking at each other. seed: as for `schedule`; nothing else matters.
+    """
+    rng = np.random.default_rng(seed)
+    own = next(rows for rows in clusters if batch[0] in rows)
+    wanted = len(batch) * SPARES
+    found = rng.permutation(np.setdiff1d(own, batch))[:wanted]
+    if len(found) < wanted:
+        others = np.setdiff1d(np.concatenate(clusters), np.concatenate([own, batch]))
+        found = np.concatenate([found, rng.permutation(others)[:wanted - len(found)]])
+    found = np.concatenate([found, np.full(wanted - len(found), -1)]).astype(np.int64)
+    return found.reshape(SPARES, len(batch)).T  # every place gets a first choice before any gets a second
+
+
+class Batches(Dataset):
+    """(rows (B,), spares (B, K)) -> the rows that could be read, their images, and [(row, what went wrong), …].
+
+    A place whose region and spares all cannot be read has row -1.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, batch):
+        rows, images, errors = [], [], []
+        for row, others in zip(*batch):
+            for choice in (int(row), *others[others >= 0].tolist()):
+                try:
+                    images.append(self.dataset[choice][1])
+                    break
+                except (ValueError, OSError) as error:
+                    errors.append((choice, str(error)))
+            else:
+                choice = -1
+            rows.append(choice)
+        return torch.tensor(rows), _stack(images) if images else torch.empty(0), errors
+
+
+def _stack(images):
+    """torch.stack of (years, 3, H, W) that keeps them channels last in memory."""
+    return torch.stack([each.permute(0, 2, 3, 1) for each in images]).permute(0, 1, 4, 2, 3)
+
+
 class BatchLoader:
     """Serves scheduled batches with workers that live as long as the loader, whatever the schedules."""
 
     def __init__(self, dataset, num_workers):
-        self.batches = []
-        self.loader = DataLoader(dataset, batch_sampler=self, num_workers=num_workers, collate_fn=collate,
-                                 persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
+        self.batches, self.spares = np.empty((0, 0), dtype=np.int64), None
+        self.loader = DataLoader(Batches(dataset), batch_size=None, sampler=self, num_workers=num_workers,
+                                 persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+                                 worker_init_fn=ignore_signals)
 
     def __iter__(self):
-        return iter(self.batches)
+        none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
+        return ((rows, self.spares(number) if self.spares else none) for number, rows in enumerate(self.batches))
 
     def __len__(self):
         return len(self.batches)
 
-    def serve(self, batches):
-        """batches (count, batch_size) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W))."""
-        self.batches = batches.tolist()
-        return iter(self.loader)
+    def serve(self, batches, spares=None):
+        """batches (count, B) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W), errors), see `Batches`.
+
+        spares: batch number -> (B, K), asked for one batch at a time; without, an unreadable region has no substitute.
+        """
+        self.batches, self.spares = batches, spares
+        return iterate(self.loader)
+
+    def close(self):
+        """Ends the workers."""
+        self.loader._iterator = None  # the one place where a DataLoader holds workers that live on

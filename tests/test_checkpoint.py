@@ -1,11 +1,17 @@
 """Checkpoints: written whole or not at all, and nothing in one is executed."""
 
+import logging
+import os
 import pathlib
+import random
+import resource
+import signal
+import time
 
 import pytest
 import torch
 
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
 STATE = {"model": {"weight": torch.arange(2000.0)}, "iteration": 7, "best": 1.5, "args": {"lr": "1"}}
 
@@ -83,3 +89,89 @@ def test_a_malicious_file_leaves_no_trace(tmp_path, legacy):
 def test_a_bare_state_dict_is_a_model(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "bare.pt")
     assert list(load_checkpoint(tmp_path / "bare.pt")) == ["model"]
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    """torch.load takes it for a weight."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, STATE)
+    content = bytearray(path.read_bytes())
+    content[content.index(STATE["model"]["weight"].numpy().tobytes()) + 4001] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["model"]["weight"], STATE["model"]["weight"])
+    with pytest.raises(ValueError, match="last.pt: damaged"):
+        load_checkpoint(path)
+
+
+def test_the_one_before_is_kept(tmp_path):
+    for iteration in range(4):
+        save_checkpoint(tmp_path / "last.pt", {**STATE, "iteration": iteration}, "previous.pt")
+    assert load_checkpoint(tmp_path / "last.pt")["iteration"] == 3
+    assert load_checkpoint(tmp_path / "previous.pt")["iteration"] == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_the_one_before_is_kept_without_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("this file system has no links")
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_one_before_is_kept(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:3000],
+                                    lambda content: content[:3000] + b"?" + content[3001:]])
+def test_the_newest_whole_one_is_taken_with_a_line(tmp_path, caplog, damage):
+    runs = [tmp_path / name for name in ("2026-01-01_00-00-00", "2026-01-02_00-00-00", "2026-01-03_00-00-00")]
+    for run in runs:
+        run.mkdir()
+    for iteration in (1, 2):
+        save_checkpoint(runs[1] / "last.pt", {**STATE, "iteration": iteration}, "previous.pt")
+    save_checkpoint(runs[0] / "last.pt", {**STATE, "iteration": 9})
+    for place in (tmp_path, runs[1], runs[1] / "last.pt"):
+        assert newest_checkpoint(place)[0] == runs[1] / "last.pt"
+    (runs[1] / "last.pt").write_bytes(damage((runs[1] / "last.pt").read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        for place in (tmp_path, runs[1], runs[1] / "last.pt"):
+            path, state = newest_checkpoint(place)
+            assert path == runs[1] / "previous.pt" and state["iteration"] == 1
+    assert f"{runs[1] / 'last.pt'}: " in caplog.text
+    (runs[1] / "previous.pt").write_bytes(b"")
+    assert newest_checkpoint(tmp_path)[0] == runs[0] / "last.pt"
+    with pytest.raises(ValueError, match="previous.pt"):
+        newest_checkpoint(runs[1])
+    with pytest.raises(FileNotFoundError, match="2026-01-03_00-00-00: no checkpoint to go on with"):
+        newest_checkpoint(runs[2])
+
+
+def test_killed_twenty_times_while_saving(tmp_path):
+    """kill -9 of a process that does nothing but save: both names always hold whole files, one step apart."""
+    path, moments, reached = tmp_path / "last.pt", random.Random(0), [0]
+    save_checkpoint(path, {**STATE, "iteration": 0})
+    big = {"weight": torch.arange(1_000_000.0)}
+    for _ in range(20):
+        child = os.fork()
+        if not child:
+            for iteration in range(reached[-1] + 1, 10**9):
+                save_checkpoint(path, {"model": big, "iteration": iteration}, "previous.pt")
+        time.sleep(moments.uniform(0.0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        reached.append(load_checkpoint(path)["iteration"])
+        if (tmp_path / "previous.pt").exists():
+            assert reached[-1] - 1 <= load_checkpoint(tmp_path / "previous.pt")["iteration"] <= reached[-1]
+    assert reached == sorted(reached) and reached[-1] > 20
+
+
+def test_a_full_disk_is_reported_and_the_old_file_stays(tmp_path):
+    """The limit on file sizes makes write() itself fail, as a full disk does."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, STATE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="last.pt: not written .*untouched.*--resume"):
+            save_checkpoint(path, {"model": {"weight": torch.ones(100_000)}, "iteration": 8}, "previous.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_checkpoint(path)["iteration"] == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]

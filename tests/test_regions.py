@@ -73,7 +73,7 @@ def test_a_loader_serves_what_is_scheduled(world):
     loader = BatchLoader(RegionDataset(regions, 8), 0)
     for batches in (np.array([[3, 1], [7, 0]]), np.array([[5, 6]])):
         served = list(loader.serve(batches))
-        assert [rows.tolist() for rows, _ in served] == batches.tolist()
+        assert [rows.tolist() for rows, _, _ in served] == batches.tolist()
         assert served[0][1].shape == (2, 4, 3, 8, 8)
 
 
@@ -81,8 +81,8 @@ def test_a_loader_serves_what_is_scheduled(world):
 def test_batches_hold_the_images_as_they_were_decoded(world, workers):
     regions, _ = Regions.read(world.path)
     batches = BatchLoader(RegionDataset(regions, 40), workers).serve(np.array([[3, 1], [7, 3]]))
-    for rows, images in batches:
-        assert images.dtype == torch.uint8 and images.permute(0, 1, 3, 4, 2).is_contiguous()
+    for rows, images, errors in batches:
+        assert not errors and images.dtype == torch.uint8 and images.permute(0, 1, 3, 4, 2).is_contiguous()
         for row, years in zip(rows.tolist(), images):
             for path, image in zip(regions.paths[row], years):
                 assert torch.equal(image, read_image(regions.root / path, 40))

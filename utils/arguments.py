@@ -74,7 +74,7 @@ def run(main, args):
     """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2."""
     try:
         return main(args)
-    except (ValueError, FileNotFoundError, PermissionError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if args.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)

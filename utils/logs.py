@@ -13,6 +13,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils import distributed
+
 
 def make_log_dir(log_dir, root="logs"):
     """Name of an experiment -> a new folder logs/{log_dir}/{YYYY-mm-dd_HH-MM-SS}."""
@@ -27,13 +29,17 @@ def make_log_dir(log_dir, root="logs"):
 
 
 def setup_logging(folder, args):
-    """Log to stdout and info.log (from INFO) and debug.log (all); writes config.json and the first three lines."""
+    """Log to stdout and info.log (from INFO) and debug.log (all); writes config.json and the first three lines.
+
+    Of several processes, only the first one tells stdout more than warnings.
+    """
     logger = logging.getLogger()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     logger.setLevel(logging.DEBUG)
-    for handler, level in ((logging.StreamHandler(sys.stdout), logging.INFO),
+    told = logging.WARNING if distributed.rank() else logging.INFO
+    for handler, level in ((logging.StreamHandler(sys.stdout), told),
                            (logging.FileHandler(folder / "info.log"), logging.INFO),
                            (logging.FileHandler(folder / "debug.log"), logging.DEBUG)):
         handler.setLevel(level)
@@ -53,7 +59,8 @@ class Meter:
 
     def __init__(self, folder, start, iterations):
         self.writer = SummaryWriter(folder)
-        self.bar = tqdm(total=iterations, initial=start, desc="training", unit="it")
+        self.bar = tqdm(total=iterations, initial=start, desc="training", unit="it",
+                        disable=distributed.rank() > 0)
         self.restart()
 
     def restart(self):

@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.images import read_image
-from utils import geo
+from utils import distributed, geo
 from utils.descriptors import DescriptorFile, file_name, image_fingerprints, model_fingerprint
 from utils.precision import autocast
+from utils.preemption import ignore_signals, iterate
 from utils.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
@@ -59,19 +60,39 @@ def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu
     """Image files -> descriptors (len(rotations), N, D) float32, and failures: a list of (row, what went wrong).
 
     Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: a search refuses them, so
-    they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D).
+    they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D). Of several processes, each
+    describes every world-th batch, and all of them return all of it.
     """
+    shares = [batches_of(len(paths), batch_size)[rank::distributed.world()] for rank in range(distributed.world())]
     descriptors, failures = None, []
     with evaluating(model):
-        for rows, described, failed in _describe_batches(model, paths, image_size, batch_size, num_workers, device,
-                                                         precision, rotations, label, progress):
+        for rows, described, failed in _describe_batches(model, paths, shares[distributed.rank()], image_size,
+                                                         num_workers, device, precision, rotations, label, progress):
             if descriptors is None:
                 shape = (len(rotations), len(paths), described.shape[2])
                 descriptors = np.full(shape, np.nan, dtype=np.float32)
             descriptors[:, rows] = described
             failures += failed
+    if distributed.world() > 1:
+        descriptors, failures = _from_all(descriptors, failures, shares, (len(rotations), len(paths)))
     if descriptors is None:
         descriptors = np.zeros((len(rotations), 0, 0), dtype=np.float32)
+    return descriptors, failures
+
+
+def _from_all(descriptors, failures, shares, shape):
+    """This rank's rows of descriptors (R, N, D), None without any -> the same with those of all ranks."""
+    failures = sorted(sum(distributed.gather_objects(failures), []))
+    dim = max(distributed.gather_objects(0 if descriptors is None else descriptors.shape[2]))
+    if dim == 0:
+        return None, failures
+    if descriptors is None:
+        descriptors = np.full((*shape, dim), np.nan, dtype=np.float32)
+    rows = [np.array([row for batch in share for row in batch], dtype=np.int64) for share in shares]
+    for layer in descriptors:  # one at a time, so that the copies stay small
+        own = torch.from_numpy(layer[rows[distributed.rank()]])
+        for theirs, values in zip(rows, distributed.gather_parts(own, [len(each) for each in rows])):
+            layer[theirs] = values
     return descriptors, failures
 
 
@@ -91,12 +112,13 @@ def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_wor
                                    image_fingerprints(root, paths), len(rotations), dim)
         missing = np.flatnonzero(~kept.described)
         committed = time.monotonic()
+        batches = [missing[each] for each in batches_of(len(missing), batch_size)]
         try:
             for rows, described, failed in _describe_batches(
-                    model, [Path(root) / paths[row] for row in missing], image_size, batch_size, num_workers, device,
-                    precision, rotations, f"describing {label}", progress):
-                kept.write(missing[rows], described)
-                failures += [(int(missing[row]), error) for row, error in failed]
+                    model, [Path(root) / path for path in paths], batches, image_size, num_workers, device, precision,
+                    rotations, f"describing {label}", progress):
+                kept.write(rows, described)
+                failures += failed
                 if time.monotonic() - committed >= commit_every:
                     kept.commit()
                     committed = time.monotonic()
@@ -105,13 +127,20 @@ def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_wor
     return kept.values, failures
 
 
-def _describe_batches(model, paths, image_size, batch_size, num_workers, device, precision, rotations, label, progress):
-    """Yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures, and these: (row, error)."""
+def batches_of(count, batch_size):
+    """-> list of ranges that cover range(count), each of batch_size but the last."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def _describe_batches(model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress):
+    """Of each batch of rows of paths, yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures,
+    and these: (row, error)."""
     device = torch.device(device)
-    loader = DataLoader(ImageFiles(paths, image_size), batch_size=batch_size, num_workers=num_workers,
-                        pin_memory=device.type == "cuda")
-    with tqdm(total=len(paths), desc=label, unit="img", disable=not progress, leave=False) as bar:
-        for rows, images, errors in loader:
+    loader = DataLoader(ImageFiles(paths, image_size), batch_sampler=batches, num_workers=num_workers,
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    with tqdm(total=sum(map(len, batches)), desc=label, unit="img", leave=False,
+              disable=not progress or distributed.rank() > 0) as bar:
+        for rows, images, errors in iterate(loader):
             layers = []
             with torch.inference_mode():
                 images = images.to(device, non_blocking=True).float() / 255
