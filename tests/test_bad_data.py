@@ -21,6 +21,7 @@ from datasets.metadata import YEARS, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from datasets.regions import SPARES, BatchLoader, RegionDataset, Regions, spares
 from utils.checkpoint import load_checkpoint
+from utils.runs import Run
 
 FLAGS = [*MODEL, "--log_dir", "b", "--device", "cpu", "--precision", "fp32", "--num_clusters", "2", "--log_every", "1"]
 
@@ -245,15 +246,15 @@ def test_a_skipped_update_leaves_nothing_behind(world, monkeypatch):
     with monkeypatch.context() as patch:
         Poison(patch, 2, False)
         states = {}
-        save = train.Run.save
-        patch.setattr(train.Run, "save", lambda run, path, args: save(run, path, args) or states.update(
+        save = Run.save
+        patch.setattr(Run, "save", lambda run, path, args: save(run, path, args) or states.update(
             {run.iteration: load_checkpoint(path)}))
         expected = go(world, *flags)
         before, after = states[2], states[3]
         assert [differences(before[key], after[key]) for key in ("model", "optimizer", "clusters")] == [[], [], []]
         assert (before["skipped"], after["skipped"], after["iteration"]) == (0, 1, 3)
         assert differences(states[3]["model"], states[4]["model"]) != []
-        patch.setattr(train.Run, "save", save)
+        patch.setattr(Run, "save", save)
         for stop in (2, 3):
             with patch.context() as inner:
                 original = train.Stop.check

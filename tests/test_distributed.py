@@ -29,6 +29,7 @@ from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint
 from utils.preemption import EXIT_CODE
 from utils.retrieval import describe
+from utils.runs import Run, make_optimizer
 
 REGIONS, YEARS, SIZE = 8, 4, 16
 
@@ -107,7 +108,7 @@ def one_update(_, wrong=None):
                 module.__class__ = torch.nn.BatchNorm2d
     before, train.distributed = train.distributed, used
     try:
-        run = train.Run(model, train.make_optimizer(model, 1e-3))
+        run = Run(model, make_optimizer(model, 1e-3))
         loss, _ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
                                torch.device("cpu"), "fp32")
     finally:

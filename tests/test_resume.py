@@ -18,6 +18,7 @@ import torch
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.preemption import EXIT_CODE, Stop, Stopped
+from utils.runs import Run
 
 ROOT = Path(__file__).parents[1]
 MODEL = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer1", "--aggregator", "gem",
@@ -83,7 +84,7 @@ def signal_at(monkeypatch, name, iteration, after=True, number=signal.SIGTERM):
     original = getattr(train, name)
 
     def patched(first, *rest, **more):
-        here = first.iteration if isinstance(first, train.Run) else period_start[0]
+        here = first.iteration if isinstance(first, Run) else period_start[0]
         if here == iteration and not after:
             os.kill(os.getpid(), number)
         result = original(first, *rest, **more)
@@ -234,7 +235,7 @@ def test_other_flags_are_named(world, undisturbed):
 
 def test_save_every(world, monkeypatch):
     signal_at(monkeypatch, "update", 4)
-    monkeypatch.setattr(train.Run, "save", lambda run, path, args: saved.append((path.name, run.iteration)))
+    monkeypatch.setattr(Run, "save", lambda run, path, args: saved.append((path.name, run.iteration)))
     saved = []
     go(world, "--save_every", "2")
     assert [each for each in saved if each[0] == "last.pt"] == [("last.pt", k) for k in (2, 3, 4, 5)]
