@@ -17,7 +17,7 @@ SHIPPED = Path("weights/demo_world.safetensors")
 
 def newest_finished(log_dir):
     """The newest run of logs/log_dir that was trained to its end -> folder or None."""
-    runs = sorted(Path("logs", log_dir).glob("*/best.pt"))
+    runs = sorted(Path("logs", log_dir).glob("*/last.pt"))
     finished = [each.parent for each in runs if (each.parent / "done").exists()]
     return finished[-1] if finished else None
 
@@ -42,7 +42,7 @@ def main():
     folder = newest_finished("demo")
     if folder is None:
         folder = train.main(train.parse_arguments([f"@{PRESET}", "--dataset_path", args.dataset_path]))
-    rows = [("before training", folder / "initial.pt"), ("after training", folder / "best.pt")]
+    rows = [("before training", folder / "initial.pt"), ("after training", folder / "last.pt")]
     if SHIPPED.exists():
         rows.append(("shipped weights", SHIPPED))
     print(f"\n{'':16} {'R@1 of each set':42}    average R@1   R@10  R@100")
