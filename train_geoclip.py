@@ -8,13 +8,11 @@ Outputs go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.p
 
 import logging
 import math
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from datasets.evaluation import VALIDATION, load_evaluation_data
@@ -24,7 +22,7 @@ from models.geoclip import IMAGE_ENCODERS, GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
-from utils import figures, geo
+from utils import distributed, figures, geo
 from utils.arguments import add_augmentation_arguments, augmentation_of, make_parser, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
@@ -81,35 +79,14 @@ def parse_arguments(argv=None):
     system.add_argument("--resume", help="a last.pt of a run to go on with; flags are those of the command line")
     system.add_argument("--validate_every", type=int, default=1000, help="iterations; checkpoints are saved as often")
     system.add_argument("--log_every", type=int, default=50, help="iterations between scalars")
+    system.add_argument("--process_timeout", type=float, default=1800,
+                        help="seconds that processes wait for one that does not answer")
     system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the image encoder; the location encoder and the loss are always float32")
     system.add_argument("--seed", type=int, default=0)
     system.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
-
-
-def join_processes(device):
-    """-> rank, number of processes, this process's device. One process unless torchrun started several."""
-    if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return 0, 1, require_device(device)
-    local = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if device.startswith("cuda") else torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def average_gradients(parameters, processes):
-    """Mean over the processes, in one message. A parameter without a gradient has none in any process."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if processes == 1 or not gradients:
-        return
-    flat = torch.cat([each.flatten() for each in gradients])
-    dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / processes).split([each.numel() for each in gradients])):
-        gradient.copy_(mean.view_as(gradient))
 
 
 class Schedule:
@@ -247,7 +224,23 @@ def loss_of(model, views, points, candidates, own, readable, args, precision):
 
 
 def main(args):
-    rank, processes, device = join_processes(args.device)
+    """-> the run's folder, None in all but the first of several processes (torchrun)."""
+    with distributed.processes(require_device(args.device), args.process_timeout) as device:
+        folder, unreadable = train(args, device)
+        distributed.gather_objects(None)  # nobody leaves before all are done
+    if folder:
+        if unreadable:
+            logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
+        logging.info(f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
+                     f"{folder / 'best.pt'} "
+                     + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER"))
+        (folder / "done").touch()
+    return folder
+
+
+def train(args, device):
+    """-> the run's folder, None in all but the first process, and the rows of images that could not be read."""
+    rank, processes = distributed.rank(), distributed.world()
     precision = default_precision(device) if args.precision == "auto" else args.precision
     training, validation = load_photos(args)
     if args.batch_size % processes or not 0 < args.batch_size <= len(training):
@@ -293,7 +286,7 @@ def main(args):
             group["lr"] = learning_rate(iteration, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(parameters, processes)
+        distributed.average_gradients(parameters)
         optimizer.step()
         model.clamp_scale_()
         queue = advance_queue(queue, points)
@@ -315,18 +308,9 @@ def main(args):
                 save_checkpoint(folder / "best.pt", state)
             save_checkpoint(folder / "last.pt", state)
             meter.restart()
-    if processes > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
+    if meter:
         meter.close()
-        if unreadable:
-            logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
-        logging.info(f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
-                     f"{folder / 'best.pt'} "
-                     + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER"))
-        (folder / "done").touch()
-    return folder
+    return folder, unreadable
 
 
 def note_unreadable(rows, errors, unreadable, count):
