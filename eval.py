@@ -12,7 +12,7 @@ from datasets.evaluation import load_evaluation_data
 from models.earthloc import build_model
 from models.weights import load_model
 from utils import distributed, figures
-from utils.arguments import add_model_arguments, make_parser, model_config, run
+from utils.arguments import add_model_arguments, make_parser, model_config, positive, run, whole
 from utils.evaluation import describe_sets, score_sets, write_predictions, write_results
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
@@ -32,12 +32,12 @@ def parse_arguments(argv=None):
     parser.add_argument("--descriptors", default="logs/descriptors",
                         help="folder where descriptors are kept, so that none is made twice; none: in memory only, "
                              "as always with several processes")
-    parser.add_argument("--batch_size", type=int, default=32, help="images described at a time")
-    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
+    parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the network; auto: bf16 where the hardware multiplies in it")
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh model, and of the queries in the picture")
+    parser.add_argument("--seed", type=whole, default=0, help="of a fresh model, and of the queries in the picture")
     parser.add_argument("--process_timeout", type=float, default=1800,
                         help="seconds that processes wait for one that does not answer")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -16,7 +16,7 @@ from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import GALLERY_PACKAGE, Photos, check_points, gallery_points, photos_of_dataset, read_photos
 from models.geoclip_weights import load_geoclip
 from utils import figures, geo
-from utils.arguments import make_parser, run
+from utils.arguments import make_parser, positive, run, whole
 from utils.geolocation import CROPS, accuracy, accuracy_lines, cached_gallery, embed_photos, locate, mean_point
 from utils.geolocation import nadir_bias
 from utils.logs import make_log_dir, setup_logging
@@ -49,8 +49,8 @@ def add_model_flags(parser):
     parser.add_argument("--cache_dir", default="logs/galleries", help="gallery embeddings are kept here, or none")
     parser.add_argument("--crops", choices=CROPS, default="one", help="views that are averaged: one, ten crops, or "
                                                                       "four turns (photos from orbit)")
-    parser.add_argument("--batch_size", type=int, default=32, help="photos embedded at a time")
-    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--batch_size", type=positive, default=32, help="photos embedded at a time")
+    parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the image encoder; auto: bf16 where the hardware multiplies in it")
@@ -67,17 +67,17 @@ def load_model_and_gallery(args, device):
     return model, points, cached_gallery(model.location_encoder, points, cache, device), training
 
 
-def test_photos(args):
+def photos_of_flags(args):
     """Flags -> Photos. ValueError names the flag that is missing."""
     if bool(args.csv) == bool(args.dataset_path):
         raise ValueError("give the photos by --csv FILE (with --images FOLDER), or by --dataset_path FOLDER; one of "
                          "the two")
     if args.csv:
         return read_photos(args.csv, args.images)
-    return test_queries(args.dataset_path)
+    return queries_of(args.dataset_path)
 
 
-def test_queries(dataset_path):
+def queries_of(dataset_path):
     """An EarthLoc data set's queries but those of the validation set, which train_geoclip.py picks its best by."""
     photos = photos_of_dataset(dataset_path, "queries")
     validation = load_evaluation_data(dataset_path).only(VALIDATION)
@@ -90,7 +90,7 @@ def test_queries(dataset_path):
 def main(args):
     device = require_device(args.device)
     precision = default_precision(device) if args.precision == "auto" else args.precision
-    photos = test_photos(args)
+    photos = photos_of_flags(args)
     if args.nadir_km is not None and photos.nadirs is None:
         raise ValueError("--nadir_km: the photos of a CSV have no known nadir; leave it out")
     folder = make_log_dir(args.log_dir)

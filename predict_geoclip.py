@@ -4,8 +4,6 @@ Leaves predictions.json, .csv and .geojson and world maps. Without --resume the 
 PyPI package are used (pip install --no-deps geoclip), with its gallery of 100,000 places.
 """
 
-import csv
-import json
 import logging
 
 import numpy as np
@@ -13,24 +11,23 @@ import numpy as np
 from datasets.gps import check_points, find_images
 from eval_geoclip import add_model_flags, load_model_and_gallery
 from utils import figures
-from utils.arguments import make_parser, run
+from utils.arguments import make_parser, positive, run, whole
 from utils.geolocation import check_top_k, embed_photos, locate, nadir_bias
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import default_precision, require_device
+from utils.predictions import readable_rows, write_predictions
 from utils.world_map import candidates_map
-
-CSV_FIELDS = ("image", "rank", "latitude", "longitude", "probability")
 
 
 def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
     add_model_flags(parser)
-    parser.add_argument("--top_k", type=int, default=3, help="places for each photo")
+    parser.add_argument("--top_k", type=positive, default=3, help="places for each photo")
     parser.add_argument("--near", type=float, nargs=2, metavar=("LAT", "LON"), help="only places near this one, for "
                         "example the nadir of the photos; degrees")
     parser.add_argument("--near_km", type=float, default=2500, help="how near; astronauts see 2500 km")
-    parser.add_argument("--maps", type=int, default=50, help="world maps to draw, one a photo")
+    parser.add_argument("--maps", type=whole, default=50, help="world maps to draw, one a photo")
     parser.add_argument("--log_dir", default="predict_geoclip", help="results go to logs/LOG_DIR/date_time")
     return parser.parse_args(argv)
 
@@ -45,13 +42,7 @@ def main(args):
     model, points, gallery, _ = load_model_and_gallery(args, device)
     check_top_k(args.top_k, len(points))
     embeddings, failures = embed_photos(model, paths, args.batch_size, args.num_workers, device, precision, args.crops)
-    for _, error in failures:
-        logging.info(f"left out: {error}")
-    if len(failures) == len(paths):
-        raise ValueError(f"none of the {len(paths)} images could be read, see above")
-    if failures:
-        logging.info(f"{len(failures)} of {len(paths)} images could not be read and are left out")
-    readable = np.setdiff1d(np.arange(len(paths)), [row for row, _ in failures])
+    readable = readable_rows(paths, failures)
     paths = [paths[row] for row in readable]
     bias = None if near is None else nadir_bias(np.repeat(near, len(paths), axis=0), points, args.near_km)
     rows, probabilities = locate(embeddings[readable], gallery, model.scale.item(), args.top_k, bias)
@@ -73,20 +64,6 @@ def as_predictions(paths, found, probabilities):
              "probability": float(share)}
             for path, places, shares in zip(paths, found, probabilities)
             for rank, ((lat, lon), share) in enumerate(zip(places, shares))]
-
-
-def write_predictions(folder, predictions):
-    """-> predictions.json, predictions.csv, and predictions.geojson (points, longitude first as RFC 7946 wants)."""
-    (folder / "predictions.json").write_text(json.dumps(predictions, indent=2) + "\n")
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, CSV_FIELDS)
-        writer.writeheader()
-        writer.writerows(predictions)
-    features = [{"type": "Feature",
-                 "geometry": {"type": "Point", "coordinates": [each["longitude"], each["latitude"]]},
-                 "properties": {key: each[key] for key in ("image", "rank", "probability")}} for each in predictions]
-    collection = {"type": "FeatureCollection", "features": features}
-    (folder / "predictions.geojson").write_text(json.dumps(collection) + "\n")
 
 
 if __name__ == "__main__":

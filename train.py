@@ -27,7 +27,7 @@ from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from utils import distributed, figures
 from utils.arguments import (add_augmentation_arguments, add_model_arguments, augmentation_of, make_parser,
-                             run as run_script)
+                             positive, run as run_script, whole)
 from utils.checkpoint import LAST, save_checkpoint
 from utils.clustering import cluster
 from utils.evaluation import describe_sets, score_sets
@@ -44,17 +44,17 @@ def parse_arguments(argv=None):
     data.add_argument("--dataset_path", default="data", help="folder with database/, queries/ and the intersections")
     data.add_argument("--positives", choices=("years", "views"), default="years",
                       help="positives of an image: its region's other years, or augmented views of itself (Table 3)")
-    data.add_argument("--source_size", type=int, help="pixels a side at which images are loaded, before the crop; "
+    data.add_argument("--source_size", type=positive, help="pixels a side at which images are loaded, before the crop; "
                                                       "default: 1.6 × image_size")
-    data.add_argument("--num_workers", type=int, default=4)
+    data.add_argument("--num_workers", type=whole, default=4)
     data.add_argument("--max_unreadable", type=float, default=0.05,
                       help="share of regions with an unreadable image above which the run stops")
     batches = parser.add_argument_group("batches (paper, sec. 4.2)")
-    batches.add_argument("--batch_size", type=int, default=32,
+    batches.add_argument("--batch_size", type=positive, default=32,
                          help="regions a batch, over all processes; each brings its four years")
     batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
-    batches.add_argument("--num_clusters", type=int, default=200)
-    batches.add_argument("--recluster_every", type=int, default=5000, help="iterations")
+    batches.add_argument("--num_clusters", type=positive, default=200)
+    batches.add_argument("--recluster_every", type=positive, default=5000, help="iterations")
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     add_augmentation_arguments(augmentation, GROUPS)
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
@@ -66,10 +66,10 @@ def parse_arguments(argv=None):
     loss.add_argument("--base", type=float, default=0.0, help="lambda in the paper; margin of the contrastive loss")
     loss.add_argument("--epsilon", type=float, default=0.1, help="of the mining")
     steps = parser.add_argument_group("optimisation (paper, sec. 5.1)")
-    steps.add_argument("--iterations", type=int, default=50_000)
+    steps.add_argument("--iterations", type=positive, default=50_000)
     steps.add_argument("--lr", type=float, default=1e-4)
     steps.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant")
-    steps.add_argument("--warmup", type=int, default=0, help="iterations over which lr rises from 0")
+    steps.add_argument("--warmup", type=whole, default=0, help="iterations over which lr rises from 0")
     steps.add_argument("--fc_init", choices=("random", "whitening"), default="random",
                        help="whitening: the last layer starts as a PCA whitening of what it gets (README, 'Plateau')")
     steps.add_argument("--fc_std", type=float, default=1.0, help="scale of the whitening: larger moves slower")
@@ -79,21 +79,21 @@ def parse_arguments(argv=None):
     system.add_argument("--resume", help="what to go on with: a last.pt, a run's folder (its newest whole checkpoint), "
                                          "a folder of runs, or auto: logs/LOG_DIR, from the start if it has none yet. "
                                          "Flags are those of the command line")
-    system.add_argument("--save_every", type=int, help="iterations between last.pt; default: validate_every")
-    system.add_argument("--max_skips", type=int, default=0,
+    system.add_argument("--save_every", type=positive, help="iterations between last.pt; default: validate_every")
+    system.add_argument("--max_skips", type=whole, default=0,
                         help="updates with a nan or infinite loss or gradient that are left out before the run stops")
     system.add_argument("--process_timeout", type=float, default=1800,
                         help="seconds that processes wait for one that does not answer")
-    system.add_argument("--validate_every", type=int, help="iterations; default: recluster_every")
-    system.add_argument("--keep_every", type=int, help="iterations between weights that are kept, for a curve "
+    system.add_argument("--validate_every", type=positive, help="iterations; default: recluster_every")
+    system.add_argument("--keep_every", type=positive, help="iterations between weights that are kept, for a curve "
                                                        "(python -m experiments.curve)")
-    system.add_argument("--log_every", type=int, default=50, help="iterations between scalars")
+    system.add_argument("--log_every", type=positive, default=50, help="iterations between scalars")
     system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the network; auto: bf16 where the hardware multiplies in it")
     system.add_argument("--compile", action="store_true",
                         help="torch.compile the network: minutes before the first step (experiments/speed_step.py)")
-    system.add_argument("--seed", type=int, default=0)
+    system.add_argument("--seed", type=whole, default=0)
     system.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_model_arguments(parser)
     return parser.parse_args(argv)
@@ -338,7 +338,8 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
             try:
                 loss, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
             except NotFinite as error:
-                skip_update(run, error, buffers, [regions.paths[row] for row in rows.tolist()], views, own, args.max_skips)
+                paths = [regions.paths[row] for row in rows.tolist()]
+                skip_update(run, error, buffers, paths, views, own, args.max_skips)
                 continue
             meter.count(len(labels))
             if run.iteration % args.log_every == 0 or run.iteration == args.iterations:

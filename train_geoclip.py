@@ -23,7 +23,7 @@ from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
 from utils import distributed, figures, geo
-from utils.arguments import add_augmentation_arguments, augmentation_of, make_parser, run
+from utils.arguments import add_augmentation_arguments, augmentation_of, make_parser, positive, run, whole
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils.logs import Meter, make_log_dir, setup_logging
@@ -38,9 +38,9 @@ def parse_arguments(argv=None):
     data.add_argument("--dataset_path", help="EarthLoc's layout: its database images at their footprints' centres")
     data.add_argument("--val_csv", help="IMG_ID,LAT,LON to validate on; an EarthLoc data set brings its validation set")
     data.add_argument("--val_images", help="folder of --val_csv's images; default: the CSV's own")
-    data.add_argument("--source_size", type=int, help="pixels a side at which images are loaded, before the crop; "
+    data.add_argument("--source_size", type=positive, help="pixels a side at which images are loaded, before the crop; "
                                                       "default: 1.15 × the encoder's size")
-    data.add_argument("--num_workers", type=int, default=4)
+    data.add_argument("--num_workers", type=whole, default=4)
     model = parser.add_argument_group("model")
     model.add_argument("--image_encoder", choices=IMAGE_ENCODERS, default="clip")
     model.add_argument("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
@@ -48,13 +48,13 @@ def parse_arguments(argv=None):
                                                              "or EarthLoc's state dict); CLIP brings its own")
     model.add_argument("--cut_after", help="last kept stage of a backbone; default: all of it")
     model.add_argument("--freeze_until", help="last frozen stage of a backbone, or none; default: as in train.py")
-    model.add_argument("--image_size", type=int, help="pixels a side, of a backbone; default: 128")
-    model.add_argument("--gem_grid", type=int, default=1, help="a backbone's features are pooled over so many cells "
-                                                               "a side")
+    model.add_argument("--image_size", type=positive, help="pixels a side, of a backbone; default: 128")
+    model.add_argument("--gem_grid", type=positive, default=1,
+                       help="a backbone's features are pooled over so many cells a side")
     model.add_argument("--sigmas", type=float, nargs="+", default=list(SIGMAS), help="of the location encoder's "
                                                                                      "capsules, coarse to fine")
     loss = parser.add_argument_group("loss (paper, sec. 3.3)")
-    loss.add_argument("--queue_size", type=int, default=4096)
+    loss.add_argument("--queue_size", type=whole, default=4096)
     loss.add_argument("--noise_batch", type=float, default=150.0, help="metres, sigma of the noise on the batch's GPS")
     loss.add_argument("--noise_queue", type=float, default=1000.0, help="metres, on the queue's GPS")
     loss.add_argument("--neutral_km", type=float, default=0.0, help="coordinates nearer than this to a photo's own are "
@@ -67,24 +67,25 @@ def parse_arguments(argv=None):
     augmentation.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for "
                                                                                   "photos from orbit")
     steps = parser.add_argument_group("optimisation (paper, sec. 4)")
-    steps.add_argument("--batch_size", type=int, default=512, help="images, over all processes")
-    steps.add_argument("--iterations", type=int, default=50_000)
+    steps.add_argument("--batch_size", type=positive, default=512, help="images, over all processes")
+    steps.add_argument("--iterations", type=positive, default=50_000)
     steps.add_argument("--lr", type=float, default=3e-5)
     steps.add_argument("--weight_decay", type=float, default=1e-6)
     steps.add_argument("--lr_schedule", choices=("step", "cosine"), default="step")
     steps.add_argument("--lr_gamma", type=float, default=0.87, help="factor of each step of the schedule")
-    steps.add_argument("--lr_step", type=int, help="iterations between these; default: an epoch")
+    steps.add_argument("--lr_step", type=positive, help="iterations between these; default: an epoch")
     system = parser.add_argument_group("run")
     system.add_argument("--log_dir", default="geoclip", help="outputs go to logs/LOG_DIR/date_time")
     system.add_argument("--resume", help="a last.pt of a run to go on with; flags are those of the command line")
-    system.add_argument("--validate_every", type=int, default=1000, help="iterations; checkpoints are saved as often")
-    system.add_argument("--log_every", type=int, default=50, help="iterations between scalars")
+    system.add_argument("--validate_every", type=positive, default=1000,
+                        help="iterations; checkpoints are saved as often")
+    system.add_argument("--log_every", type=positive, default=50, help="iterations between scalars")
     system.add_argument("--process_timeout", type=float, default=1800,
                         help="seconds that processes wait for one that does not answer")
     system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the image encoder; the location encoder and the loss are always float32")
-    system.add_argument("--seed", type=int, default=0)
+    system.add_argument("--seed", type=whole, default=0)
     system.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 

@@ -13,42 +13,45 @@ HAZE_COLOUR = (0.55, 0.65, 0.80)
 MIDDLE_GREY = 0.42
 
 
-def uniform(low, high, count, generator):
-    """(count, 1, 1, 1) uniform draws."""
-    return torch.rand(count, 1, 1, 1, generator=generator) * (high - low) + low
+ALL = slice(None)
 
 
-def fractal(count, size, generator):
+def uniform(low, high, count, generator, rows=ALL):
+    """(count, 1, 1, 1) uniform draws, of which `rows` are returned: here and below, the others are drawn only."""
+    return torch.rand(count, 1, 1, 1, generator=generator)[rows] * (high - low) + low
+
+
+def fractal(count, size, generator, rows=ALL):
     """(count, 1, size, size) smooth random fields of mean 0 and spread 1, some rough, some soft."""
-    roughness = uniform(0.5, 0.9, count, generator)
-    field = torch.zeros(count, 1, size, size)
+    roughness = uniform(0.5, 0.9, count, generator, rows)
+    field = torch.zeros(len(roughness), 1, size, size)
     for octave, cells in enumerate(each for each in CELLS if each <= size):
-        noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)
+        noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)[rows]
         field += roughness ** octave * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
     field -= field.mean(dim=(2, 3), keepdim=True)
     return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6)
 
 
-def cloud_opacity(coverage, count, size, generator):
+def cloud_opacity(coverage, count, size, generator, rows=ALL):
     """(count, 1, size, size) in [0, 1): zero outside the clouds, which cover up to `coverage`, mostly less."""
-    field = fractal(count, size, generator)
-    share = coverage * torch.rand(count, generator=generator) ** 2
+    field = fractal(count, size, generator, rows)
+    share = coverage * torch.rand(count, generator=generator)[rows] ** 2
     ordered = field.flatten(1).sort(dim=1, descending=True).values
     edge = ordered.gather(1, (share * (ordered.shape[1] - 1)).long()[:, None])
-    depth = uniform(0.5, 4, count, generator) * (field - edge[:, :, None, None]).clamp(min=0)
-    return uniform(0.75, 1, count, generator) * (1 - torch.exp(-depth))
+    depth = uniform(0.5, 4, count, generator, rows) * (field - edge[:, :, None, None]).clamp(min=0)
+    return uniform(0.75, 1, count, generator, rows) * (1 - torch.exp(-depth))
 
 
-def haze_opacity(haze, count, size, generator):
+def haze_opacity(haze, count, size, generator, rows=ALL):
     """(count, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
     places = torch.linspace(-1, 1, size)
-    angle = uniform(0, 2 * torch.pi, count, generator)
+    angle = uniform(0, 2 * torch.pi, count, generator, rows)
     slope = (torch.cos(angle) * places + torch.sin(angle) * places[:, None]) / 2 ** 0.5  # in [-1, 1]
-    return uniform(0, haze, count, generator) * (1 + uniform(0, 1, count, generator) * slope) / 2
+    return uniform(0, haze, count, generator, rows) * (1 + uniform(0, 1, count, generator, rows) * slope) / 2
 
 
 def expose(images, strength):
-    """images (N, 3, S, S), strength (N, 1, 1, 1) -> each brought from its mean towards middle grey, with a soft shoulder.
+    """images (N, 3, S, S), strength (N, 1, 1, 1) -> each brought from its mean towards middle grey, a soft shoulder.
 
     Strength 1 is a camera's full automatic, 0 changes nothing but the shoulder.
     """
@@ -60,21 +63,23 @@ def add_weather(images, clouds, haze, exposure, generator, here=None):
     """images (N, 3, S, S) float32 in [0, 1] -> half of them behind bluish air, under white clouds, exposed anew.
 
     clouds: largest share of an image under clouds. haze: largest opacity of the air. exposure: largest strength of the
-    automatic exposure. Zeros draw nothing. here (M,) bool: the images are only these N of M, and get what they would get
-    among all of them.
+    automatic exposure. Zeros draw nothing. here (M,) bool: the images are only these N of M, and get what they would
+    get among all of them.
     """
     if not (clouds or haze or exposure):
         return images
     here = torch.ones(len(images), dtype=torch.bool) if here is None else here
     count, size, device = len(here), images.shape[-1], images.device
-    photos = torch.randint(2, (count, 1, 1, 1), generator=generator)[here].bool().to(device)
-    photo = images
+    chosen = torch.randint(2, (count, 1, 1, 1), generator=generator).flatten().bool()
+    rows = torch.nonzero(here & chosen).flatten()  # among all
+    own = torch.nonzero(chosen[here]).flatten().to(device)  # among the images
+    photos = images[own]
     if haze:
-        opacity = haze_opacity(haze, count, size, generator)[here].to(device)
-        photo = photo + opacity * (torch.tensor(HAZE_COLOUR, device=device)[:, None, None] - photo)
+        opacity = haze_opacity(haze, count, size, generator, rows).to(device)
+        photos = photos + opacity * (torch.tensor(HAZE_COLOUR, device=device)[:, None, None] - photos)
     if clouds:
-        opacity = cloud_opacity(clouds, count, size, generator)[here].to(device)
-        photo = photo + opacity * (1 - photo)
+        opacity = cloud_opacity(clouds, count, size, generator, rows).to(device)
+        photos = photos + opacity * (1 - photos)
     if exposure:
-        photo = expose(photo, uniform(0, exposure, count, generator)[here].to(device))
-    return torch.where(photos, photo, images)
+        photos = expose(photos, uniform(0, exposure, count, generator, rows).to(device))
+    return images.index_copy(0, own, photos)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from kornia import enhance
-from kornia.geometry import create_meshgrid, get_perspective_transform, transform_points
+from kornia.geometry import get_perspective_transform, transform_points
 from torch.nn import functional as F
 
 from augmentations.weather import add_weather
@@ -132,8 +132,9 @@ def warp(images, draw, size, samples=None):
     images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images
     fine = size * (samples or samples_per_pixel(quad, images.shape[-2:], size))
     homography = get_perspective_transform(SQUARE[None], quad[None]).to(images.device, non_blocking=True)
-    centers = create_meshgrid(fine, fine, normalized_coordinates=False, device=images.device) + 0.5
-    grid = transform_points(homography, (centers * (2 / fine) - 1).reshape(1, -1, 2)).view(1, fine, fine, 2)
+    steps = (torch.arange(fine, device=images.device) + 0.5) * (2 / fine) - 1  # of sample centers, in half sizes
+    centers = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1)
+    grid = transform_points(homography, centers.view(1, -1, 2)).view(1, fine, fine, 2)
     views = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="border",
                           align_corners=False)
     return views if fine == size else F.avg_pool2d(views, fine // size)

@@ -52,7 +52,8 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
     """Renders the demo world into folder `output` -> number of images made now (0 when all were there).
 
     mosaics: {year: file} for any of the four years, the others from blue_marble/. Every image depends on the seed and
-    its index alone, whatever num_workers. photos: one of demo_world.PHOTOS, what the queries go through. Raises ValueError where the folder holds a world of other parameters.
+    its index alone, whatever num_workers. photos: one of demo_world.PHOTOS, what the queries go through. Raises
+    ValueError where the folder holds a world of other parameters.
     """
     output = Path(output)
     mosaics = {**MOSAICS, **(mosaics or {})}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from datasets.images import read_pixels
 from datasets.overlap import INTERSECTIONS_FILE
-from utils.arguments import make_parser
+from utils.arguments import make_parser, positive, whole
 from utils.arguments import run as run_script
 
 INFO_FILE = "cache.json"
@@ -152,10 +152,10 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("dataset_path", help="folder with database/ and queries/")
-    parser.add_argument("--size", type=int, default=512, help="pixels of the shorter side; train.py loads 1.6 × its "
-                                                              "--image_size")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
+    parser.add_argument("--size", type=positive, default=512,
+                        help="pixels of the shorter side; train.py loads 1.6 × its --image_size")
+    parser.add_argument("--quality", type=positive, default=90, help="of the JPEGs")
     parser.add_argument("--output", help="default: the data set's folder with _SIZE after its name")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument("--num_workers", type=whole, default=os.cpu_count())
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     run_script(main, parser.parse_args())

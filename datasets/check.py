@@ -20,7 +20,7 @@ from datasets.check_names import (NOTE, PROBLEM, Finding, check_database, check_
 from datasets.images import MAX_PIXELS
 from datasets.metadata import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
-from utils.arguments import make_parser, run
+from utils.arguments import make_parser, positive, run, whole
 
 IMAGES = (".jpg", ".jpeg")
 
@@ -199,9 +199,9 @@ def parse_arguments(argv=None):
     parser = make_parser(__doc__.split("\n")[0])
     parser.add_argument("path", type=Path, help="folder of a data set, or a text file of names, one a line")
     parser.add_argument("--names_only", action="store_true", help="read no image")
-    parser.add_argument("--image_size", type=int, help="side of a database image; default: what most of them have")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads that read images")
-    parser.add_argument("--show", type=int, default=3, help="items printed of each finding")
+    parser.add_argument("--image_size", type=positive, help="side of a database image; default: what most of them have")
+    parser.add_argument("--num_workers", type=whole, default=os.cpu_count(), help="threads that read images")
+    parser.add_argument("--show", type=whole, default=3, help="items printed of each finding")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the whole report")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)

@@ -81,6 +81,15 @@ class EvaluationData:
         return replace(self, sets=[one for one in sets if not one.is_empty], notes=self.notes + notes)
 
 
+def read_database(root):
+    """The images that are searched, those of 2021 -> Catalogue. Raises FileNotFoundError where there is none."""
+    database = Catalogue.read(root, "database", year=DATABASE_YEAR)
+    if not len(database):
+        raise FileNotFoundError(f"{Path(root) / 'database'}: no .jpg in a folder {DATABASE_YEAR}_*; searched are the "
+                                f"images of {DATABASE_YEAR}")
+    return database
+
+
 def load_evaluation_data(dataset_path, validation=True):
     """Queries, the database of 2021 and their positives, read once -> EvaluationData with every set that is not empty.
 
@@ -88,12 +97,9 @@ def load_evaluation_data(dataset_path, validation=True):
     """
     root = Path(dataset_path)
     queries = Catalogue.read(root, "queries")
-    database = Catalogue.read(root, "database", year=DATABASE_YEAR)
     if not len(queries):
         raise FileNotFoundError(f"{root / 'queries'}: no .jpg in it; is --dataset_path right?")
-    if not len(database):
-        raise FileNotFoundError(f"{root / 'database'}: no .jpg in a folder {DATABASE_YEAR}_*; evaluation searches "
-                                f"the images of {DATABASE_YEAR}")
+    database = read_database(root)
     return make_evaluation_data(queries, database, load_positives(root / INTERSECTIONS_FILE), validation)
 
 

@@ -83,7 +83,8 @@ def land_regions(zooms, max_latitude=60.0, min_land=0.0, samples=16):
     """All regions of the zooms that hold land and whose centre is within ±max_latitude -> (N, 3) int, sorted.
 
     A region counts when more than min_land of samples × samples points spread over it are land. Zooms 9, 10, 11 give
-    179,985 regions (paper: "roughly 175k"); all but 4 of the 4,238 known ones are among them, the others are atolls.
+    179,985 regions (paper: "roughly 175k"); all but 4 of the 4,238 known ones are among them. Of the 4, three show
+    atolls.
     """
     found = []
     for zoom in zooms:

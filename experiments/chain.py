@@ -1,7 +1,7 @@
 """The straightforward augmentation, for comparison: torchvision's transforms, one after the other.
 
-resize → colours → rotate → crop → perspective → crop → resize, as the released EarthLoc code goes about it, with a
-draw that can also be given to augmentations.year_wise as one homography.
+resize → rotate → crop → perspective → crop → resize → colours, with a draw that can also be given to
+augmentations.year_wise as one homography.
 """
 
 import math

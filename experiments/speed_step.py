@@ -20,10 +20,11 @@ from experiments.speed_augmentation import compare
 from experiments.speed_input import make_files, make_regions, pil
 from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import EarthLoc, ModelConfig
-from train import Run, make_optimizer, update
+from train import update
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 from utils.precision import autocast, default_precision, require_device
+from utils.runs import Run, make_optimizer
 
 YEARS = 4
 
@@ -72,7 +73,7 @@ def ours(args, regions, labels, device, precision, compiled=False):
     loader = BatchLoader(RegionDataset(regions, round(1.6 * args.image_size)), 0)
 
     def load():
-        (_, images), = loader.serve(np.arange(len(regions))[None])
+        (_, images, _), = loader.serve(np.arange(len(regions))[None])
         return images.to(device)
 
     def augment(images):
@@ -143,7 +144,7 @@ def report(names, found, images, precision, device):
           f"{limit / sum(found['ours, cached files', part] for part in ('input', 'augmentation', 'step')):.1%}")
 
 
-if __name__ == "__main__":
+def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--backbone", default="resnet18", help="a ResNet")
     parser.add_argument("--descriptor_dim", type=int, default=512)
@@ -153,4 +154,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    run_script(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_arguments())

@@ -81,3 +81,13 @@ def test_expected_errors_are_one_line(capsys):
     args.traceback = True
     with pytest.raises(ValueError):
         run(fails, args)
+
+
+@pytest.mark.parametrize("flags, wrong", [
+    (["--batch_size", "0"], "argument --batch_size: 0 is less than 1"),
+    (["--num_workers", "-1"], "argument --num_workers: -1 is less than 0"),
+    (["--image_size", "big"], "argument --image_size: 'big' is no integer")])
+def test_impossible_numbers_are_refused_at_once(flags, wrong, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(flags)
+    assert wrong in capsys.readouterr().err

@@ -176,3 +176,28 @@ def test_lite0_agrees_with_the_weights_own_package():
     images = torch.cat([sample_pictures(), torch.randn(2, 3, 224, 224)])
     with torch.no_grad():
         torch.testing.assert_close(lite0_classifier()(images), reference(images), rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_convolutions_are_trained_in_float32_on_a_cpu():
+    backbone = Backbone("efficientnet_lite0", cut_after="blocks1")
+    found = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, _, output, name=name: found.update({name: output.dtype}))
+    images = torch.rand(2, 3, 32, 32)
+
+    def types(enabled):
+        found.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            backbone(images)
+        return {dtype: sum(each == dtype for each in found.values()) for dtype in found.values()}
+    depthwise = sum(module.groups > 1 for module in backbone.modules() if isinstance(module, torch.nn.Conv2d))
+    others = len(types(False)) and len(found) - depthwise
+    assert depthwise == 3 and others > 3
+    assert types(True) == {torch.float32: depthwise, torch.bfloat16: others}
+    assert types(False) == {torch.float32: depthwise + others}
+    with torch.no_grad():
+        assert types(True) == {torch.bfloat16: depthwise + others}
+    backbone.double()
+    images = images.double()
+    assert types(False) == {torch.float64: depthwise + others}

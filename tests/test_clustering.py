@@ -23,7 +23,8 @@ def test_every_row_is_in_the_cluster_of_the_nearest_mean():
         means = np.stack([descriptors[rows].mean(axis=0) for rows in clusters])
         for k, rows in enumerate(clusters):
             for row in rows:
-                assert np.argmin(((means - descriptors[row]) ** 2).sum(axis=1)) == k
+                squares = ((means - descriptors[row]) ** 2).sum(axis=1)
+                assert squares[k] <= squares.min() + 1e-3  # faiss subtracts squares of 2,400 in float32
 
 
 def test_well_separated_blobs_are_found_from_some_starts():

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import train
-from experiments import curve, export, table3
+from experiments import curve, export, plain_recall, table3
 from models.weights import load_model
 
 TINY = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer2", "--aggregator", "gem",
@@ -65,3 +67,20 @@ def test_a_curve_of_the_kept_checkpoints_and_an_export_of_the_last(world, tmp_pa
 def test_a_curve_of_a_run_that_kept_nothing(tmp_path):
     with pytest.raises(ValueError, match="--keep_every"):
         curve.main(curve.parse_arguments([str(tmp_path), "--dataset_path", "nowhere", "--device", "cpu"]))
+
+
+def test_plain_and_fast_runs_take_the_same_draws(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset_path", str(world.path), *TINY, "--hue", "0.05"]
+    plain_recall.main(plain_recall.parse_arguments(argv))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[-4:]] == [["plain", "0"], ["fast", "0"], ["plain", "mean"], ["fast", "mean"]]
+    assert [line[2:] for line in lines[-4:-2]] == [line[2:] for line in lines[-2:]]
+    # Nearly the same first batch, and so nearly the same loss; other draws would be far off.
+    images = torch.randint(0, 256, (2, 4, 3, 80, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    smooth = F.avg_pool2d(images.flatten(0, 1).float(), 9, 1, 4).byte().unflatten(0, (2, 4))
+
+    def views(way, seed=0):
+        return plain_recall.year_wise(32, (0.5, 0.5, 0.5, 0.05), way)(smooth, torch.Generator().manual_seed(seed))
+    plain, fast = views(plain_recall.one_by_one), views(plain_recall.at_once)
+    assert (plain - fast).abs().mean() < 0.01 < (plain - views(plain_recall.at_once, 1)).abs().mean() / 3

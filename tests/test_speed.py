@@ -1,14 +1,16 @@
 """The speed measurements: what they make and count is right, and each runs on the tiny world."""
 
+import importlib
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from datasets.evaluation import load_evaluation_data
-from experiments import speed_describe, speed_kmeans, speed_search
+from experiments import speed_describe, speed_kmeans, speed_search, speed_step
 from models.earthloc import EarthLoc, ModelConfig
 from utils.checkpoint import save_checkpoint
 
@@ -77,3 +79,20 @@ def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypat
     speed_kmeans.main(speed_kmeans.parse_arguments([*common, "--rows", "400", "--num_clusters", "5"]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and min(float(line.split()[-2]) for line in lines[2:]) == 0  # against the best, percent
+
+
+@pytest.mark.parametrize("name", sorted(
+    path.stem for path in Path(speed_step.__file__).parent.glob("[!_]*.py")))
+def test_every_experiment_can_be_imported(name):
+    assert importlib.import_module(f"experiments.{name}").__doc__
+
+
+def test_a_training_step_is_measured(capsys):
+    args = speed_step.parse_arguments(["--image_size", "32", "--descriptor_dim", "64", "--batch_size", "2", "--repeats",
+                                       "1", "--device", "cpu"])
+    speed_step.main(args)
+    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
+    for name in ("baseline", "ours", "ours, cached files"):
+        parts, total = np.array(rows[name][:3], dtype=float), float(rows[name][3])
+        assert (parts >= 0).all() and abs(parts.sum() - total) <= 2
+    assert float(rows["baseline"][5]) == 1

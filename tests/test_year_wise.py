@@ -118,7 +118,8 @@ def test_colours_are_torchvisions(seed):
     assert 0.1 <= min(draw.brightness, draw.contrast, draw.saturation) and abs(draw.hue) <= 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0}, {"clouds": 1.5}, {"haze": -0.1}, {"exposure": 2.0}])
+@pytest.mark.parametrize("wrong", [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0},
+                                   {"clouds": 1.5}, {"haze": -0.1}, {"exposure": 2.0}])
 def test_wrong_settings_name_their_flag(wrong):
     with pytest.raises(ValueError, match="--augmentation|--perspective|--min_crop|--clouds|--haze|--exposure"):
         Augmentation(32, **wrong)

@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: flags files (@presets/paper.args), the model's and the augmentation's flags."""
+"""What the scripts' command lines share: flags files (@presets/paper.args), flags of the model and the augmentation."""
 
 import argparse
 import shlex
@@ -14,6 +14,26 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
+
+
+def whole(text):
+    """Type of a flag: an integer of at least 0."""
+    return _at_least(0, text)
+
+
+def positive(text):
+    """Type of a flag: an integer of at least 1."""
+    return _at_least(1, text)
+
+
+def _at_least(low, text):
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+    return value
 
 
 def make_parser(description):
@@ -32,12 +52,13 @@ def add_model_arguments(parser):
     group.add_argument("--freeze_until", help="last frozen stage, or none; default: layer2, or blocks2; "
                                               "nothing with --weights none")
     group.add_argument("--aggregator", choices=AGGREGATORS, default="mixvpr")
-    group.add_argument("--descriptor_dim", type=int, default=4096)
-    group.add_argument("--image_size", type=int, default=320, help="pixels a side, in training and in evaluation")
-    group.add_argument("--mix_depth", type=int, default=4, help="mixers of MixVPR")
-    group.add_argument("--mix_channels", type=int, help="MixVPR's output channels; default: descriptor_dim / out_rows")
-    group.add_argument("--out_rows", type=int, default=4, help="rows of MixVPR's output")
-    group.add_argument("--gem_grid", type=int, default=1, help="GeM pools over so many cells a side")
+    group.add_argument("--descriptor_dim", type=positive, default=4096)
+    group.add_argument("--image_size", type=positive, default=320, help="pixels a side, in training and in evaluation")
+    group.add_argument("--mix_depth", type=whole, default=4, help="mixers of MixVPR")
+    group.add_argument("--mix_channels", type=positive,
+                       help="MixVPR's output channels; default: descriptor_dim / out_rows")
+    group.add_argument("--out_rows", type=positive, default=4, help="rows of MixVPR's output")
+    group.add_argument("--gem_grid", type=positive, default=1, help="GeM pools over so many cells a side")
 
 
 def add_augmentation_arguments(group, groups, **defaults):

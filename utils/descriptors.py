@@ -94,7 +94,7 @@ class DescriptorFile:
             kept.path = path
         count, gone = int(kept.described.sum()), 0 if old is None else int((old[0]["image"] != 0).sum())
         stale = f", {gone - count} entries are stale (image changed or gone, or broken)" if gone > count else ""
-        rest = f", {len(images) - count} are described now" if count < len(images) else ""
+        rest = f", {len(images) - count} are not yet" if count < len(images) else ""
         logging.info(f"{path}: {remark}{count} of {len(images)} images are described{stale}{rest}")
         return kept
 

@@ -97,11 +97,12 @@ def _from_all(descriptors, failures, shares, shape):
 
 
 def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
-                  rotations=(0,), label="images", progress=True, commit_every=2.0):
+                  rotations=(0,), label="images", progress=True, commit_every=2.0, wanted=None):
     """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> float16 memory map.
 
     What the file has for this model and these images is not described again (utils/descriptors.py). New ones are safe
     on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
+    wanted: rows of paths that are needed now; the others may be left as they are, described or not.
     """
     fingerprint = model_fingerprint(model, image_size, precision, rotations)
     failures = []
@@ -111,6 +112,7 @@ def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_wor
         kept = DescriptorFile.open(Path(folder) / file_name(label, root, fingerprint), fingerprint,
                                    image_fingerprints(root, paths), len(rotations), dim)
         missing = np.flatnonzero(~kept.described)
+        missing = missing if wanted is None else np.intersect1d(missing, wanted)
         committed = time.monotonic()
         batches = [missing[each] for each in batches_of(len(missing), batch_size)]
         try:

@@ -1,0 +1,123 @@
+"""Does speed cost recall? One recipe trained and evaluated twice, plainly and as train.py does it; same seed, same
+iterations, same random draws.
+
+python -m experiments.plain_recall @presets/demo.args --seeds 0 1: all other flags are train.py's. Plain: PIL, then
+torchvision's transforms one after the other (experiments/chain.py, whose draws both ways take: no stretch, no weather),
+float32, no folded BatchNorm, plain Adam, and an evaluation in float32 with a flat search. A run whose results are there
+is not done again.
+"""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import eval as evaluation
+import train
+from augmentations.year_wise import jitter, warp
+from datasets.regions import BatchLoader, RegionDataset
+from experiments.chain import RESIZED, as_one, chain, draw_chain
+from experiments.speed_input import pil
+from models.backbone import Backbone
+from utils import runs
+from utils.arguments import make_parser, run
+
+RANKS = ("1", "5", "10", "20", "100")
+
+
+class PlainDataset(RegionDataset):
+    def __getitem__(self, row):
+        images = [pil((self.regions.root / path).read_bytes(), self.size) for path in self.regions.paths[row]]
+        return row, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def year_wise(size, colours, one_draw):
+    """-> augmentation of (B, Y, 3, H, W) uint8 by one chain draw a year, which one_draw(images, draw) applies."""
+    def augment(images, generator, part=None, batch=None):
+        draws = [draw_chain(size, generator, colours=colours) for _ in range(images.shape[1])]
+        return torch.stack([one_draw(images[:, year], draw) for year, draw in enumerate(draws)], dim=1)
+    return augment
+
+
+def one_by_one(images, draw):
+    return chain(images.float() / 255, draw)
+
+
+def at_once(images, draw):
+    one = as_one(draw)
+    return jitter(warp(images, one, draw.size), one)
+
+
+def prepare(args, plain):
+    """As train.prepare, with chain draws."""
+    regions, loader, _, validation = train_prepare(args)
+    augment = year_wise(args.image_size, (args.brightness, args.contrast, args.saturation, args.hue),
+                        one_by_one if plain else at_once)
+    if plain:
+        loader.close()
+        loader = BatchLoader(PlainDataset(regions, round(RESIZED * args.image_size)), args.num_workers)
+    return regions, loader, augment, validation
+
+
+train_prepare = train.prepare
+
+
+def plain_adam(model, lr):
+    return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
+
+
+def run_frozen(self, images):
+    return self._run(images, self.frozen)
+
+
+def plain_run(args):
+    """train.main with plain parts inside -> the run's folder."""
+    with patch.object(runs, "make_optimizer", plain_adam), patch.object(Backbone, "_run_frozen", run_frozen):
+        return train.main(args)
+
+
+def recalls(flags, name, plain):
+    """Trains and evaluates, or reads what that left -> average recalls, in the order of RANKS."""
+    places = Path("logs", "plain_recall", f"{name}_eval")
+    if not list(places.glob("*/results.json")):
+        precision = ["--precision", "fp32"] if plain else []
+        args = train.parse_arguments([*flags, *precision, "--log_dir", f"plain_recall/{name}"])
+        search = ["--search", "flat", "--descriptors", "none"] if plain else []
+        with patch.object(train, "prepare", lambda args: prepare(args, plain)):
+            folder = plain_run(args) if plain else train.main(args)
+        evaluation.main(evaluation.parse_arguments([
+            "--resume", str(folder / "last.pt"), "--dataset_path", args.dataset_path, "--num_workers",
+            str(args.num_workers), "--device", args.device, "--log_dir", f"plain_recall/{name}_eval", *precision,
+            *search]))
+    newest = sorted(places.glob("*/results.json"))[-1]
+    average = json.loads(newest.read_text())["average"]["recalls"]
+    return [average[rank] for rank in RANKS]
+
+
+def main(args):
+    table = {}
+    for way in ("plain", "fast"):
+        table[way] = np.array([recalls([*args.flags, "--seed", str(seed)], f"{way}_{seed}", way == "plain")
+                               for seed in args.seeds])
+    print(f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}\n"
+          f"{'':6} {'seed':>5} " + " ".join(f"{'R@' + rank:>6}" for rank in RANKS))
+    for way, rows in table.items():
+        for seed, row in zip(args.seeds, rows):
+            print(f"{way:6} {seed:5} " + " ".join(f"{value:6.1f}" for value in row))
+    for way, rows in table.items():
+        print(f"{way:6} {'mean':>5} " + " ".join(f"{value:6.1f}" for value in rows.mean(axis=0)))
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args, args.flags = parser.parse_known_args(argv)
+    train.parse_arguments(args.flags)  # a wrong flag is better met now than after minutes
+    return args
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
