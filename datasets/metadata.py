@@ -175,7 +175,7 @@ class Catalogue:
         top = Path(root) / folder
         if not top.is_dir():
             raise FileNotFoundError(f"{top}: no such folder; is --dataset_path right? A data set has the folders "
-                                    f"database/ and queries/ (README, 'Data')")
+                                    f"database/ and queries/ (README, 'The real data set')")
         prefix = "" if year is None else f"{folder}/{year}_"
         return cls.from_columns(root, index.read_columns(root, folder, parse_columns, prefix))
 
