@@ -59,9 +59,9 @@ def parse_arguments(argv=None):
     loss.add_argument("--noise_queue", type=float, default=1000.0, help="metres, on the queue's GPS")
     loss.add_argument("--neutral_km", type=float, default=0.0, help="coordinates nearer than this to a photo's own are "
                                                                     "no negatives of it; 0: the paper's loss")
-    augmentation = parser.add_argument_group("augmentation, drawn for each image")
-    add_augmentation_arguments(augmentation, ("image", "none"), augmentation="image", rotation=0.0, perspective=0.0,
-                               min_crop=0.5, aspect=1.3, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    augmentation = parser.add_argument_group("augmentation; turns, flips and weather are of each image")
+    add_augmentation_arguments(augmentation, ("image", "batch", "none"), augmentation="image", rotation=0.0,
+                               perspective=0.0, min_crop=0.5, aspect=1.3, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     augmentation.add_argument("--turns", choices=("on", "off"), default="off",
                               help="on: also turn by 0, 90, 180 or 270 degrees, for photos from orbit")
     augmentation.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for "
@@ -325,8 +325,8 @@ def note_unreadable(rows, errors, unreadable, count):
 
 
 def augmented(images, augment, generator, args):
-    """uint8 (b, 3, s, s) -> float32 (b, 3, S, S) in [0, 1], each turned, mirrored and augmented on its own."""
-    if args.augmentation == "image":
+    """uint8 (b, 3, s, s) -> float32 (b, 3, S, S) in [0, 1], each turned and mirrored on its own, then augmented."""
+    if args.augmentation != "none":
         images = turn_and_flip(images, generator, args.turns == "on", args.flip == "on")
     return augment(images[:, None], generator)[:, 0]
 

@@ -37,7 +37,9 @@ class Wide(torch.nn.Module):
     def __init__(self, model, dim):
         super().__init__()
         self.model, channels = model, model.backbone.out_channels
-        self.pool = GeM(channels, math.ceil((dim / channels) ** 0.5))
+        cells = math.ceil((dim / channels) ** 0.5)
+        self.pool = GeM(channels, cells)
+        self.image_size = max(model.config.image_size, cells * model.backbone.stride)  # no cell without features
         turn = torch.randn(self.pool.out_dim, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("turn", torch.linalg.qr(turn).Q)
 
@@ -68,6 +70,7 @@ def real_descriptors(args, device):
     size = model.config.image_size
     if model.config.descriptor_dim != args.dim:
         model = Wide(model, args.dim)
+        size = model.image_size
     found, data = describe_sets(model.to(device, memory_format=torch.channels_last), load_evaluation_data(
         args.dataset_path), size, device=device, precision=default_precision(device), keep=args.descriptors)
     layers, images, dim = found.database.shape

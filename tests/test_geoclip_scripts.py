@@ -24,7 +24,7 @@ from models.earthloc import EarthLoc, ModelConfig
 from models.weights import save_safetensors
 from train_geoclip import Schedule, candidates_of, turn_and_flip
 from utils import geo
-from utils.arguments import run
+from utils.arguments import augmentation_of, run
 from utils.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,3 +307,13 @@ def test_two_processes_train_as_one_does(world, tmp_path):
     for key, value in expected["model"].items():
         # Adam's steps are up to lr long even for gradients of rounding noise; an update here is about 3e-3.
         assert (value - found["model"][key]).abs().mean() < 1e-5, key
+
+
+@pytest.mark.parametrize("group, alike", [("batch", True), ("image", False)])
+def test_what_shares_one_augmentation(group, alike):
+    args = train_geoclip.parse_arguments(["--augmentation", group, "--rotation", "30", "--turns", "off", "--flip", "off"])
+    image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = train_geoclip.augmented(image.expand(3, -1, -1, -1), augmentation_of(args, 32),
+                                    torch.Generator().manual_seed(1), args)
+    assert views.shape == (3, 3, 32, 32)
+    assert ((views[0] - views[1:]).abs().max() < 1e-6) == alike
