@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.images import read_pixels
 from datasets.metadata import YEARS, Catalogue
@@ -70,9 +70,13 @@ class RegionDataset(Dataset):
         return len(self.regions)
 
     def __getitem__(self, row):
+        return row, torch.stack(self.pixels(row)).permute(0, 3, 1, 2)
+
+    def pixels(self, row):
+        """-> a list of uint8 (size, size, 3), one a year."""
         paths = self.regions.paths[row]
         images = {path: read_pixels(self.regions.root / path, self.size) for path in set(paths)}
-        return row, torch.stack([images[path] for path in paths]).permute(0, 3, 1, 2)
+        return [images[path] for path in paths]
 
 
 def schedule(clusters, batch_size, count, seed):
@@ -167,7 +171,7 @@ class Batches(Dataset):
         for row, others in zip(*batch):
             for choice in (int(row), *others[others >= 0].tolist()):
                 try:
-                    images.append(self.dataset[choice][1])
+                    images.append(self.dataset.pixels(choice))
                     break
                 except (ValueError, OSError) as error:
                     errors.append((choice, str(error)))
@@ -177,9 +181,11 @@ class Batches(Dataset):
         return torch.tensor(rows), _stack(images) if images else torch.empty(0), errors
 
 
-def _stack(images):
-    """torch.stack of (years, 3, H, W) that keeps them channels last in memory."""
-    return torch.stack([each.permute(0, 2, 3, 1) for each in images]).permute(0, 1, 4, 2, 3)
+def _stack(regions):
+    """Lists of (H, W, 3), one a region -> (B, years, 3, H, W), channels last in memory. Copied once: in a worker straight
+    into the memory that it shares with the main process."""
+    pixels = default_collate([image for region in regions for image in region])
+    return pixels.unflatten(0, (len(regions), -1)).permute(0, 1, 4, 2, 3)
 
 
 class BatchLoader:

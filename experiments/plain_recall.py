@@ -28,9 +28,9 @@ RANKS = ("1", "5", "10", "20", "100")
 
 
 class PlainDataset(RegionDataset):
-    def __getitem__(self, row):
-        images = [pil((self.regions.root / path).read_bytes(), self.size) for path in self.regions.paths[row]]
-        return row, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    def pixels(self, row):
+        return [torch.from_numpy(pil((self.regions.root / path).read_bytes(), self.size))
+                for path in self.regions.paths[row]]
 
 
 def year_wise(size, colours, one_draw):

@@ -93,13 +93,14 @@ def main(args):
     loaded = pictures(args.batch_size, round(1.6 * args.image_size)).to(device)
     floats = F.interpolate(loaded.float() / 255, (round(2.5 * args.image_size),) * 2, mode="bilinear")
     generator = torch.Generator().manual_seed(0)
+    everything = torch.ones(len(loaded), dtype=torch.bool)
     views = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
     cases = {}
     for hue in (0.0, 0.05):
         augment = Augmentation(args.image_size, hue=hue)
         cases[f"chain, hue {hue}"] = lambda hue=hue: chain(
             floats, draw_chain(args.image_size, generator, colours=(0.9, 0.9, 0.9, hue)))
-        cases[f"one warp, hue {hue}"] = lambda augment=augment: augment.view(loaded, generator)
+        cases[f"one warp, hue {hue}"] = lambda augment=augment: augment.view(loaded, generator, everything)
     draw = augment.draw(generator)
     cases |= {"warp alone": lambda: warp(loaded, draw, args.image_size), "colours alone": lambda: jitter(views, draw),
               "hue: kornia": lambda: enhance.adjust_hue(views, 0.3), "hue: ours": lambda: adjust_hue(views, 0.05)}
