@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from datasets.evaluation import load_evaluation_data
-from experiments import speed_describe, speed_kmeans, speed_search, speed_step
+from experiments import speed_augmentation, speed_describe, speed_kmeans, speed_search, speed_step
 from models.earthloc import EarthLoc, ModelConfig
 from utils.checkpoint import save_checkpoint
 
@@ -96,3 +97,11 @@ def test_a_training_step_is_measured(capsys):
         parts, total = np.array(rows[name][:3], dtype=float), float(rows[name][3])
         assert (parts >= 0).all() and abs(parts.sum() - total) <= 2
     assert float(rows["baseline"][5]) == 1
+
+
+def test_the_augmentation_is_measured(capsys):
+    speed_augmentation.main(Namespace(image_size=32, batch_size=2, repeats=1, device="cpu"))
+    rows = dict(re.findall(r"^(.*?)\s+([\d.]+)$", capsys.readouterr().out, re.MULTILINE))
+    for hue in ("0.0", "0.05"):
+        times = float(rows[f"chain, hue {hue}"]) / float(rows[f"one warp, hue {hue}"])
+        assert float(rows[f"times faster than the chain, hue {hue}:"]) == pytest.approx(times, rel=0.1, abs=0.1)
