@@ -22,7 +22,7 @@ from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
 from datasets.overlap import share_ground
-from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, spares
+from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, source_size, spares
 from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from utils import distributed, figures
@@ -45,7 +45,7 @@ def parse_arguments(argv=None):
     data.add_argument("--positives", choices=("years", "views"), default="years",
                       help="positives of an image: its region's other years, or augmented views of itself (Table 3)")
     data.add_argument("--source_size", type=positive, help="pixels a side at which images are loaded, before the crop; "
-                                                      "default: 1.6 × image_size")
+                                                      "default: 1.6 × image_size, up to the next power of two")
     data.add_argument("--num_workers", type=whole, default=4)
     data.add_argument("--max_unreadable", type=float, default=0.05,
                       help="share of regions with an unreadable image above which the run stops")
@@ -383,7 +383,7 @@ def main(args):
     """-> the run's folder. Leaves with exit code 75 after a signal."""
     with Stop() as stop, distributed.processes(require_device(args.device), args.process_timeout) as device:
         precision = default_precision(device) if args.precision == "auto" else args.precision
-        args.source_size = args.source_size or round(1.6 * args.image_size)
+        args.source_size = args.source_size or source_size(args.image_size)
         args.validate_every = args.validate_every or args.recluster_every
         args.save_every = args.save_every or args.validate_every
         args.processes = distributed.world()
@@ -413,7 +413,7 @@ def main(args):
                 logging.info(f"{signal}: stopped before iteration {run.iteration + 1} of {args.iterations}, all is "
                              f"saved. Go on with: {how_to_go_on(folder)}")
         finally:
-            if loader:
+            if loader is not None:
                 loader.close()
     if stopped:
         sys.exit(EXIT_CODE)

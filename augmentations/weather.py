@@ -29,7 +29,7 @@ def fractal(count, size, generator, rows=ALL):
         noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)[rows]
         field += roughness ** octave * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
     field -= field.mean(dim=(2, 3), keepdim=True)
-    return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+    return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6) if len(field) else field  # torch warns at none
 
 
 def cloud_opacity(coverage, count, size, generator, rows=ALL):

@@ -153,7 +153,7 @@ if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("dataset_path", help="folder with database/ and queries/")
     parser.add_argument("--size", type=positive, default=512,
-                        help="pixels of the shorter side; train.py loads 1.6 × its --image_size")
+                        help="pixels of the shorter side; train.py loads 512 for its default --image_size")
     parser.add_argument("--quality", type=positive, default=90, help="of the JPEGs")
     parser.add_argument("--output", help="default: the data set's folder with _SIZE after its name")
     parser.add_argument("--num_workers", type=whole, default=os.cpu_count())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import read_pixels
 from datasets.metadata import YEARS, Catalogue
@@ -57,26 +57,40 @@ class Regions:
         return replace(self, paths=self.paths[:, [column] * len(self.years)])
 
 
+def source_size(image_size):
+    """Pixels a side at which images are loaded for augmented views of image_size: at least 1.6 times as many, and a
+    power of two, because JPEG decoders halve for nothing and what is left to resize costs. Not above the public 1,024.
+    """
+    least = -(-8 * image_size // 5)
+    return min(1 << (least - 1).bit_length(), max(1024, image_size))
+
+
 class RegionDataset(Dataset):
     """Row -> (row, uint8 (years, 3, size, size)). Pixels stay uint8 until they are on the device.
 
-    In memory they lie as they were decoded, (…, H, W, 3): channels last.
+    In memory they lie as they were decoded, shape = (years, H, W, 3): channels last.
     """
 
     def __init__(self, regions, size):
         self.regions, self.size = regions, size
+        self.shape = (len(regions.years), size, size, 3)
 
     def __len__(self):
         return len(self.regions)
 
     def __getitem__(self, row):
-        return row, torch.stack(self.pixels(row)).permute(0, 3, 1, 2)
+        return row, self.fill(torch.empty(self.shape, dtype=torch.uint8), row).permute(0, 3, 1, 2)
 
-    def pixels(self, row):
-        """-> a list of uint8 (size, size, 3), one a year."""
-        paths = self.regions.paths[row]
-        images = {path: read_pixels(self.regions.root / path, self.size) for path in set(paths)}
-        return [images[path] for path in paths]
+    def fill(self, places, row):
+        """Reads a region's images into places, contiguous uint8 of self.shape, and returns it."""
+        paths = list(self.regions.paths[row])
+        for year, path in enumerate(paths):
+            first = paths.index(path)
+            if first < year:
+                places[year] = places[first]
+            else:
+                read_pixels(self.regions.root / path, self.size, places[year])
+        return places
 
 
 def schedule(clusters, batch_size, count, seed):
@@ -158,48 +172,59 @@ def spares(batch, clusters, seed):
 
 
 class Batches(Dataset):
-    """(rows (B,), spares (B, K)) -> the rows that could be read, their images, and [(row, what went wrong), …].
+    """(slot, rows (B,), spares (B, K)) -> the rows that could be read, the slot of the pool that now holds their images,
+    and [(row, what went wrong), …].
 
-    A place whose region and spares all cannot be read has row -1.
+    A place whose region and spares all cannot be read has row -1. pool: uint8 (slots, B, *dataset.shape).
     """
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, dataset, pool):
+        self.dataset, self.pool = dataset, pool
 
     def __getitem__(self, batch):
-        rows, images, errors = [], [], []
-        for row, others in zip(*batch):
+        slot, rows, spares_of = batch
+        found, errors = [], []
+        for places, row, others in zip(self.pool[slot], rows, spares_of):
             for choice in (int(row), *others[others >= 0].tolist()):
                 try:
-                    images.append(self.dataset.pixels(choice))
+                    self.dataset.fill(places, choice)
                     break
                 except (ValueError, OSError) as error:
                     errors.append((choice, str(error)))
             else:
                 choice = -1
-            rows.append(choice)
-        return torch.tensor(rows), _stack(images) if images else torch.empty(0), errors
+            found.append(choice)
+        return torch.tensor(found), slot, errors
 
 
-def _stack(regions):
-    """Lists of (H, W, 3), one a region -> (B, years, 3, H, W), channels last in memory. Copied once: in a worker straight
-    into the memory that it shares with the main process."""
-    pixels = default_collate([image for region in regions for image in region])
-    return pixels.unflatten(0, (len(regions), -1)).permute(0, 1, 4, 2, 3)
+def page_lock(tensor):
+    """Pins memory that is there already, so that copies to a GPU are fast and run beside the host. RuntimeError where
+    the driver refuses."""
+    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))  # 1: for every device
+    if code:
+        raise RuntimeError(f"{tensor.nbytes / 1e6:.0f} MB for batches could not be page-locked (CUDA error {code}); "
+                           f"fewer --num_workers or a smaller --batch_size need less")
+
+
+PREFETCH = 2  # batches that a worker is ahead
 
 
 class BatchLoader:
-    """Serves scheduled batches with workers that live as long as the loader, whatever the schedules."""
+    """Serves scheduled batches with workers that live as long as the loader, whatever the schedules of one batch size.
+
+    Workers decode into a pool of slots in shared memory that are used in turn: no copy, and no fresh pages, which cost
+    a quarter of the time (experiments/speed_input.py).
+    """
 
     def __init__(self, dataset, num_workers):
+        self.dataset, self.num_workers = dataset, num_workers
         self.batches, self.spares = np.empty((0, 0), dtype=np.int64), None
-        self.loader = DataLoader(Batches(dataset), batch_size=None, sampler=self, num_workers=num_workers,
-                                 persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
-                                 worker_init_fn=ignore_signals)
+        self.pool, self.loader = None, None
 
     def __iter__(self):
         none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
-        return ((rows, self.spares(number) if self.spares else none) for number, rows in enumerate(self.batches))
+        return ((number % len(self.pool), rows, self.spares(number) if self.spares else none)
+                for number, rows in enumerate(self.batches))
 
     def __len__(self):
         return len(self.batches)
@@ -207,11 +232,41 @@ class BatchLoader:
     def serve(self, batches, spares=None):
         """batches (count, B) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W), errors), see `Batches`.
 
+        Images are valid until the next batch but one is asked for: then their memory is written to again.
         spares: batch number -> (B, K), asked for one batch at a time; without, an unreadable region has no substitute.
         """
         self.batches, self.spares = batches, spares
-        return iterate(self.loader)
+        if self.pool is None or self.pool.shape[1] != batches.shape[1]:
+            self._open(batches.shape[1])
+        served = iterate(self.loader)
+        if torch.cuda.is_available() and not self.pool.is_pinned():
+            page_lock(self.pool)
+        return map(self._place, served)
 
     def close(self):
-        """Ends the workers."""
-        self.loader._iterator = None  # the one place where a DataLoader holds workers that live on
+        """Ends the workers and frees the pool."""
+        if self.loader is not None:
+            # The one place where a DataLoader holds workers that live on. They ignore signals, so whoever still holds
+            # what `serve` returned must not keep them.
+            workers, self.loader._iterator = self.loader._iterator, None
+            if workers is not None:
+                workers._shutdown_workers()
+            if torch.cuda.is_available() and self.pool.is_pinned():
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaHostUnregister(self.pool.data_ptr())
+        self.pool, self.loader = None, None
+
+    def _open(self, batch_size):
+        self.close()
+        slots = PREFETCH * self.num_workers + 2  # those under way, the one in use, and the one before it
+        self.pool = torch.empty((slots, batch_size, *self.dataset.shape), dtype=torch.uint8)
+        if self.num_workers:
+            self.pool.share_memory_()
+        self.loader = DataLoader(Batches(self.dataset, self.pool), batch_size=None, sampler=self,
+                                 num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
+                                 prefetch_factor=PREFETCH if self.num_workers else None,
+                                 worker_init_fn=ignore_signals)
+
+    def _place(self, item):
+        rows, slot, errors = item
+        return rows, self.pool[slot].permute(0, 1, 4, 2, 3), errors

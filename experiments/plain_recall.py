@@ -28,9 +28,10 @@ RANKS = ("1", "5", "10", "20", "100")
 
 
 class PlainDataset(RegionDataset):
-    def pixels(self, row):
-        return [torch.from_numpy(pil((self.regions.root / path).read_bytes(), self.size))
-                for path in self.regions.paths[row]]
+    def fill(self, places, row):
+        for place, path in zip(places, self.regions.paths[row]):
+            place.copy_(torch.from_numpy(pil((self.regions.root / path).read_bytes(), self.size)))
+        return places
 
 
 def year_wise(size, colours, one_draw):
@@ -68,13 +69,9 @@ def plain_adam(model, lr):
     return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
 
 
-def run_frozen(self, images):
-    return self._run(images, self.frozen)
-
-
 def plain_run(args):
     """train.main with plain parts inside -> the run's folder."""
-    with patch.object(runs, "make_optimizer", plain_adam), patch.object(Backbone, "_run_frozen", run_frozen):
+    with patch.object(runs, "make_optimizer", plain_adam), patch.object(Backbone, "_run_folded", Backbone._run):
         return train.main(args)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from augmentations.year_wise import Augmentation, adjust_hue, jitter, warp
 from datasets.images import read_image
+from datasets.regions import source_size
 from experiments.chain import as_one, chain, draw_chain, geometry
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
@@ -90,7 +91,7 @@ def main(args):
     for name, (best, chained) in quality(args.image_size).items():
         print(f"{name:34} {best:12.1f} {chained:12.1f}")
 
-    loaded = pictures(args.batch_size, round(1.6 * args.image_size)).to(device)
+    loaded = pictures(args.batch_size, source_size(args.image_size)).to(device, memory_format=torch.channels_last)
     floats = F.interpolate(loaded.float() / 255, (round(2.5 * args.image_size),) * 2, mode="bilinear")
     generator = torch.Generator().manual_seed(0)
     everything = torch.ones(len(loaded), dtype=torch.bool)

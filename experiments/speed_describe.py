@@ -9,6 +9,7 @@ in one process on the same images, with the same workers; --every thins the imag
 Limit: the network alone, on the views of the union, in ours' precision.
 """
 
+import copy
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ from datasets.evaluation import load_evaluation_data
 from models.weights import load_model
 from utils.arguments import make_parser, run
 from utils.evaluation import describe_sets
+from utils.memory import GLIBC_KEEPS, keep_freed_blocks
 from utils.precision import autocast, default_precision, require_device
 from utils.retrieval import ROTATIONS
 
@@ -56,7 +58,8 @@ def describe_plainly(model, paths, size, rotation, batch_size, num_workers, devi
 
 def plain(model, data, args, device):
     """Every set on its own -> {set's name: (queries (Q, D), database (4, M, D))}, images read, seconds."""
-    model = model.to(device, memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(model).to(device, memory_format=torch.contiguous_format).eval()
+    model.backbone._run_folded = model.backbone._run  # BatchNorm as it is
     count = sum(len(one.query_rows) + len(ROTATIONS) * len(one.database_rows) for one in data.sets)
     began, results = clocks(), {}
     with tqdm(total=count, desc="plain", unit="img", leave=False) as bar:
@@ -115,8 +118,10 @@ def main(args):
     precision = default_precision(device)
     model = load_model(args.resume)
     data = thinned(load_evaluation_data(args.dataset_path), args.every)
+    keep_freed_blocks(GLIBC_KEEPS)  # its own way with memory
     per_set, plain_views, plain_seconds = plain(model, data, args, device)
 
+    keep_freed_blocks()
     model = model.to(device, memory_format=torch.channels_last)
     views = len(data.query_rows) + len(ROTATIONS) * len(data.database_rows)
     images = len(data.query_rows) + len(data.database_rows)

@@ -1,8 +1,9 @@
 """One training iteration end to end, ours against the straightforward one. python -m experiments.speed_step
 
 The baseline is written plainly here: PIL and ToTensor to float32, torchvision's transforms one after the other for each
-year, NCHW float32, plain frozen stages, Adam. Same files, same model, same number of images. On a CPU everything runs
-on one thread in this process and its CPU time counts: workers would take the same cores. All parts take turns.
+year, NCHW float32, plain frozen stages, Adam, glibc's own ways with memory. Same files, same model, same number of
+images. On a CPU everything runs on one thread in this process and its CPU time counts: workers would take the same
+cores. All parts take turns.
 """
 
 import tempfile
@@ -14,7 +15,7 @@ from torchvision.transforms import functional as TF
 
 from augmentations.year_wise import Augmentation
 from datasets.cache import store
-from datasets.regions import BatchLoader, RegionDataset
+from datasets.regions import BatchLoader, RegionDataset, source_size
 from experiments.chain import RESIZED, chain, draw_chain
 from experiments.speed_augmentation import compare
 from experiments.speed_input import make_files, make_regions, pil
@@ -23,6 +24,7 @@ from models.earthloc import EarthLoc, ModelConfig
 from train import update
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
+from utils.memory import GLIBC_KEEPS, keep_freed_blocks
 from utils.precision import autocast, default_precision, require_device
 from utils.runs import Run, make_optimizer
 
@@ -39,8 +41,7 @@ def make_model(args, device):
 def baseline(args, root, regions, labels, device):
     """-> functions of the three parts of an iteration: input, augmentation, step."""
     model = make_model(args, device)
-    backbone = model.backbone
-    backbone._run_frozen = lambda images: backbone._run(images, backbone.frozen)  # BatchNorm not folded
+    model.backbone._run_folded = model.backbone._run  # BatchNorm as it is
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-4)
     loss_fn, generator = MultiSimilarityLoss(), torch.Generator().manual_seed(0)
 
@@ -60,7 +61,18 @@ def baseline(args, root, regions, labels, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return load, augment, step
+    return [by_itself(each) for each in (load, augment, step)]
+
+
+def by_itself(function):
+    """The function, with memory handled as glibc does if it is not told otherwise."""
+    def measured(*arguments):
+        keep_freed_blocks(GLIBC_KEEPS)
+        try:
+            return function(*arguments)
+        finally:
+            keep_freed_blocks()
+    return measured
 
 
 def ours(args, regions, labels, device, precision, compiled=False):
@@ -70,7 +82,7 @@ def ours(args, regions, labels, device, precision, compiled=False):
         model.compile()
     run, loss_fn = Run(model, make_optimizer(model, 1e-4)), MultiSimilarityLoss()
     augmentation, generator = Augmentation(args.image_size), torch.Generator().manual_seed(0)
-    loader = BatchLoader(RegionDataset(regions, round(1.6 * args.image_size)), 0)
+    loader = BatchLoader(RegionDataset(regions, source_size(args.image_size)), 0)
 
     def load():
         (_, images, _), = loader.serve(np.arange(len(regions))[None])

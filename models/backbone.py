@@ -88,7 +88,8 @@ class Backbone(nn.Module):
 
     Weights are random: see `models.weights` for loading. `freeze_until` names the last frozen stage ("none": no
     stage). A frozen stage has no gradients, builds no graph, and its BatchNorm statistics never move. In train mode it
-    runs with BatchNorm folded into the convolutions; its parameters stay as they are, and folding follows them.
+    runs with BatchNorm folded into the convolutions, as all stages do in eval mode without gradients; the parameters
+    stay as they are, and folding follows them.
     `stages`, `frozen`: names of all and of frozen stages. `mean`, `std`: the normalisation of the input, RGB in [0, 1].
     """
 
@@ -138,12 +139,11 @@ class Backbone(nn.Module):
             x = self.model.get_submodule(part)(x)
         return x
 
-    def _run_frozen(self, x: Tensor) -> Tensor:
-        # Evaluation stays exact: in bfloat16 folding rounds more (1 - cosine to fp32 0.0031 in place of 0.0023). And a
-        # compiler or an exporter folds by itself, and can't follow changes of the parameters.
-        if not self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._run(x, self.frozen)
-        parts = [self.model.get_submodule(part) for part in self._part_names(self.frozen)]
+    def _run_folded(self, x: Tensor, stages: tuple[str, ...]) -> Tensor:
+        # A compiler or an exporter folds by itself, and can't follow changes of the parameters.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._run(x, stages)
+        parts = [self.model.get_submodule(part) for part in self._part_names(stages)]
         known, folded = self._folded
         now = fingerprint(parts)
         if known != now:
@@ -152,9 +152,11 @@ class Backbone(nn.Module):
         return folded(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training and not torch.is_grad_enabled():
+            return self._run_folded(x, self.stages)
         if self.frozen:
             with torch.no_grad():
-                x = self._run_frozen(x)
+                x = self._run_folded(x, self.frozen) if self.training else self._run(x, self.frozen)
         return self._run(x, self.stages[len(self.frozen) :])
 
     def feature_size(self, image_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Folded frozen stages compute what the plain ones do, and follow every change of the parameters."""
+"""Folded stages compute what the plain ones do, and follow every change of the parameters."""
 
 import copy
 
@@ -12,10 +12,10 @@ from models.folding import fold_batchnorm
 torch.set_num_threads(1)
 
 
-def scrambled(name, freeze):
-    """A backbone that ends with its frozen stages, with BatchNorms that do something."""
+def scrambled(name, cut, freeze=None):
+    """A backbone, frozen as a whole unless said otherwise, with BatchNorms that do something."""
     torch.manual_seed(0)
-    backbone = Backbone(name, cut_after=freeze, freeze_until=freeze)
+    backbone = Backbone(name, cut_after=cut, freeze_until=freeze or cut)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             for value, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2),
@@ -39,10 +39,28 @@ def test_folded_stages_compute_the_same(name, deepest):
     found = backbone.train()(images)
     assert backbone._folded[1] is not None and not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(backbone.eval()(images), expected)  # evaluation is left alone
+    assert torch.equal(backbone.eval()(images), expected)  # gradients of what comes before may be wanted
     parts = [backbone.model.get_submodule(part) for part in backbone._part_names(backbone.frozen)]
     norms = [each for each in fold_batchnorm(parts).modules() if isinstance(each, nn.BatchNorm2d)]
     assert not norms and any(isinstance(each, nn.BatchNorm2d) for part in parts for each in part.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_evaluation_without_gradients_is_folded_as_a_whole(name, frozen):
+    backbone = scrambled(name, stage_names(name)[3], (*stage_names(name), "none")[frozen - 1]).double().eval()
+    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    for _ in range(2):
+        expected = backbone(images)
+        assert expected.requires_grad and expected.abs().mean() > 1e-3
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                found = backbone(images)
+            assert not torch.equal(found, expected)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        backbone.train()(images).square().mean().backward()  # moves the statistics
+        torch.optim.SGD([each for each in backbone.parameters() if each.requires_grad], lr=1e-2).step()
+        backbone.eval()
 
 
 @pytest.mark.parametrize("change", [

@@ -1,5 +1,8 @@
 """Quadruplets from a folder, and the schedule of batches."""
 
+import multiprocessing
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 from datasets import index
 from datasets.images import read_image
 from datasets.metadata import YEARS, ImageName
-from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, spread
+from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, source_size, spread
 
 CLUSTERS = [np.arange(0, 10), np.arange(10, 17), np.arange(17, 40), np.arange(40, 44)]
 
@@ -68,6 +71,11 @@ def test_the_data_set_loads_the_four_years(world):
     assert all(torch.equal(view, images[3]) for view in views)
 
 
+def test_images_are_loaded_at_a_power_of_two_that_leaves_room_for_the_crop():
+    assert [source_size(size) for size in (96, 128, 160, 161, 320, 321, 640, 800, 1600)] == [
+        256, 256, 256, 512, 512, 1024, 1024, 1024, 1600]
+
+
 def test_a_loader_serves_what_is_scheduled(world):
     regions, _ = Regions.read(world.path)
     loader = BatchLoader(RegionDataset(regions, 8), 0)
@@ -86,6 +94,75 @@ def test_batches_hold_the_images_as_they_were_decoded(world, workers):
         for row, years in zip(rows.tolist(), images):
             for path, image in zip(regions.paths[row], years):
                 assert torch.equal(image, read_image(regions.root / path, 40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slots_are_used_again_when_their_batch_is_over(world, workers):
+    regions, _ = Regions.read(world.path)
+    scheduled = np.random.default_rng(0).integers(0, len(regions), (20, 3))
+    with closing(BatchLoader(RegionDataset(regions, 16), workers)) as loader:
+        for batches in (scheduled, scheduled[5:15], scheduled[:, :2]):  # the last one needs slots of another size
+            places, before = [], None
+            for wanted, (rows, images, _) in zip(batches, loader.serve(batches)):
+                assert rows.tolist() == wanted.tolist()
+                expected = torch.stack([RegionDataset(regions, 16)[row][1] for row in wanted])
+                assert torch.equal(images, expected)
+                if before is not None:  # still whole, for a copy that is under way
+                    assert torch.equal(before[0], before[1])
+                before = images, expected
+                places.append(images.data_ptr())
+            slots = 2 * workers + 2
+            assert len(set(places)) == min(slots, len(batches)) and places[slots:] == places[:-slots]
+
+
+def test_a_place_that_cannot_be_filled_leaves_the_others(own_world):
+    regions, _ = Regions.read(own_world.path)
+    for path in regions.paths[2]:
+        (regions.root / path).unlink()
+    (rows, images, errors), = BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2, 3]]))
+    assert rows.tolist() == [1, -1, 3] and len(errors) == 1
+    assert all(torch.equal(images[place], RegionDataset(regions, 16)[row][1]) for place, row in ((0, 1), (2, 3)))
+
+
+def test_closing_ends_the_workers_whoever_holds_their_batches(world):
+    regions, _ = Regions.read(world.path)
+    before = set(multiprocessing.active_children())
+    loader = BatchLoader(RegionDataset(regions, 16), 2)
+    served = loader.serve(np.zeros((50, 2), dtype=np.int64))
+    next(served)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    loader.close()
+    assert not any(each.is_alive() for each in workers)
+    loader.close()  # once more does no harm
+
+
+def test_the_pool_is_pinned_for_a_gpu_and_unpinned_at_the_end(world, monkeypatch):
+    pinned, answer = {}, 0
+
+    class Driver:
+        def cudaHostRegister(self, pointer, count, flags):
+            pinned[pointer] = count
+            return answer
+
+        def cudaHostUnregister(self, pointer):
+            del pinned[pointer]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() in pinned)
+    regions, _ = Regions.read(world.path)
+    loader = BatchLoader(RegionDataset(regions, 16), 0)
+    for batch in ([[1, 2, 3]], [[1, 2, 3]], [[1, 2]]):
+        (_, images, _), = loader.serve(np.array(batch))
+        (pointer, count), = pinned.items()
+        assert pointer <= images.data_ptr() and images.data_ptr() + images.nbytes <= pointer + count
+    loader.close()
+    assert not pinned
+    answer = 2
+    with pytest.raises(RuntimeError, match=r"page-locked \(CUDA error 2\).*--num_workers"):
+        BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2]]))
 
 
 def test_each_batch_is_of_one_cluster_without_repeats():

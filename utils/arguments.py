@@ -7,6 +7,7 @@ import sys
 from augmentations.year_wise import Augmentation
 from models.backbone import BACKBONES
 from models.earthloc import AGGREGATORS, ModelConfig
+from utils.memory import keep_freed_blocks
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +94,7 @@ def model_config(args):
 
 def run(main, args):
     """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2."""
+    keep_freed_blocks()
     try:
         return main(args)
     except (ValueError, OSError, RuntimeError) as error:

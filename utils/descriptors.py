@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 FORMAT = "earthloc descriptors 1"
-RECIPE = 1  # to be raised when the same model and file come to another descriptor: reading, resizing, turning
+RECIPE = 2  # to be raised when the same model and file come to another descriptor: reading, resizing, turning
 PAGE = 4096
 MARK = np.dtype([("image", "<u8"), ("checksum", "<u4"), ("unused", "<u4")])
 
