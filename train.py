@@ -14,6 +14,7 @@ from contextlib import closing
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS
@@ -193,18 +194,43 @@ def neutral_pairs(footprints, labels):
     return shared[labels][:, labels] & (labels[:, None] != labels)
 
 
-class NotFinite(RuntimeError):
-    """A loss or gradient with which nothing was updated."""
+class Outcome:
+    """What an iteration came to, on its way to the host: a look at it waits for that iteration, not for later ones.
+
+    loss, norm of the gradient: 0-d tensors. rows, views: the batch, in case it is to be saved.
+    """
+
+    def __init__(self, iteration, loss, norm, rows, views):
+        self.iteration, self.rows, self.views = iteration, rows, views
+        self.values = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if loss.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def problem(self):
+        """-> what was not finite, so that nothing was updated; None if all is well."""
+        if self.copied:
+            self.copied.synchronize()
+        if torch.isfinite(self.values.sum()):
+            return None
+        loss, norm = self.values.tolist()
+        what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        return f"iteration {self.iteration}: {what}"
 
 
 def update(run, views, labels, neutral, loss_fn, lr, device, precision):
-    """One step on views (N, 3, S, S) with labels (N,) and neutral (N, N) or None -> loss, descriptors (N, D) float32.
+    """One step on views (N, 3, S, S) with labels (N,) and neutral (N, N) or None -> loss, norm of the gradient, both
+    0-d, and descriptors (N, D) float32.
 
     Low precision only around the network, the loss in float32. Of several processes each has its part of the views, and
-    labels, neutral and what is returned are those of all. Raises NotFinite, before the update, at a loss or gradient
-    that is not finite.
+    labels, neutral and what is returned are those of all. At a loss or norm that is not finite the step changes nothing
+    but the iteration's number: neither weights, nor Adam's averages, nor BatchNorm's. The device decides that, so the
+    host need not wait for it.
     """
     run.model.train()
+    averages = [each for module in run.model.modules() if isinstance(module, nn.BatchNorm2d) and module.training
+                for each in module.buffers()]
+    before = [each.clone() for each in averages]
     with autocast(device, precision):
         descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
     descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
@@ -216,31 +242,31 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     loss.backward()
     distributed.average_gradients(run.model.parameters())
     norm = torch.nn.utils.get_total_norm([each.grad for each in run.model.parameters() if each.grad is not None])
-    if not torch.isfinite(loss + norm):  # one look at both: each look waits for the device
-        what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient's norm is {norm.item()}"
-        raise NotFinite(f"iteration {run.iteration}: {what}")
+    finite = torch.isfinite(loss.detach() + norm)
+    run.optimizer.found_inf = (~finite).float()  # as GradScaler tells a fused optimizer to do nothing
     run.optimizer.step()
+    for now, then in zip(averages, before):
+        torch.where(finite, now, then, out=now)
     run.iteration += 1
-    return loss.detach(), descriptors.detach()
+    return loss.detach(), norm, descriptors.detach()
 
 
-def skip_update(run, error, buffers, paths, views, folder, max_skips):
-    """What is left of an iteration without an update: BatchNorm's averages as before, and the batch in a file.
+def settle(run, outcome, regions, folder, max_skips):
+    """Looks at an iteration's outcome. Of one without an update, the batch goes to a file.
 
     Raises RuntimeError where this is more often than max_skips.
     """
-    with torch.no_grad():
-        for buffer, before in zip(run.model.buffers(), buffers):
-            buffer.copy_(before)
-    run.optimizer.zero_grad(set_to_none=True)
-    file = folder / f"bad_batch_{run.iteration}.pt"
-    save_checkpoint(file, {"reason": str(error), "iteration": run.iteration, "paths": paths, "views": views.cpu()})
-    logging.warning(f"{error}; its regions and views are in {file}")
+    problem = outcome.problem()
+    if problem is None:
+        return
+    file = folder / f"bad_batch_{outcome.iteration}.pt"
+    save_checkpoint(file, {"reason": problem, "iteration": outcome.iteration, "views": outcome.views.cpu(),
+                           "paths": [regions.paths[row] for row in outcome.rows.tolist()]})
+    logging.warning(f"{problem}; its regions and views are in {file}")
     if run.skipped >= max_skips:
-        raise RuntimeError(f"{error}; nothing was updated, the last good checkpoints stay, the batch is in {file}. "
+        raise RuntimeError(f"{problem}; it updated nothing, the last good checkpoints stay, the batch is in {file}. "
                            f"A smaller --lr or --precision fp32 may help, --max_skips leaves out a few updates")
     run.skipped += 1
-    run.iteration += 1
 
 
 def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
@@ -290,37 +316,54 @@ def validate_and_save(run, validation, meter, folder, args, device, precision, s
         run.save(folder / LAST, args)
 
 
+def is_break(iteration, args):
+    """Whether something other than a step comes before this iteration: a checkpoint, validation, clusters, the end."""
+    every = (args.validate_every, args.save_every, args.keep_every, args.recluster_every)
+    return iteration == args.iterations or any(each and iteration % each == 0 for each in every)
+
+
 def train(run, regions, loader, augment, validation, folder, args, device, precision, stop):
     """From where the run stands to the last iteration: checkpoints, scalars and pictures go to the folder.
 
-    Raises Stopped after a signal, with the run as it is between two iterations.
+    The host is one iteration ahead of the device. Raises Stopped after a signal, with the run as it is between two
+    iterations.
     """
     loss_fn = make_loss(args)
     own = folder / f"rank{distributed.rank()}" if distributed.rank() else folder
     mine = distributed.part(args.batch_size)
-    served, unreadable = None, {}
+    served, unreadable, outcomes = None, {}, []
+
+    def settle_all_but(count):
+        while len(outcomes) > count:
+            settle(run, outcomes.pop(0), regions, own, args.max_skips)
+
     with closing(Meter(own, run.iteration, args.iterations)) as meter:
         while True:
+            if is_break(run.iteration, args):
+                settle_all_but(0)
             validate_and_save(run, validation, meter, folder, args, device, precision, stop)
             if run.iteration == args.iterations:
                 break
-            stop.check()
-            # New clusters from one year's descriptors, and the schedule up to the next ones.
-            period, step = divmod(run.iteration, args.recluster_every)
-            if step == 0:
-                with stop.at_once():
-                    run.clusters = make_clusters(run.model, regions, period, unreadable, args, device, precision)
-                logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of "
-                             f"{min(map(len, run.clusters))} to {max(map(len, run.clusters))} regions")
-                if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
-                    save_clusters_figure(folder, regions, run.clusters)
-            if step == 0 or served is None:
-                with stop.at_once():
-                    served = serve(run, loader, args, mine)
-                meter.restart()
-
-            with meter.waiting(), stop.at_once():
-                rows, images, errors = next(served)
+            try:
+                stop.check()
+                # New clusters from one year's descriptors, and the schedule up to the next ones.
+                period, step = divmod(run.iteration, args.recluster_every)
+                if step == 0:
+                    with stop.at_once():
+                        run.clusters = make_clusters(run.model, regions, period, unreadable, args, device, precision)
+                    logging.info(f"Iteration {run.iteration}: {len(run.clusters)} clusters of "
+                                 f"{min(map(len, run.clusters))} to {max(map(len, run.clusters))} regions")
+                    if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
+                        save_clusters_figure(folder, regions, run.clusters)
+                if step == 0 or served is None:
+                    with stop.at_once():
+                        served = serve(run, loader, args, mine)
+                    meter.restart()
+                with meter.waiting(), stop.at_once():
+                    rows, images, errors = next(served)
+            except Stopped:
+                settle_all_but(0)
+                raise
             rows, errors = distributed.gather(rows), sum(distributed.gather_objects_if(errors), [])
             if errors:
                 note_unreadable(errors, unreadable, len(regions), args.max_unreadable)
@@ -334,17 +377,14 @@ def train(run, regions, loader, augment, validation, folder, args, device, preci
             labels = torch.arange(len(rows), device=device).repeat_interleave(len(regions.years))
             neutral = neutral_pairs(regions.footprints[rows.numpy()], labels) if args.neutral == "on" else None
             lr = learning_rate(run.iteration, args)
-            buffers = [each.clone() for each in run.model.buffers()]
-            try:
-                loss, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
-            except NotFinite as error:
-                paths = [regions.paths[row] for row in rows.tolist()]
-                skip_update(run, error, buffers, paths, views, own, args.max_skips)
-                continue
+            loss, norm, descriptors = update(run, views.flatten(0, 1), labels, neutral, loss_fn, lr, device, precision)
+            outcomes.append(Outcome(run.iteration - 1, loss, norm, rows, views))
             meter.count(len(labels))
-            if run.iteration % args.log_every == 0 or run.iteration == args.iterations:
+            due = run.iteration % args.log_every == 0 or run.iteration == args.iterations
+            if due and torch.isfinite(loss + norm):
                 anchors, pairs = loss_fn.mined_shares(descriptors, labels, neutral)
                 meter.log(run.iteration, {"loss": loss, "mined/anchors": anchors, "mined/pairs": pairs, "lr": lr})
+            settle_all_but(1)  # also bounds how far ahead the host is, so that the loader's slots hold long enough
 
 
 def serve(run, loader, args, mine):

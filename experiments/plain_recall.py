@@ -65,13 +65,18 @@ def prepare(args, plain):
 train_prepare = train.prepare
 
 
-def plain_adam(model, lr):
-    return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
+class PlainAdam(torch.optim.Adam):
+    def __init__(self, model, lr):
+        super().__init__([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
+
+    def step(self, closure=None):
+        del self.found_inf  # for fused ones only
+        return super().step(closure)
 
 
 def plain_run(args):
     """train.main with plain parts inside -> the run's folder."""
-    with patch.object(runs, "make_optimizer", plain_adam), patch.object(Backbone, "_run_folded", Backbone._run):
+    with patch.object(runs, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
         return train.main(args)
 
 

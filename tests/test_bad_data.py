@@ -223,12 +223,13 @@ class Poison:
         patch.setattr(train, "update", update)
 
 
-@pytest.mark.parametrize("gradient, what", [(False, "the loss is nan"), (True, "the gradient's norm is")])
-def test_the_batch_of_a_nan_is_saved_and_the_run_stops(world, monkeypatch, gradient, what):
-    """On an iteration that is not logged; --save_every 1 leaves the weights from right before."""
+@pytest.mark.parametrize("gradient, what, save_every", [
+    (False, "the loss is nan", 1), (True, "the gradient's norm is", 1), (False, "the loss is nan", 2)])
+def test_the_batch_of_a_nan_is_saved_and_the_run_stops(world, monkeypatch, gradient, what, save_every):
+    """On an iteration that is not logged, whether a checkpoint is due right after it or not."""
     Poison(monkeypatch, 2, gradient)
     flags = ("--iterations", 5, "--recluster_every", 5, "--batch_size", 4, "--num_workers", 0, "--log_every", 100,
-             "--save_every", 1)
+             "--save_every", save_every)
     with pytest.raises(RuntimeError, match=f"iteration 2: {what}.*bad_batch_2.pt"):
         go(world, *flags)
     folder = max(pathlib.Path("logs/b").iterdir())
@@ -237,6 +238,24 @@ def test_the_batch_of_a_nan_is_saved_and_the_run_stops(world, monkeypatch, gradi
     regions, _ = Regions.read(world.path)
     assert all(tuple(paths) in list(regions.paths) for paths in bad["model"]["paths"]) and len(bad["model"]["paths"]) == 4
     assert last["iteration"] == 2 and last["skipped"] == 0
+
+
+def test_a_signal_right_after_a_skipped_update_does_not_hide_it(world, monkeypatch):
+    flags = ("--iterations", 4, "--recluster_every", 4, "--batch_size", 4, "--num_workers", 0, "--max_skips", 1)
+    with monkeypatch.context() as patch:
+        Poison(patch, 1, False)
+        checks = iter([None, None, train.Stopped("test")])
+
+        def check(_):
+            outcome = next(checks)
+            if outcome:
+                raise outcome
+        patch.setattr(train.Stop, "check", check)
+        with pytest.raises(SystemExit):
+            go(world, *flags)
+    folder = max(pathlib.Path("logs/b").iterdir())
+    last = load_checkpoint(folder / "last.pt")
+    assert (last["iteration"], last["skipped"]) == (2, 1) and (folder / "bad_batch_1.pt").is_file()
 
 
 def test_a_skipped_update_leaves_nothing_behind(world, monkeypatch):

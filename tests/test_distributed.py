@@ -109,7 +109,7 @@ def one_update(_, wrong=None):
     before, train.distributed = train.distributed, used
     try:
         run = Run(model, make_optimizer(model, 1e-3))
-        loss, _ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
+        loss, *_ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
                                torch.device("cpu"), "fp32")
     finally:
         train.distributed = before

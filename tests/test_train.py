@@ -131,14 +131,16 @@ def test_nan_loss_stops_before_the_update_and_says_when(world, monkeypatch, tmp_
             return super().forward(*inputs) * (float("nan") if Breaks.calls == 3 else 1)
 
     monkeypatch.setattr(train, "make_loss", lambda args: Breaks())
-    updates = []
-    hook = register_optimizer_step_post_hook(lambda *_: updates.append(1))
+    weights = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: weights.append(
+        [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]))
     try:
         with pytest.raises(RuntimeError, match="iteration 2: the loss is nan"):
             train.main(arguments(world, "--validate_every", "1"))
     finally:
         hook.remove()
-    assert len(updates) == 2
+    moved = [[not torch.equal(*pair) for pair in zip(*two)] for two in zip(weights, weights[1:])]
+    assert len(weights) == 3 and all(moved[0]) and not any(moved[1])
     folder, = (tmp_path / "cwd" / "logs" / "t").iterdir()
     last = load_checkpoint(folder / "last.pt")
     assert last["iteration"] == 2 and all(torch.isfinite(value.float()).all() for value in last["model"].values())
