@@ -18,12 +18,13 @@ from torch import nn
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS
+from datasets.batches import BatchLoader, random_clusters, schedule, spares
 from datasets.cache import cache_note
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
 from datasets.overlap import share_ground
-from datasets.regions import BatchLoader, RegionDataset, Regions, random_clusters, schedule, source_size, spares
+from datasets.regions import RegionDataset, Regions, source_size
 from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from utils import distributed, figures

@@ -17,7 +17,8 @@ import torch
 import eval as evaluation
 import train
 from augmentations.year_wise import jitter, warp
-from datasets.regions import BatchLoader, RegionDataset
+from datasets.batches import BatchLoader
+from datasets.regions import RegionDataset
 from experiments.chain import RESIZED, as_one, chain, draw_chain
 from experiments.speed_input import pil
 from models.backbone import Backbone

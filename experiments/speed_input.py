@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+from datasets.batches import BatchLoader
 from datasets.cache import store
 from datasets.images import read_pixels, resize
 from datasets.metadata import YEARS
-from datasets.regions import BatchLoader, RegionDataset, Regions
+from datasets.regions import RegionDataset, Regions
 from experiments.speed_augmentation import pictures
 from utils.arguments import make_parser
 from utils.arguments import run as run_script

@@ -14,8 +14,9 @@ import torch
 from torchvision.transforms import functional as TF
 
 from augmentations.year_wise import Augmentation
+from datasets.batches import BatchLoader
 from datasets.cache import store
-from datasets.regions import BatchLoader, RegionDataset, source_size
+from datasets.regions import RegionDataset, source_size
 from experiments.chain import RESIZED, chain, draw_chain
 from experiments.speed_augmentation import compare
 from experiments.speed_input import make_files, make_regions, pil

@@ -15,11 +15,12 @@ import eval
 import train
 from conftest import World, region_picture
 from datasets import grid, images
+from datasets.batches import SPARES, BatchLoader, spares
 from datasets.evaluation import load_evaluation_data, positive_pairs
 from datasets.images import read_image
 from datasets.metadata import YEARS, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
-from datasets.regions import SPARES, BatchLoader, RegionDataset, Regions, spares
+from datasets.regions import RegionDataset, Regions
 from utils.checkpoint import load_checkpoint
 from utils.runs import Run
 

@@ -1,0 +1,183 @@
+"""Batches of one cluster each (paper, sec. 4.2): which regions, what stands in for unreadable ones, and the loader."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils.preemption import ignore_signals, iterate
+
+SPARES = 8  # regions that may take the place of one that cannot be read
+PREFETCH = 2  # batches that a worker is ahead
+
+
+def schedule(clusters, batch_size, count, seed):
+    """The region rows of `count` batches, each from one cluster -> (count, batch_size) int. Paper, sec. 4.2.
+
+    clusters: list of arrays of rows, each at least batch_size long. seed: anything numpy.random.default_rng takes; the
+    schedule depends on nothing else. In a pass, each cluster is shuffled and cut into batches, so large ones come up
+    more often and a region at most once; then the pass is shuffled so that no two batches in a row share a cluster.
+    """
+    small = [len(each) for each in clusters if len(each) < batch_size]
+    if small or not clusters:
+        raise ValueError(f"--batch_size {batch_size}: a cluster has only {min(small, default=0)} regions; "
+                         f"use a smaller --batch_size or fewer --num_clusters")
+    rng = np.random.default_rng(seed)
+    batches, last = [], -1
+    while len(batches) < count:
+        cuts = [_cut(rng.permutation(members), batch_size) for members in clusters]
+        if len(cuts) > 1:  # with more than half of a pass, the largest would have to follow itself
+            largest = max(range(len(cuts)), key=lambda cluster: len(cuts[cluster]))
+            cuts[largest] = cuts[largest][:sum(map(len, cuts)) - len(cuts[largest])]
+        passing = [(cluster, rows) for cluster, batches_of in enumerate(cuts) for rows in batches_of]
+        ordered = spread([cluster for cluster, _ in passing], rng, last)
+        batches += [passing[position][1] for position in ordered]
+        last = passing[ordered[-1]][0]
+    return np.array(batches[:count], dtype=np.int64)
+
+
+def _cut(rows, size):
+    return [rows[start:start + size] for start in range(0, len(rows) - size + 1, size)]
+
+
+def spread(labels, rng, last=-1):
+    """A random order of positions in which no two neighbours have one label, nor the first and `last`, if there is one.
+
+    Labels are drawn in proportion to how many of them are left, except when one would otherwise be left over.
+    """
+    left = {}
+    for position in rng.permutation(len(labels)):
+        left.setdefault(labels[position], []).append(int(position))
+    keys = sorted(left)
+    counts = np.array([len(left[key]) for key in keys])
+    order = []
+    while counts.sum():
+        allowed = counts * np.array([key != last for key in keys])
+        if not allowed.any():  # only the last label is left: nothing to put between
+            allowed = counts
+        top = int(np.argmax(allowed))
+        choice = top if 2 * allowed[top] > counts.sum() else rng.choice(len(keys), p=allowed / allowed.sum())
+        last = keys[choice]
+        order.append(left[last].pop())
+        counts[choice] -= 1
+    return order
+
+
+def random_clusters(regions, count, batch_size, seed):
+    """The first clusters: `regions` rows in `count` random groups, fewer if a group would not fill a batch."""
+    count = max(1, min(count, regions // batch_size))
+    return [np.sort(rows) for rows in np.array_split(np.random.default_rng(seed).permutation(regions), count)]
+
+
+def spares(batch, clusters, seed):
+    """batch (B,) of rows from one of the clusters -> (B, SPARES) rows to take in place of each, in order; -1: none.
+
+    First from the batch's own cluster, then from anywhere. No row comes up twice or is in the batch, so places are
+    filled without looking at each other. seed: as for `schedule`; nothing else matters.
+    """
+    rng = np.random.default_rng(seed)
+    own = next(rows for rows in clusters if batch[0] in rows)
+    wanted = len(batch) * SPARES
+    found = rng.permutation(np.setdiff1d(own, batch))[:wanted]
+    if len(found) < wanted:
+        others = np.setdiff1d(np.concatenate(clusters), np.concatenate([own, batch]))
+        found = np.concatenate([found, rng.permutation(others)[:wanted - len(found)]])
+    found = np.concatenate([found, np.full(wanted - len(found), -1)]).astype(np.int64)
+    return found.reshape(SPARES, len(batch)).T  # every place gets a first choice before any gets a second
+
+
+class Batches(Dataset):
+    """(slot, rows (B,), spares (B, K)) -> the rows that could be read, the slot of the pool that now holds their images,
+    and [(row, what went wrong), …].
+
+    A place whose region and spares all cannot be read has row -1. pool: uint8 (slots, B, *dataset.shape).
+    """
+
+    def __init__(self, dataset, pool):
+        self.dataset, self.pool = dataset, pool
+
+    def __getitem__(self, batch):
+        slot, rows, spares_of = batch
+        found, errors = [], []
+        for places, row, others in zip(self.pool[slot], rows, spares_of):
+            for choice in (int(row), *others[others >= 0].tolist()):
+                try:
+                    self.dataset.fill(places, choice)
+                    break
+                except (ValueError, OSError) as error:
+                    errors.append((choice, str(error)))
+            else:
+                choice = -1
+            found.append(choice)
+        return torch.tensor(found), slot, errors
+
+
+class BatchLoader:
+    """Serves scheduled batches with workers that live as long as the loader, whatever the schedules of one batch size.
+
+    Workers decode into a pool of slots in shared memory that are used in turn: no copy, and no fresh pages, which cost
+    a quarter of the time (experiments/speed_input.py).
+    """
+
+    def __init__(self, dataset, num_workers):
+        self.dataset, self.num_workers = dataset, num_workers
+        self.batches, self.spares = np.empty((0, 0), dtype=np.int64), None
+        self.pool, self.loader = None, None
+
+    def __iter__(self):
+        none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
+        return ((number % len(self.pool), rows, self.spares(number) if self.spares else none)
+                for number, rows in enumerate(self.batches))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def serve(self, batches, spares=None):
+        """batches (count, B) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W), errors), see `Batches`.
+
+        Images are valid until the next batch but one is asked for: then their memory is written to again.
+        spares: batch number -> (B, K), asked for one batch at a time; without, an unreadable region has no substitute.
+        """
+        self.batches, self.spares = batches, spares
+        if self.pool is None or self.pool.shape[1] != batches.shape[1]:
+            self._open(batches.shape[1])
+        served = iterate(self.loader)
+        if torch.cuda.is_available() and not self.pool.is_pinned():
+            page_lock(self.pool)
+        return map(self._place, served)
+
+    def close(self):
+        """Ends the workers and frees the pool."""
+        if self.loader is not None:
+            # The one place where a DataLoader holds workers that live on. They ignore signals, so whoever still holds
+            # what `serve` returned must not keep them.
+            workers, self.loader._iterator = self.loader._iterator, None
+            if workers is not None:
+                workers._shutdown_workers()
+            if torch.cuda.is_available() and self.pool.is_pinned():
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaHostUnregister(self.pool.data_ptr())
+        self.pool, self.loader = None, None
+
+    def _open(self, batch_size):
+        self.close()
+        slots = PREFETCH * self.num_workers + 2  # those under way, the one in use, and the one before it
+        self.pool = torch.empty((slots, batch_size, *self.dataset.shape), dtype=torch.uint8)
+        if self.num_workers:
+            self.pool.share_memory_()
+        self.loader = DataLoader(Batches(self.dataset, self.pool), batch_size=None, sampler=self,
+                                 num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
+                                 prefetch_factor=PREFETCH if self.num_workers else None,
+                                 worker_init_fn=ignore_signals)
+
+    def _place(self, item):
+        rows, slot, errors = item
+        return rows, self.pool[slot].permute(0, 1, 4, 2, 3), errors
+
+
+def page_lock(tensor):
+    """Pins memory that is there already, so that copies to a GPU are fast and run beside the host. RuntimeError where
+    the driver refuses."""
+    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))  # 1: for every device
+    if code:
+        raise RuntimeError(f"{tensor.nbytes / 1e6:.0f} MB for batches could not be page-locked (CUDA error {code}); "
+                           f"fewer --num_workers or a smaller --batch_size need less")

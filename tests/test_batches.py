@@ -1,0 +1,164 @@
+"""The schedule of batches, and the loader that serves them."""
+
+import multiprocessing
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.batches import BatchLoader, random_clusters, schedule, spread
+from datasets.images import read_image
+from datasets.regions import RegionDataset, Regions
+
+CLUSTERS = [np.arange(0, 10), np.arange(10, 17), np.arange(17, 40), np.arange(40, 44)]
+
+
+def test_a_loader_serves_what_is_scheduled(world):
+    regions, _ = Regions.read(world.path)
+    loader = BatchLoader(RegionDataset(regions, 8), 0)
+    for batches in (np.array([[3, 1], [7, 0]]), np.array([[5, 6]])):
+        served = list(loader.serve(batches))
+        assert [rows.tolist() for rows, _, _ in served] == batches.tolist()
+        assert served[0][1].shape == (2, 4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_the_images_as_they_were_decoded(world, workers):
+    regions, _ = Regions.read(world.path)
+    batches = BatchLoader(RegionDataset(regions, 40), workers).serve(np.array([[3, 1], [7, 3]]))
+    for rows, images, errors in batches:
+        assert not errors and images.dtype == torch.uint8 and images.permute(0, 1, 3, 4, 2).is_contiguous()
+        for row, years in zip(rows.tolist(), images):
+            for path, image in zip(regions.paths[row], years):
+                assert torch.equal(image, read_image(regions.root / path, 40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slots_are_used_again_when_their_batch_is_over(world, workers):
+    regions, _ = Regions.read(world.path)
+    scheduled = np.random.default_rng(0).integers(0, len(regions), (20, 3))
+    with closing(BatchLoader(RegionDataset(regions, 16), workers)) as loader:
+        for batches in (scheduled, scheduled[5:15], scheduled[:, :2]):  # the last one needs slots of another size
+            places, before = [], None
+            for wanted, (rows, images, _) in zip(batches, loader.serve(batches)):
+                assert rows.tolist() == wanted.tolist()
+                expected = torch.stack([RegionDataset(regions, 16)[row][1] for row in wanted])
+                assert torch.equal(images, expected)
+                if before is not None:  # still whole, for a copy that is under way
+                    assert torch.equal(before[0], before[1])
+                before = images, expected
+                places.append(images.data_ptr())
+            slots = 2 * workers + 2
+            assert len(set(places)) == min(slots, len(batches)) and places[slots:] == places[:-slots]
+
+
+def test_a_place_that_cannot_be_filled_leaves_the_others(own_world):
+    regions, _ = Regions.read(own_world.path)
+    for path in regions.paths[2]:
+        (regions.root / path).unlink()
+    (rows, images, errors), = BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2, 3]]))
+    assert rows.tolist() == [1, -1, 3] and len(errors) == 1
+    assert all(torch.equal(images[place], RegionDataset(regions, 16)[row][1]) for place, row in ((0, 1), (2, 3)))
+
+
+def test_closing_ends_the_workers_whoever_holds_their_batches(world):
+    regions, _ = Regions.read(world.path)
+    before = set(multiprocessing.active_children())
+    loader = BatchLoader(RegionDataset(regions, 16), 2)
+    served = loader.serve(np.zeros((50, 2), dtype=np.int64))
+    next(served)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    loader.close()
+    assert not any(each.is_alive() for each in workers)
+    loader.close()  # once more does no harm
+
+
+def test_the_pool_is_pinned_for_a_gpu_and_unpinned_at_the_end(world, monkeypatch):
+    pinned, answer = {}, 0
+
+    class Driver:
+        def cudaHostRegister(self, pointer, count, flags):
+            pinned[pointer] = count
+            return answer
+
+        def cudaHostUnregister(self, pointer):
+            del pinned[pointer]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() in pinned)
+    regions, _ = Regions.read(world.path)
+    loader = BatchLoader(RegionDataset(regions, 16), 0)
+    for batch in ([[1, 2, 3]], [[1, 2, 3]], [[1, 2]]):
+        (_, images, _), = loader.serve(np.array(batch))
+        (pointer, count), = pinned.items()
+        assert pointer <= images.data_ptr() and images.data_ptr() + images.nbytes <= pointer + count
+    loader.close()
+    assert not pinned
+    answer = 2
+    with pytest.raises(RuntimeError, match=r"page-locked \(CUDA error 2\).*--num_workers"):
+        BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2]]))
+
+
+def test_each_batch_is_of_one_cluster_without_repeats():
+    owner = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(CLUSTERS)])
+    batches = schedule(CLUSTERS, 4, 500, 0)
+    assert batches.shape == (500, 4)
+    assert all(len(set(batch)) == 4 and len(set(owner[batch])) == 1 for batch in batches.tolist())
+
+
+def test_no_two_batches_in_a_row_share_a_cluster():
+    owner = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(CLUSTERS)])
+    for batch_size in (2, 3, 4):  # at 4 the third cluster alone would fill 5 of 9 batches
+        for seed in range(20):
+            clusters = owner[schedule(CLUSTERS, batch_size, 300, seed)[:, 0]]
+            assert (clusters[1:] != clusters[:-1]).all()
+    clusters = schedule([np.arange(4), np.arange(4, 100)], 4, 300, 0)[:, 0] >= 4
+    assert (clusters[1:] != clusters[:-1]).all()
+
+
+def test_the_schedule_is_a_function_of_the_seed():
+    assert np.array_equal(schedule(CLUSTERS, 4, 50, [1, 2, 3]), schedule(CLUSTERS, 4, 50, [1, 2, 3]))
+    assert not np.array_equal(schedule(CLUSTERS, 4, 50, [1, 2, 3]), schedule(CLUSTERS, 4, 50, [1, 2, 4]))
+    np.random.seed(0)
+    torch.manual_seed(0)
+    first = schedule(CLUSTERS, 4, 50, 7)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert np.array_equal(first, schedule(CLUSTERS, 4, 50, 7))
+    assert np.array_equal(first[:20], schedule(CLUSTERS, 4, 20, 7))
+
+
+def test_every_region_comes_up():
+    assert set(schedule(CLUSTERS, 4, 200, 0).ravel().tolist()) == set(range(44))
+
+
+def test_one_cluster_still_makes_batches():
+    batches = schedule([np.arange(9)], 4, 10, 0)
+    assert batches.shape == (10, 4) and all(len(set(batch)) == 4 for batch in batches.tolist())
+
+
+def test_a_cluster_smaller_than_a_batch_is_an_error():
+    with pytest.raises(ValueError, match="--batch_size 5.*only 4"):
+        schedule(CLUSTERS, 5, 10, 0)
+
+
+def test_spread_keeps_all_positions_and_separates_equal_labels():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        labels = rng.integers(0, 4, 12).tolist()
+        order = spread(labels, rng, last=2)
+        assert sorted(order) == list(range(12))
+        if max(labels.count(k) + (k == 2) for k in range(4)) <= 6:
+            walk = [2] + [labels[k] for k in order]
+            assert all(a != b for a, b in zip(walk, walk[1:])), labels
+
+
+def test_random_clusters_split_all_regions():
+    clusters = random_clusters(50, 6, 8, 0)
+    assert sorted(np.concatenate(clusters).tolist()) == list(range(50)) and min(map(len, clusters)) >= 8
+    assert len(random_clusters(50, 6, 20, 0)) == 2
+    assert len(random_clusters(5, 6, 20, 0)) == 1
