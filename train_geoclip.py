@@ -220,7 +220,7 @@ def loss_of(model, views, points, candidates, own, readable, args, precision):
     with autocast(device, precision):  # the location encoder and the logits stay in float32 by themselves
         logits = model(views, torch.as_tensor(candidates, dtype=torch.float32, device=device))
     targets = torch.as_tensor(own, device=device)
-    hits = (logits.argmax(dim=1) == targets).float().mean().item()
+    hits = (logits.argmax(dim=1) == targets).float().mean()
     return gps_cross_entropy(logits, targets, neutral, readable), hits
 
 

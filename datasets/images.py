@@ -6,6 +6,7 @@ reads more kinds and words the errors. Pixels are the same as PIL's alone. exper
 
 import io
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def read_pixels(path, size=None, into=None):
     into: contiguous uint8 (size, size, 3) to be filled and returned; what it holds after an error is undefined.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for
+            raise ValueError(f"{path}: cannot be read as an image (not a regular file); replace or remove it")
         content = Path(path).read_bytes()
         pixels = decode_jpeg(content, size, into)
         pixels = torch.from_numpy(decode_any(content, path, size) if pixels is None else pixels)

@@ -137,7 +137,7 @@ def main(args):
 
         print(f"\n{'loader, ' + str(args.num_workers) + ' workers':36} {'bare/s':>8} {'loader/s':>8} {'share':>6}")
         for size, title, root in ((512, "files", folder), (512, "cached files", Path(folder, "cache")),
-                                  (205, "files", folder), (205, "cached files", Path(folder, "cache"))):
+                                  (256, "files", folder), (256, "cached files", Path(folder, "cache"))):
             rates = loader_rates(make_regions(root, paths, 64), size, args.num_workers, args.batches, args.repeats)
             name = f"{title} to {size} px"
             print(f"{name:36} {rates['bare']:8.0f} {rates['loader']:8.0f} {rates['loader'] / rates['bare']:6.1%}")

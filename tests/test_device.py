@@ -167,10 +167,10 @@ def test_geoclip_computes_on_the_gpu(looks):
     assert isinstance(model.image_encoder, BackboneEncoder)
     points = np.random.default_rng(0).uniform(-60, 60, (7, 2))
     args = SimpleNamespace(neutral_km=100.0)
-    with patch.object(torch.Tensor, "item", lambda self: 0.0):
-        loss, _ = train_geoclip.loss_of(model.train(), torch.rand(3, 3, 48, 48).to(GPU), points[:3], points,
-                                        np.arange(3), torch.ones(3, dtype=torch.bool, device=GPU), args, "bf16")
-    assert loss.device == GPU and loss.shape == ()
+    loss, hits = train_geoclip.loss_of(model.train(), torch.rand(3, 3, 48, 48).to(GPU), points[:3], points,
+                                       np.arange(3), torch.ones(3, dtype=torch.bool, device=GPU), args, "bf16")
+    assert loss.device == hits.device == GPU and loss.shape == hits.shape == ()
+    assert not looks
 
 
 def test_kmeans_and_search_compute_on_the_gpu(looks):

@@ -1,5 +1,8 @@
 """Pictures of every kind become RGB tensors; those that cannot be read are named."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +132,29 @@ def test_pixels_are_the_image_in_another_order(tmp_path):
     for size in (None, 24):
         pixels = read_pixels(tmp_path / "a.jpg", size)
         assert pixels.is_contiguous() and torch.equal(pixels.permute(2, 0, 1), read_image(tmp_path / "a.jpg", size))
+
+
+@pytest.mark.parametrize("size", [32, 24, 64])
+@pytest.mark.parametrize("kind", ["jpg", "grey", "png", "cut"])
+def test_pixels_can_be_read_into_a_place(tmp_path, size, kind):
+    path = tmp_path / "a.jpg"
+    content = jpeg(path, 64, 64, mode="L" if kind == "grey" else "RGB")
+    if kind == "png":
+        Image.open(io.BytesIO(content)).save(path, "PNG")
+    places = torch.full((3, size, size, 3), 7, dtype=torch.uint8)
+    if kind == "cut":
+        path.write_bytes(content[:-40])
+        with pytest.raises(ValueError, match="a.jpg"):
+            read_pixels(path, size, places[1])
+    else:
+        found = read_pixels(path, size, places[1])
+        assert found.data_ptr() == places[1].data_ptr() and torch.equal(places[1], read_pixels(path, size))
+    assert (places[[0, 2]] == 7).all()  # what lies beside it is left alone
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as an image .not a regular file"):
+            read_image(tmp_path / name, 32)
