@@ -17,6 +17,13 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for None, which says nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def whole(text):
     """Type of a flag: an integer of at least 0."""
     return _at_least(0, text)
@@ -40,7 +47,7 @@ def _at_least(low, text):
 def make_parser(description):
     """-> a parser that shows defaults and reads @FILE."""
     return Parser(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                  formatter_class=HelpFormatter)
 
 
 def add_model_arguments(parser):

@@ -1,0 +1,47 @@
+"""Settings of classes as flags."""
+
+from typing import Annotated
+
+import pytest
+
+from utils.arguments import make_parser
+from utils.settings import add_settings, chosen_settings, settings_of
+
+
+class Short:
+    def __init__(self, channels, *, depth: Annotated[int, "mixers"] = 4, plain: int = 3):
+        pass
+
+
+class Long:
+    def __init__(self, channels, depth: Annotated[int, "blocks"] = 2, power: Annotated[float | None, "exponent"] = None):
+        pass
+
+
+def parsed(*flags):
+    parser = make_parser("")
+    add_settings(parser, {"short": Short, "long": Long})
+    return parser.parse_args(flags), parser
+
+
+def test_annotated_keywords_are_settings():
+    assert settings_of(Short) == {"depth": (int, 4, "mixers")}
+    assert settings_of(Long) == {"depth": (int, 2, "blocks"), "power": (float, None, "exponent")}
+
+
+def test_each_class_has_its_default_and_takes_what_is_given():
+    args, parser = parsed()
+    assert chosen_settings(args, Short) == {"depth": 4} and chosen_settings(args, Long) == {"depth": 2, "power": None}
+    args, _ = parsed("--depth", "0", "--power", "0")
+    assert chosen_settings(args, Short) == {"depth": 0} and chosen_settings(args, Long) == {"depth": 0, "power": 0.0}
+    told = " ".join(parser.format_help().split())
+    assert "short: mixers (default: 4); long: blocks (default: 2)" in told and "default: None" not in told
+
+
+def test_a_setting_has_one_type():
+    class Other:
+        def __init__(self, depth: Annotated[float, "share"] = 0.5):
+            pass
+
+    with pytest.raises(TypeError, match="--depth is int for one class and float for Other"):
+        add_settings(make_parser(""), {"short": Short, "other": Other})

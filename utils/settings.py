@@ -1,0 +1,45 @@
+"""Settings of classes as flags: what a class takes besides its data is a flag by itself, and reaches it again.
+
+A registry is a plain dict, name -> class. A setting is an annotated keyword of the class's __init__:
+
+    def __init__(self, channels, height, width, gem_grid: Annotated[int, "cells a side"] = 1)
+
+becomes `--gem_grid` of that type, told in --help with its default. Keywords without Annotated are no flags. Two classes
+may share a setting: it is one flag, and each has its own default.
+"""
+
+import inspect
+import typing
+
+
+def settings_of(cls):
+    """-> {name: (type, default, help)} of a class's settings, in the order of its __init__."""
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)
+    found = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        hint = hints.get(name)
+        if typing.get_origin(hint) is typing.Annotated:
+            kind, text = typing.get_args(hint)[:2]
+            kind = next((each for each in typing.get_args(kind) if each is not type(None)), kind)  # int | None -> int
+            found[name] = (kind, parameter.default, text)
+    return found
+
+
+def add_settings(group, registry):
+    """Adds a flag for every setting of the registry's classes; None where it is not given, so the class decides."""
+    flags = {}
+    for choice, cls in registry.items():
+        for name, (kind, default, text) in settings_of(cls).items():
+            known, texts = flags.setdefault(name, (kind, []))
+            if known is not kind:
+                raise TypeError(f"--{name} is {known.__name__} for one class and {kind.__name__} for {cls.__name__}")
+            texts.append(f"{choice}: {text}" + ("" if default is None else f" (default: {default})"))
+    for name, (kind, texts) in flags.items():
+        group.add_argument(f"--{name}", type=kind, help="; ".join(texts))
+
+
+def chosen_settings(args, cls):
+    """Parsed flags -> {name: value} for cls: what was given, and the class's own defaults."""
+    given = {name: getattr(args, name, None) for name in settings_of(cls)}
+    return {name: default if given[name] is None else given[name]
+            for name, (_, default, _) in settings_of(cls).items()}
