@@ -25,8 +25,7 @@ from datasets.images import read_image
 from datasets.metadata import DATABASE_YEAR
 from datasets.overlap import share_ground
 from datasets.regions import RegionDataset, Regions, source_size
-from losses.contrastive import ContrastiveLoss
-from losses.multi_similarity import MultiSimilarityLoss
+from losses import LOSSES
 from utils import distributed, figures
 from utils.arguments import (add_augmentation_arguments, add_model_arguments, augmentation_of, make_parser,
                              positive, run as run_script, whole)
@@ -38,6 +37,7 @@ from utils.preemption import EXIT_CODE, Stop, Stopped
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
 from utils.retrieval import describe
 from utils.runs import find_run, fresh_run, how_to_go_on
+from utils.settings import add_settings, chosen_settings, make
 
 
 def parse_arguments(argv=None):
@@ -60,13 +60,10 @@ def parse_arguments(argv=None):
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     add_augmentation_arguments(augmentation, GROUPS)
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
-    loss.add_argument("--loss", choices=("multi_similarity", "contrastive"), default="multi_similarity")
+    loss.add_argument("--loss", choices=LOSSES, default="multi_similarity")
     loss.add_argument("--neutral", choices=("on", "off"), default="on",
                       help="on: regions that share ground are no negatives; off: they are")
-    loss.add_argument("--alpha", type=float, default=1.0)
-    loss.add_argument("--beta", type=float, default=50.0)
-    loss.add_argument("--base", type=float, default=0.0, help="lambda in the paper; margin of the contrastive loss")
-    loss.add_argument("--epsilon", type=float, default=0.1, help="of the mining")
+    add_settings(loss, LOSSES)
     steps = parser.add_argument_group("optimisation (paper, sec. 5.1)")
     steps.add_argument("--iterations", type=positive, default=50_000)
     steps.add_argument("--lr", type=float, default=1e-4)
@@ -109,9 +106,7 @@ def learning_rate(iteration, args):
 
 
 def make_loss(args):
-    if args.loss == "contrastive":
-        return ContrastiveLoss(args.base or 0.5)
-    return MultiSimilarityLoss(args.alpha, args.beta, args.base, args.epsilon)
+    return make(LOSSES[args.loss], chosen_settings(args, LOSSES[args.loss]))
 
 
 def read_regions(dataset_path, batch_size):

@@ -1,5 +1,7 @@
 """The plain contrastive loss, neutral-aware like the multi-similarity loss: the baseline of the paper's sec. 4.1."""
 
+from typing import Annotated
+
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,7 +11,7 @@ from losses.multi_similarity import pair_masks
 class ContrastiveLoss(nn.Module):
     """Pairs pulled to similarity 1, or pushed below a margin (Hadsell et al. 2006, on cosine similarity)."""
 
-    def __init__(self, margin=0.5):
+    def __init__(self, margin: Annotated[float, "similarity above which a negative is pushed"] = 0.5):
         super().__init__()
         self.margin = margin
 

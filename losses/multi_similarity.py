@@ -5,6 +5,8 @@ share ground take no part); eq. 3 has a sign error, negatives use exp(+beta (S -
 (Wang et al. 2019, "Multi-Similarity Loss with General Pair Weighting", eq. 15).
 """
 
+from typing import Annotated, Literal
+
 import torch
 from torch import nn
 
@@ -24,7 +26,7 @@ def mine(similarity, positive, negative, epsilon):
     """similarity (N, N) and pair masks -> the masks of the pairs worth training on (Wang et al. 2019, eqs. 11 and 12).
 
     A negative is kept when it is more similar than the least similar positive less epsilon; a positive when it is less
-    similar than the most similar negative plus epsilon. Neutral pairs are in neither mask, so they set no threshold.
+    similar than the most similar negative plus epsilon. A pair in neither mask sets no threshold.
     """
     hardest_positive = similarity.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
     hardest_negative = similarity.masked_fill(~negative, -torch.inf).amax(dim=1, keepdim=True)
@@ -39,25 +41,40 @@ def masked_log_sum(exponents, mask):
 
 
 class MultiSimilarityLoss(nn.Module):
-    """Multi-similarity loss with its mining, neutral-aware. Paper's values: alpha 1, beta 50, base 0, epsilon 0.1."""
+    """Multi-similarity loss with its mining, neutral-aware. Paper's values: alpha 1, beta 50, base 0, epsilon 0.1.
 
-    def __init__(self, alpha=1.0, beta=50.0, base=0.0, epsilon=0.1):
+    neutral_filter: neutral pairs leave "before" the mining, so that they set no threshold (the paper's eq. 2), or
+    "after" it (the released code): there a neutral pair is mined like a negative and decides which positives are kept.
+    """
+
+    def __init__(self, alpha: Annotated[float, "weight of positives"] = 1.0,
+                 beta: Annotated[float, "weight of negatives"] = 50.0,
+                 base: Annotated[float, "lambda in the paper"] = 0.0,
+                 epsilon: Annotated[float, "margin of the mining"] = 0.1,
+                 neutral_filter: Annotated[Literal["before", "after"], "neutral pairs leave before or after the mining"]
+                 = "before"):
         super().__init__()
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
+        self.neutral_filter = neutral_filter
 
     def forward(self, descriptors, labels, neutral=None):
         """descriptors (N, D) float32 or wider, L2-normalised; labels (N,); neutral (N, N) bool -> scalar loss."""
         similarity = descriptors @ descriptors.T
-        positive, negative = mine(similarity.detach(), *pair_masks(labels, neutral), self.epsilon)
+        positive, negative = self.mined(similarity.detach(), labels, neutral)
         pull = masked_log_sum(-self.alpha * (similarity - self.base), positive) / self.alpha
         push = masked_log_sum(self.beta * (similarity - self.base), negative) / self.beta
         return (pull + push).mean()
 
+    def mined(self, similarity, labels, neutral=None):
+        """similarity (N, N), labels (N,), neutral (N, N) bool -> masks (N, N) of the positives and negatives in use."""
+        first, last = (neutral, None) if self.neutral_filter == "before" else (None, neutral)
+        positive, negative = mine(similarity, *pair_masks(labels, first), self.epsilon)
+        return positive, negative if last is None else negative & ~last
+
     @torch.no_grad()
     def mined_shares(self, descriptors, labels, neutral=None):
         """Same arguments -> (share of anchors with a mined pair, share of pairs that were mined), scalars in [0, 1]."""
-        similarity = descriptors @ descriptors.T
+        mined_positive, mined_negative = self.mined(descriptors @ descriptors.T, labels, neutral)
         positive, negative = pair_masks(labels, neutral)
-        mined_positive, mined_negative = mine(similarity, positive, negative, self.epsilon)
         mined = mined_positive | mined_negative
         return mined.any(dim=1).float().mean(), mined.sum() / (positive | negative).sum().clamp(min=1)

@@ -23,19 +23,23 @@ def batch(seed, regions=6, years=4, dim=8, spread=0.6):
     return descriptors, labels, shared.repeat_interleave(years, 0).repeat_interleave(years, 1)
 
 
-def plain_loss(descriptors, labels, neutral):
+def plain_loss(descriptors, labels, neutral, neutral_filter="before"):
     """Wang et al. 2019 in loops over plain numbers -> loss and the sets of mined pairs."""
+    def is_neutral(i, j):
+        return neutral is not None and bool(neutral[i, j])
+
     points, labels = descriptors.tolist(), labels.tolist()
     count, total, mined = len(points), 0.0, set()
     for i in range(count):
         similarity = [sum(x * y for x, y in zip(points[i], points[j])) for j in range(count)]
         positives = [j for j in range(count) if j != i and labels[j] == labels[i]]
         negatives = [j for j in range(count)
-                     if labels[j] != labels[i] and not (neutral is not None and bool(neutral[i, j]))]
+                     if labels[j] != labels[i] and not (neutral_filter == "before" and is_neutral(i, j))]
         kept_positives = [j for j in positives if negatives
                           and similarity[j] - EPSILON < max(similarity[k] for k in negatives)]
         kept_negatives = [j for j in negatives if positives
-                          and similarity[j] + EPSILON > min(similarity[k] for k in positives)]
+                          and similarity[j] + EPSILON > min(similarity[k] for k in positives)
+                          and not is_neutral(i, j)]
         mined |= {(i, j) for j in kept_positives + kept_negatives}
         total += math.log(1 + sum(math.exp(-ALPHA * (similarity[j] - BASE)) for j in kept_positives)) / ALPHA
         total += math.log(1 + sum(math.exp(BETA * (similarity[j] - BASE)) for j in kept_negatives)) / BETA
@@ -60,13 +64,13 @@ def library_loss(descriptors, labels, neutral):
     return loss(descriptors, labels, tuple(torch.cat(parts) for parts in zip(*tuples)))
 
 
-@pytest.mark.parametrize("with_neutral", [False, True])
+@pytest.mark.parametrize("with_neutral, neutral_filter", [(False, "before"), (True, "before"), (True, "after")])
 @pytest.mark.parametrize("seed", range(4))
-def test_loss_and_mined_shares_against_plain_loops(seed, with_neutral):
+def test_loss_and_mined_shares_against_plain_loops(seed, with_neutral, neutral_filter):
     descriptors, labels, neutral = batch(seed)
     neutral = neutral if with_neutral else None
-    loss_fn = MultiSimilarityLoss(ALPHA, BETA, BASE, EPSILON)
-    expected, mined = plain_loss(descriptors, labels, neutral)
+    loss_fn = MultiSimilarityLoss(ALPHA, BETA, BASE, EPSILON, neutral_filter)
+    expected, mined = plain_loss(descriptors, labels, neutral, neutral_filter)
     assert math.isclose(loss_fn(descriptors, labels, neutral).item(), expected, rel_tol=1e-10)
     anchors, pairs = loss_fn.mined_shares(descriptors, labels, neutral)
     possible = 24 * 23 - (int(neutral.sum()) if with_neutral else 0)
@@ -124,6 +128,14 @@ def test_neutral_pairs_get_no_gradient():
     loss = MultiSimilarityLoss(ALPHA, BETA, BASE, EPSILON)(descriptors, labels, neutral)
     assert loss.item() == 0
     assert torch.autograd.grad(loss, descriptors)[0].abs().max() == 0
+
+
+def test_filtered_after_the_mining_neutral_pairs_still_choose_the_positives():
+    descriptors, labels, _ = batch(0, regions=2, spread=2.0)
+    neutral = labels[:, None] != labels[None, :]
+    loss = MultiSimilarityLoss(ALPHA, BETA, BASE, EPSILON, "after")(descriptors, labels, neutral)
+    _, mined = plain_loss(descriptors, labels, neutral, "after")
+    assert loss.item() > 0 and mined and all(labels[i] == labels[j] for i, j in mined)
 
 
 def test_stable_where_exponentials_overflow_in_float32():

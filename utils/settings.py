@@ -4,8 +4,8 @@ A registry is a plain dict, name -> class. A setting is an annotated keyword of 
 
     def __init__(self, channels, height, width, gem_grid: Annotated[int, "cells a side"] = 1)
 
-becomes `--gem_grid` of that type, told in --help with its default. Keywords without Annotated are no flags. Two classes
-may share a setting: it is one flag, and each has its own default.
+becomes `--gem_grid` of that type, told in --help with its default; Literal["before", "after"] is a choice. Keywords
+without Annotated are no flags. Two classes may share a setting: it is one flag, and each has its own default.
 """
 
 import inspect
@@ -20,7 +20,8 @@ def settings_of(cls):
         hint = hints.get(name)
         if typing.get_origin(hint) is typing.Annotated:
             kind, text = typing.get_args(hint)[:2]
-            kind = next((each for each in typing.get_args(kind) if each is not type(None)), kind)  # int | None -> int
+            if type(None) in typing.get_args(kind):  # int | None -> int
+                kind = next(each for each in typing.get_args(kind) if each is not type(None))
             found[name] = (kind, parameter.default, text)
     return found
 
@@ -32,10 +33,12 @@ def add_settings(group, registry):
         for name, (kind, default, text) in settings_of(cls).items():
             known, texts = flags.setdefault(name, (kind, []))
             if known is not kind:
-                raise TypeError(f"--{name} is {known.__name__} for one class and {kind.__name__} for {cls.__name__}")
+                raise TypeError(f"--{name} is {known} for one class and {kind} for {cls.__name__}")
             texts.append(f"{choice}: {text}" + ("" if default is None else f" (default: {default})"))
     for name, (kind, texts) in flags.items():
-        group.add_argument(f"--{name}", type=kind, help="; ".join(texts))
+        choices = typing.get_args(kind) or None
+        group.add_argument(f"--{name}", type=type(choices[0]) if choices else kind, choices=choices,
+                           help="; ".join(texts))
 
 
 def chosen_settings(args, cls):
@@ -43,3 +46,9 @@ def chosen_settings(args, cls):
     given = {name: getattr(args, name, None) for name in settings_of(cls)}
     return {name: default if given[name] is None else given[name]
             for name, (_, default, _) in settings_of(cls).items()}
+
+
+def make(cls, settings, **known):
+    """cls(**settings), with those of the `known` values that its __init__ takes."""
+    taken = inspect.signature(cls.__init__).parameters
+    return cls(**{name: value for name, value in known.items() if name in taken}, **settings)
