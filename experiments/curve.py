@@ -46,8 +46,8 @@ def main(args):
         ours = [sets[name]["1"] for name in names] + [sets["average"][k] for k in ("1", "10", "100")]
         print(f"| {iteration} | " + " | ".join(f"{value:.1f}" for value in ours) + " |")
     curves = {f"R@{k}": [(iteration, sets["average"][k]) for iteration, sets in rows] for k in ("1", "5", "10", "20")}
-    picture = figures.curve_figure(curves, y_title="average over the sets, %")
-    figures.save(picture, Path(args.figure or folder / "curve.png"))
+    figure = figures.curve_figure(curves, y_title="average over the sets, %")
+    figure.savefig(args.figure or folder / "curve.png", dpi=100)
 
 
 def parse_arguments(argv=None):
