@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, sync=True):
     """Yields a binary file to write; what was written becomes `path` when the block ends well, else the old file stays.
 
-    Safe with several processes at once: each writes a temporary of its own beside the path, and the last one stays.
+    sync: wait until it is on the disk; not for thousands of files that can be made again. Safe with several processes at once: each writes a temporary of its own beside the path, and the last one stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -18,7 +18,8 @@ def replacing(path):
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
