@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from datasets import demo_world, earth, grid, own, raster, tiles
 from datasets.camera import Camera
-from datasets.images import read_image, save_jpeg
+from datasets.images import read_image, read_pixels, save_jpeg
 from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue
 from datasets.plan import fingerprint, read_plan, write_plan
 from utils import geo
@@ -206,8 +206,8 @@ def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
 
 
 def _paste(sheet, path, place, size):
-    with Image.open(path) as image:
-        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), place)
+    image = Image.fromarray(read_pixels(path).numpy())
+    sheet.paste(image.resize(size, Image.Resampling.LANCZOS), place)
 
 
 def _year_and_file(text):

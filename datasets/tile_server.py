@@ -9,6 +9,8 @@ import time
 import urllib3
 from PIL import Image
 
+from datasets.images import open_image, to_rgb
+
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
 REDIRECTS_ONLY = urllib3.Retry(total=3, connect=0, read=0, redirect=3, status=0, other=0, raise_on_status=False,
@@ -54,13 +56,10 @@ def tile_url(template, year, zoom, row, col):
 def open_tile(data, size):
     """Bytes -> RGB picture of size × size. Raises TileError where they hold no such image, or not all of it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             if image.size != (size, size):
                 raise TileError(f"is {image.width} × {image.height} pixels, not {size} × {size}")
-            if "A" in image.mode or "transparency" in image.info:  # transparent is where the server has nothing: black
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image)  # transparent, so black, is where the server has nothing
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TileError(f"is no whole image ({error})") from None
 

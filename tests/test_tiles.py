@@ -235,6 +235,26 @@ def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path,
     assert left_out(tmp_path) == [] and len(Catalogue.read(tmp_path, "database")) == len(regions)
 
 
+@pytest.mark.parametrize("blank, max_blank, kept", [(0, 0, True), (1, 0, False), (3, 3, True), (4, 3, False),
+                                                    (15, 15, True), (16, 15, False), (16, 16, True)])
+def test_as_many_blank_tiles_as_max_blank_says_are_kept(blank, max_blank, kept):
+    results = {}
+    for i in range(16):
+        content, shades = io.BytesIO(), np.arange(64).reshape(8, 8) * (0 if i < blank else 2) + i
+        Image.fromarray(shades.astype(np.uint8)).save(content, "PNG")
+        results[i] = content.getvalue()
+    image, problems = tiles.make_image(results, 8, 32, max_blank)
+    assert (image is not None) == kept and problems == [(i, "is blank") for i in range(blank)]
+
+
+def test_tiles_of_sixteen_bits_and_no_postscript():
+    picture, shade = io.BytesIO(), np.arange(64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(shade * 4 * 257).save(picture, "PNG")
+    assert np.array_equal(np.asarray(tile_server.open_tile(picture.getvalue(), 8))[..., 1], shade * 4)
+    with pytest.raises(tile_server.TileError, match="no whole image"):  # Pillow alone would start ghostscript for its pixels
+        tile_server.open_tile(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n", 8)
+
+
 def test_blank_tiles_are_listed_and_wholly_blank_regions_left_out(server, tmp_path, regions):
     first, other = regions[0], regions[-1]
     for tile in tiles.tiles_of(2021, other):
