@@ -157,7 +157,7 @@ def test_score_by_hand():
     # Expected by chance with 5 images: 1, 2 and 1 positives.
     assert texas.random_choice[1] == pytest.approx(100 * (1 / 5 + 2 / 5 + 1 / 5) / 3)
     # Nearest centres: image 0 lies at the nadir (30, -95) of queries 0 and 1, and nearest to (30, -105) of query 3.
-    assert texas.nadir[1] == pytest.approx(200 / 3)
+    assert texas.nearest_to_nadir[1] == pytest.approx(200 / 3)
     assert result.average() == pytest.approx({k: (texas.recalls[k] + result["California"].recalls[k]) / 2
                                               for k in (1, 2, 5)})
 
