@@ -12,25 +12,27 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 MAX_PIXELS = 200_000_000  # refused before decoding: no camera on the station and no tile mosaic comes near
 MIN_SIDE = 4  # pixels; what is smaller shows no ground
 # Not all that Pillow can: for some formats it would start other programs (EPS), whatever the file is called.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "JPEG2000", "GIF", "BMP", "PPM")
+UNTURN = {6: 8, 8: 6}  # EXIF orientations that undo others; the rest undo themselves
 
 
-def read_image(path, size=None):
+def read_image(path, size=None, upright=False):
     """File -> uint8 (3, H, W) RGB tensor; size squashes it to size × size (antialiased), as the released models expect.
 
-    Grey, palette, CMYK, 16-bit and alpha images become RGB (alpha over black). EXIF rotation is not applied: a
-    footprint's corners belong to the stored pixels. Raises ValueError or FileNotFoundError naming the file.
+    Grey, palette, CMYK, 16-bit and alpha images become RGB (alpha over black). upright: as a viewer shows it, by its
+    EXIF orientation; without, the stored pixels, to which a data set's corners belong. Raises ValueError or
+    FileNotFoundError naming the file.
     """
-    return read_pixels(path, size).permute(2, 0, 1).contiguous()
+    return read_pixels(path, size, upright=upright).permute(2, 0, 1).contiguous()
 
 
-def read_pixels(path, size=None, into=None):
+def read_pixels(path, size=None, into=None, upright=False):
     """As read_image, but (H, W, 3), the order in which pixels are decoded: no turning round, a tenth of the time.
 
     into: contiguous uint8 (size, size, 3) to be filled and returned; what it holds after an error is undefined.
@@ -41,6 +43,9 @@ def read_pixels(path, size=None, into=None):
         content = Path(path).read_bytes()
         pixels = decode_jpeg(content, size, into)
         pixels = torch.from_numpy(decode_any(content, path, size) if pixels is None else pixels)
+        if upright:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                pixels = turn(pixels, orientation_of(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except UnidentifiedImageError as error:
@@ -79,7 +84,26 @@ def decode_any(content, path, size=None):
             raise ValueError(f"{path}: {image.width} × {image.height} pixels, too small for an image; replace it")
         if size is not None:
             image.draft("RGB", (size, size))
-        return np.array(_to_rgb(image))
+        turned = orientation_of(image) if image.format == "TIFF" else 1  # PIL turns these by itself, as it loads them
+        pixels = np.array(_to_rgb(image))
+    return turn(torch.from_numpy(pixels), UNTURN.get(turned, turned)).numpy()
+
+
+def orientation_of(image):
+    """PIL image, not yet loaded -> its EXIF orientation, 1 to 8; 1 (as stored) where it says none that makes sense."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # PIL raises all sorts at broken EXIF, which is no reason to refuse sound pixels
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def turn(pixels, orientation):
+    """uint8 (H, W, 3) as stored -> as a viewer shows it: (H, W, 3), or (W, H, 3) for the orientations 5 to 8."""
+    if orientation == 1:
+        return pixels
+    pixels = pixels.transpose(0, 1) if orientation >= 5 else pixels
+    return pixels.flip([0] * (orientation in (3, 4, 7, 8)) + [1] * (orientation in (2, 3, 6, 7))).contiguous()
 
 
 def resize(pixels, size):

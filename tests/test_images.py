@@ -53,11 +53,51 @@ def test_not_square_is_squashed_and_antialiased(tmp_path):
     assert read.shape == (3, 16, 16) and (read[:, :, 2:-2].float() - 127.5).abs().max() < 12
 
 
-def test_exif_rotation_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (3, 20, 40)
+# What EXIF's orientations say: (the side of the picture that the stored rows begin at, and the columns).
+ORIENTATIONS = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
+                5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
+
+
+def stored_as(shown, orientation):
+    """(H, W, 3) as shown -> stored so that its first row and its first column are the sides that EXIF says."""
+    rows, columns = ORIENTATIONS[orientation].split()
+    stored = shown[::-1] if "bottom" in (rows, columns) else shown
+    stored = stored[:, ::-1] if "right" in (rows, columns) else stored
+    return np.ascontiguousarray(stored.transpose(1, 0, 2) if rows in ("left", "right") else stored)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "cmyk.jpg"])
+def test_upright_is_what_a_viewer_shows_and_otherwise_pixels_are_as_stored(tmp_path, orientation, suffix):
+    corners = np.array([[[250, 20, 20], [20, 250, 20], [20, 20, 250]], [[250, 250, 20], [20, 20, 20], [250] * 3]])
+    shown = np.kron(corners.astype(np.uint8), np.ones((32, 32, 1), dtype=np.uint8))
+    stored, exif = stored_as(shown, orientation), Image.Exif()
+    exif[0x0112] = orientation
+    how = {"lossless": True} if suffix == "webp" else {"quality": 95, "subsampling": 0} if "jpg" in suffix else {}
+    picture = Image.fromarray(stored).convert("CMYK" if "cmyk" in suffix else "RGB")
+    picture.save(tmp_path / f"a.{suffix}", exif=exif, **how)
+    for size in (None, 32):
+        for upright, expected in ((True, shown), (False, stored)):
+            read = read_image(tmp_path / f"a.{suffix}", size, upright=upright).permute(1, 2, 0).numpy().astype(int)
+            into = torch.zeros(32, 32, 3, dtype=torch.uint8) if size else None
+            pixels = read_pixels(tmp_path / f"a.{suffix}", size, into, upright)
+            assert np.array_equal(pixels, read) and (into is None or np.array_equal(into, read))
+            height, width = expected.shape[:2]
+            assert read.shape == ((size, size, 3) if size else expected.shape)
+            rows, columns = (np.arange(16, side, 32) for side in (height, width))  # the middles of the squares
+            there = read[np.ix_(rows * read.shape[0] // height, columns * read.shape[1] // width)]
+            assert np.abs(there - expected[np.ix_(rows, columns)].astype(int)).max() <= 12
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", 0, 9])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_an_orientation_without_sense_changes_nothing(tmp_path, exif):
+    if not isinstance(exif, bytes):
+        value, exif = exif, Image.Exif()
+        exif[0x0112] = value
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_pixels(tmp_path / "a.png", upright=True), pixels)
 
 
 def test_a_truncated_file_is_named(tmp_path):
