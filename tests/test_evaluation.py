@@ -190,7 +190,8 @@ def test_lines_have_the_form_users_parse():
                     "R@1: 58.4, R@5: 71.0, R@10: 76.8, R@20: 80.9, R@100: 89.4")
     lines = evaluation.score_sets(*hand_made()).lines()
     assert lines[0].startswith("Recalls on Texas           < Texas - #q: 3; #db: 5 >: R@1: 66.7, ")
-    assert any(text.startswith("Recalls on average         < 2 sets - #q: 4; #db: 5 >: R@1: ") for text in lines)
+    for title in ("Recalls", "Distinct", "Nearest centre to the nadir", "Random  "):
+        assert any(text.startswith(f"{title} on average         < 2 sets - #q: 4; #db: 5 >: R@1: ") for text in lines)
 
 
 def test_files_hold_every_prediction_and_its_distance(tmp_path):
@@ -199,6 +200,7 @@ def test_files_hold_every_prediction_and_its_distance(tmp_path):
     evaluation.write_predictions(tmp_path / "predictions.csv", result, depth=3)
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["sets"]["Texas"]["recalls"]["1"] == pytest.approx(200 / 3)
+    assert stored["sets"]["Texas"]["nearest_to_nadir"]["1"] == pytest.approx(200 / 3)
     assert stored["average"]["over"] == ["Texas", "California"]
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 3 * (3 + 1 + 2)

@@ -27,8 +27,10 @@ def test_a_footprint_over_the_antimeridian_is_two_areas():
     assert sorted(shape({"type": "Polygon", "coordinates": part}).bounds for part in split["coordinates"]) == [
         (-180, 10, -179, 12), (179, 10, 180, 12)]
     for touching in (180, -180):  # an edge on it is not beyond it
-        whole = area(np.array([(10, 179), (12, 179), (12, touching), (10, touching)]))
-        assert whole["type"] == "Polygon" and shape(whole).bounds == (179, 10, 180, 12)
+        corners = np.array([(10, 179), (12, 179), (12, touching), (10, touching)])
+        for listed in (corners, np.roll(corners, 2, axis=0)):
+            whole = area(listed)
+            assert whole["type"] == "Polygon" and shape(whole).bounds == (179, 10, 180, 12)
 
 
 def test_areas_show_the_same_ground_in_rings_as_rfc_7946_wants_them():
