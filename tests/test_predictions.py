@@ -56,7 +56,7 @@ def test_areas_show_the_same_ground_in_rings_as_rfc_7946_wants_them():
 
 
 @pytest.mark.parametrize("lat", [80, -80])
-@pytest.mark.parametrize("lon", [(0, 90, 180, -90), (-100, 170, 80, -10)])
+@pytest.mark.parametrize("lon", [(0, 90, 180, -90), (-100, 170, 80, -10), (180, 90, 0, -90), (-180, -90, 0, 90)])
 def test_a_footprint_around_a_pole_reaches_from_edge_to_edge(lat, lon):
     """Its other edge is the pole's: all longitudes between latitude 80 and 90."""
     geometry = area(np.array([(lat, each) for each in lon], dtype=float))
