@@ -1,9 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and names that can be written down."""
 
 import os
 import secrets
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def printable(text):
+    """A file name, perhaps with bytes that are no text -> valid text, with such bytes as \\udcXX (XX: the byte)."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager
