@@ -22,7 +22,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "JPEG2000", "GIF", "BMP", "PPM")
 
 
 def read_image(path, size=None):
-    """File -> uint8 (3, H, W) RGB tensor; size squashes it to size × size (antialiased), as the released models expect.
+    """File -> uint8 (3, H, W) RGB tensor; size squashes it to size × size (antialiased), whatever its aspect.
 
     Grey, palette, CMYK, 16-bit and alpha images become RGB (alpha over black). EXIF rotation is not applied: a
     footprint's corners belong to the stored pixels. Raises ValueError or FileNotFoundError naming the file.

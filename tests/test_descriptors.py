@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -306,6 +307,7 @@ def test_two_processes_one_file(root):
         assert first.stdout.readline() == "in the middle\n"
         with start("none", "4.png", "6.png", "2.png") as second:
             assert "another process describes with the same model, waiting" in second.stdout.readline()
+            assert not select.select([second.stdout], [], [], 1)[0]  # whatever its speed: it says nothing until then
             assert first.communicate("go\n")[0] == "described 5\n"
             assert "2 of 3 images are described" in second.stdout.readline()
             assert second.stdout.readline() == "described 1\n"

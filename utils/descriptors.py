@@ -3,9 +3,9 @@
 Two files hold what one model made of one data set's images in one list of rotations, whoever asked for them:
 `NAME.f16` the vectors (K, D), `NAME.marks` a mark for each image. Both begin with a header (4096 bytes: one line of
 JSON, padded with spaces). A mark names the image's path, what its file looked like (path, size, time of change), where
-its vectors lie (rotation i is vector `first + i * step`) and their checksum. A run adds room for the images it lacks, at
-the end or where room is left over. A mark is filled in after its vectors are on the disk, so a run that was killed
-leaves no half-written descriptor that a later one would trust, and no temporary file; its room is used by the next run.
+its vectors lie (rotation i is vector `first + i * step`) and their checksum. A run adds room for the images it lacks,
+at the end or where room is left over. A mark is filled in after its vectors are on the disk, so a run that was killed
+leaves no half-written descriptor that a later one would trust, and no temporary file; the next run uses its room.
 
 Several processes: one at a time describes into a file. It holds a lock on the marks (flock, which ends with the
 process), the others wait for it and then find its descriptors there. Reading needs no lock: files only grow, and what
@@ -260,8 +260,8 @@ def _grow(path, size):
     if size <= before:
         return
     free = shutil.disk_usage(path.parent).free
-    remedy = f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors another folder, none to keep no " \
-             f"file, or --forget_descriptors to remove those of other models"
+    remedy = f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors another folder, none to keep no" \
+             f" file, or --forget_descriptors to remove those of other models"
     if size - before > free:
         raise ValueError(f"{path.parent}: {free / 1e9:.2f} GB are free, fewer than {remedy}")
     with open(path, "r+b") as file:

@@ -98,7 +98,7 @@ def _from_all(descriptors, failures, shares, shape):
 
 def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
                   rotations=(0,), label="images", progress=True, commit_every=2.0, wanted=None):
-    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> Rows of it, float16.
+    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> Rows of it (float16).
 
     What the file has for this model and these images is not described again (utils/descriptors.py). New ones are safe
     on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
