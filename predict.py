@@ -15,6 +15,7 @@ from datasets.images import read_image
 from models.weights import load_model
 from utils import figures, geo
 from utils.arguments import make_parser, positive, run, whole
+from utils.descriptors import model_fingerprint, tidy
 from utils.files import printable
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
@@ -35,6 +36,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--top_k", type=positive, default=3, help="places for each photo")
     parser.add_argument("--descriptors", default="logs/descriptors",
                         help="folder where the database's descriptors are kept, so that none is made twice")
+    parser.add_argument("--forget_descriptors", action="store_true",
+                        help="remove what was kept there for other models than this one")
     parser.add_argument("--shown", type=whole, default=50, help="photos in the picture, and world maps")
     parser.add_argument("--log_dir", default="predict", help="results go to logs/LOG_DIR/date_time")
     parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
@@ -61,6 +64,7 @@ def main(args):
     photos, failures = describe(model, paths, *common, label="describing photos", upright=True)
     readable = readable_rows(paths, failures)
     photos, paths = photos[0, readable], [paths[row] for row in readable]
+    tidy(args.descriptors, model_fingerprint(model, model.config.image_size, precision), args.forget_descriptors)
     images, failures = describe_kept(args.descriptors, model, database.root, database.paths, *common, ROTATIONS,
                                      "world", wanted=rows)
     rows = np.setdiff1d(rows, [row for row, _ in failures])

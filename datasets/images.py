@@ -25,7 +25,7 @@ UNTURN = {6: 8, 8: 6}  # EXIF orientations that undo others; the rest undo thems
 
 
 def read_image(path, size=None, upright=False):
-    """File -> uint8 (3, H, W) RGB tensor; size squashes it to size × size (antialiased), as the released models expect.
+    """File -> uint8 (3, H, W) RGB tensor; size squashes it to size × size (antialiased), whatever its aspect.
 
     Grey, palette, CMYK, 16-bit and transparent images become RGB, of several frames the first: see to_rgb. upright: as
     a viewer shows it, by its EXIF orientation; without, the stored pixels, to which a data set's corners belong.

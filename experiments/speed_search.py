@@ -75,7 +75,7 @@ def real_descriptors(args, device):
     found, data = describe_sets(model.to(device, memory_format=torch.channels_last), load_evaluation_data(
         args.dataset_path), size, device=device, precision=default_precision(device), keep=args.descriptors)
     layers, images, dim = found.database.shape
-    database = found.database.reshape(-1, dim).astype(np.float32)
+    database = np.asarray(found.database.reshape(-1, dim), dtype=np.float32)
     mean = database.mean(axis=0)
     position = np.full(len(data.database), -1)
     position[found.database_rows] = np.arange(images)

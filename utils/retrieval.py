@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from datasets.images import read_image
 from utils import distributed, geo
-from utils.descriptors import DescriptorFile, file_name, image_fingerprints, model_fingerprint
+from utils.descriptors import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
 from utils.precision import autocast
 from utils.preemption import ignore_signals, iterate
 from utils.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
@@ -100,35 +100,35 @@ def _from_all(descriptors, failures, shares, shape):
 
 def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
                   rotations=(0,), label="images", progress=True, commit_every=2.0, wanted=None):
-    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> float16 memory map.
+    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> Rows of it (float16).
 
     What the file has for this model and these images is not described again (utils/descriptors.py). New ones are safe
     on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
-    wanted: rows of paths that are needed now; the others may be left as they are, described or not.
+    wanted: rows of paths that are needed, None for all; the others are not looked at and have no values.
     """
-    fingerprint = model_fingerprint(model, image_size, precision, rotations)
+    fingerprint = model_fingerprint(model, image_size, precision)
+    wanted = np.arange(len(paths)) if wanted is None else np.asarray(wanted, dtype=np.int64)
+    names = [paths[row] for row in wanted]
     failures = []
     with evaluating(model):
         with torch.inference_mode(), autocast(torch.device(device), precision):
             dim = model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
-        kept = DescriptorFile.open(Path(folder) / file_name(label, root, fingerprint), fingerprint,
-                                   image_fingerprints(root, paths), len(rotations), dim)
-        missing = np.flatnonzero(~kept.described)
-        missing = missing if wanted is None else np.intersect1d(missing, wanted)
-        committed = time.monotonic()
-        batches = [missing[each] for each in batches_of(len(missing), batch_size)]
-        try:
+        with descriptor_file(Path(folder) / file_name(root, fingerprint, rotations), fingerprint, rotations, dim,
+                             image_fingerprints(root, names)) as kept:
+            missing = np.flatnonzero(~kept.described)
+            committed = time.monotonic()
+            batches = [missing[each] for each in batches_of(len(missing), batch_size)]
             for rows, described, failed in _describe_batches(
-                    model, [Path(root) / path for path in paths], batches, image_size, num_workers, device, precision,
+                    model, [Path(root) / name for name in names], batches, image_size, num_workers, device, precision,
                     rotations, f"describing {label}", progress):
                 kept.write(rows, described)
-                failures += failed
+                failures += [(int(wanted[row]), error) for row, error in failed]
                 if time.monotonic() - committed >= commit_every:
                     kept.commit()
                     committed = time.monotonic()
-        finally:
-            kept.commit()
-    return kept.values, failures
+    index = np.full((len(rotations), len(paths)), len(kept.values.vectors))  # none: to read it is an IndexError
+    index[:, wanted] = kept.values.index
+    return Rows(kept.values.vectors, index), failures
 
 
 def batches_of(count, batch_size):
