@@ -186,7 +186,7 @@ def note_unreadable(errors, unreadable, regions, share):
 
 def neutral_pairs(footprints, labels):
     """footprints (B, 4, 2) of the batch's regions, labels (N,) into them -> (N, N) bool: other regions, same ground."""
-    shared = torch.from_numpy(share_ground(footprints, footprints)).to(labels.device)
+    shared = torch.from_numpy(share_ground(footprints, footprints)).to(labels.device, non_blocking=True)
     return shared[labels][:, labels] & (labels[:, None] != labels)
 
 

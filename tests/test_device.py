@@ -158,22 +158,25 @@ def test_uploads_that_block_are_noticed(uploads):
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("weather", [{}, {"hue": 0.05, "clouds": 0.5, "haze": 0.5, "exposure": 1.0}])
-def test_augmentation_stays_on_the_gpu(looks, group, weather):
-    images = torch.zeros(3, 4, 3, 64, 64, dtype=torch.uint8).to(GPU)
-    views = Augmentation(48, group, **weather)(images, torch.Generator().manual_seed(0))
-    assert views.shape == (3, 4, 3, 48, 48) and views.dtype == torch.float32 and views.device == GPU
-    assert not looks
+def test_augmentation_stays_on_the_gpu(looks, uploads, group, weather):
+    images = torch.zeros(3, 4, 3, 64, 64, dtype=torch.uint8).to(GPU, non_blocking=True)
+    augment = Augmentation(48, group, **weather)
+    for rows in (None, slice(1, 3)):
+        views = augment(images[rows or slice(None)], torch.Generator().manual_seed(0), rows, 3)
+        assert views.shape[1:] == (4, 3, 48, 48) and views.dtype == torch.float32 and views.device == GPU
+    assert not looks and not uploads
 
 
 @pytest.mark.parametrize("backbone, freeze", [("resnet18", "layer2"), ("efficientnet_lite0", "blocks2")])
 @pytest.mark.parametrize("aggregator, loss_fn", [("mixvpr", MultiSimilarityLoss()), ("gem", ContrastiveLoss(0.5))])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_step_does_not_wait_for_the_gpu(looks, backbone, freeze, aggregator, loss_fn, precision):
+def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggregator, loss_fn, precision):
     model = to_gpu(EarthLoc(ModelConfig(backbone, freeze_until=freeze, aggregator=aggregator, descriptor_dim=32,
                                         image_size=48)))
     run = Run(model, make_optimizer(model, 1e-3))
     labels = torch.arange(3, device=GPU).repeat_interleave(4)
-    views = torch.rand(3, 4, 3, 48, 48).to(GPU)
+    views = torch.rand(3, 4, 3, 48, 48).to(GPU, non_blocking=True)
+    uploads.clear()  # the model's
     kinds = []
     handle = model.backbone.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
@@ -185,9 +188,8 @@ def test_a_step_does_not_wait_for_the_gpu(looks, backbone, freeze, aggregator, l
     assert set(kinds) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert run.iteration == 2 and loss.device == norm.device == descriptors.device == GPU
     assert all(state["exp_avg"].device == GPU for state in run.optimizer.state.values())
-    assert not looks
     loss_fn.mined_shares(descriptors, labels, neutral)
-    assert not looks  # until they are logged
+    assert not looks and not uploads  # until they are logged
 
 
 def test_a_look_at_an_outcome_is_at_a_copy_that_was_under_way(looks):
