@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS
-from datasets.batches import BatchLoader, random_clusters, schedule, spares
+from datasets.batches import DRAWS, BatchLoader, random_clusters, schedule, spares
 from datasets.cache import cache_note
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
@@ -56,6 +56,8 @@ def parse_arguments(argv=None):
                          help="regions a batch, over all processes; each brings its four years")
     batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
     batches.add_argument("--num_clusters", type=positive, default=200)
+    batches.add_argument("--cluster_draw", choices=DRAWS, default="size",
+                         help="a batch's cluster: in proportion to its size, or any, equally likely (released code)")
     batches.add_argument("--recluster_every", type=positive, default=5000, help="iterations")
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     add_augmentation_arguments(augmentation, GROUPS)
@@ -387,7 +389,7 @@ def serve(run, loader, args, mine):
     """-> The loader's batches from where the run stands to its next clusters; of each, the rows `mine`."""
     period, step = divmod(run.iteration, args.recluster_every)
     count = min(args.recluster_every, args.iterations - period * args.recluster_every)
-    batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period])[step:]
+    batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period], args.cluster_draw)[step:]
     first = run.iteration
     return loader.serve(batches[:, mine], lambda number: spares(
         batches[number], run.clusters, [args.seed, 5, first + number])[mine])

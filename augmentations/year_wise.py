@@ -46,7 +46,7 @@ class Augmentation:
     group: str = "year"
     rotation: float = 45.0
     perspective: float = 0.5
-    min_crop: float = 0.7
+    min_crop: float = 1.0
     aspect: float = 1.0
     brightness: float = 0.9
     contrast: float = 0.9
