@@ -1,5 +1,6 @@
 """Flags files, and the model's flags."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import eval
 import train
 import train_geoclip
 from augmentations.year_wise import Augmentation
+from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import ModelConfig
 from utils.arguments import augmentation_of, model_config, run
+from utils.settings import chosen_settings, settings_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESETS = sorted((REPOSITORY / "presets").glob("*.args"))
@@ -42,7 +45,10 @@ def test_augmentation_flags_reach_the_augmentation():
 def test_the_papers_preset_is_the_default_recipe():
     paper, default = vars(train.parse_arguments(["@presets/paper.args"])), vars(train.parse_arguments([]))
     # Spelled out where the default is None, which means the same.
-    assert {key for key in paper if paper[key] != default[key]} <= {"log_dir", "cut_after", "freeze_until"}
+    spelled = {"log_dir", "cut_after", "freeze_until", *settings_of(MultiSimilarityLoss)}
+    assert {key for key in paper if paper[key] != default[key]} <= spelled
+    paper, default = (chosen_settings(argparse.Namespace(**each), MultiSimilarityLoss) for each in (paper, default))
+    assert paper == default == {"alpha": 1, "beta": 50, "base": 0, "epsilon": 0.1, "neutral_filter": "before"}
 
 
 def test_the_demo_alone_zooms_in():
