@@ -230,7 +230,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
                 for each in module.buffers()]
     before = [each.clone() for each in averages]
     with autocast(device, precision):
-        descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
+        descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
     descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
     # Mining drops nan similarities: the loss would be a harmless 0.
     loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
@@ -238,7 +238,6 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    distributed.average_gradients(run.model.parameters())
     norm = torch.nn.utils.get_total_norm([each.grad for each in run.model.parameters() if each.grad is not None])
     finite = torch.isfinite(loss.detach() + norm)
     run.optimizer.found_inf = (~finite).float()  # as GradScaler tells a fused optimizer to do nothing
@@ -413,7 +412,7 @@ def start(args, regions, loader, augment, folder, device, precision):
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             whiten(run.model, loader, len(regions), augment, args, device, precision)
-    distributed.use_global_batchnorm(run.model)
+    run.network = distributed.wrap(run.model)
     return run
 
 
