@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS
-from datasets.batches import BatchLoader, random_clusters, schedule, spares
+from datasets.batches import DRAWS, BatchLoader, random_clusters, schedule, spares
 from datasets.cache import cache_note
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.images import read_image
@@ -56,6 +56,8 @@ def parse_arguments(argv=None):
                          help="regions a batch, over all processes; each brings its four years")
     batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
     batches.add_argument("--num_clusters", type=positive, default=200)
+    batches.add_argument("--cluster_draw", choices=DRAWS, default="size",
+                         help="a batch's cluster: in proportion to its size, or any, equally likely (released code)")
     batches.add_argument("--recluster_every", type=positive, default=5000, help="iterations")
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     add_augmentation_arguments(augmentation, GROUPS)
@@ -186,7 +188,7 @@ def note_unreadable(errors, unreadable, regions, share):
 
 def neutral_pairs(footprints, labels):
     """footprints (B, 4, 2) of the batch's regions, labels (N,) into them -> (N, N) bool: other regions, same ground."""
-    shared = torch.from_numpy(share_ground(footprints, footprints)).to(labels.device)
+    shared = torch.from_numpy(share_ground(footprints, footprints)).to(labels.device, non_blocking=True)
     return shared[labels][:, labels] & (labels[:, None] != labels)
 
 
@@ -228,7 +230,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
                 for each in module.buffers()]
     before = [each.clone() for each in averages]
     with autocast(device, precision):
-        descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
+        descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
     descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
     # Mining drops nan similarities: the loss would be a harmless 0.
     loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
@@ -236,7 +238,6 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    distributed.average_gradients(run.model.parameters())
     norm = torch.nn.utils.get_total_norm([each.grad for each in run.model.parameters() if each.grad is not None])
     finite = torch.isfinite(loss.detach() + norm)
     run.optimizer.found_inf = (~finite).float()  # as GradScaler tells a fused optimizer to do nothing
@@ -387,7 +388,7 @@ def serve(run, loader, args, mine):
     """-> The loader's batches from where the run stands to its next clusters; of each, the rows `mine`."""
     period, step = divmod(run.iteration, args.recluster_every)
     count = min(args.recluster_every, args.iterations - period * args.recluster_every)
-    batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period])[step:]
+    batches = schedule(run.clusters, args.batch_size, count, [args.seed, 2, period], args.cluster_draw)[step:]
     first = run.iteration
     return loader.serve(batches[:, mine], lambda number: spares(
         batches[number], run.clusters, [args.seed, 5, first + number])[mine])
@@ -411,7 +412,7 @@ def start(args, regions, loader, augment, folder, device, precision):
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             whiten(run.model, loader, len(regions), augment, args, device, precision)
-    distributed.use_global_batchnorm(run.model)
+    run.network = distributed.wrap(run.model)
     return run
 
 

@@ -134,6 +134,7 @@ class EarthLoc(nn.Module):
         generator: torch.Generator | None = None,
     ) -> int:
         """Sets `fc` to the PCA-whitening of features (N, F), as `aggregate` returns them; returns the directions used.
+        generator: a CPU torch.Generator.
 
         Row i is the i-th principal direction divided by (variance_i + regulariser * mean variance) ** (power / 2),
         the bias removes the mean: outputs are centred, uncorrelated and, at power 1 and regulariser 0, of standard
@@ -158,7 +159,8 @@ class EarthLoc(nn.Module):
         rows = directions * scales[:, None]
         missing = self.fc.out_features - len(rows)
         if missing:
-            fill = torch.randn(missing, x.shape[1], dtype=x.dtype, device=x.device, generator=generator)
+            # Drawn on the CPU, where the generator is, so that a GPU has the same directions.
+            fill = torch.randn(missing, x.shape[1], dtype=x.dtype, generator=generator).to(x.device)
             fill = _orthogonal_to(fill, directions)
             rows = torch.cat([rows, fill * scales.min()])
         self.fc.weight.copy_(rows)

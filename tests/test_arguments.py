@@ -51,10 +51,17 @@ def test_the_papers_preset_is_the_default_recipe():
     assert paper == default == {"alpha": 1, "beta": 50, "base": 0, "epsilon": 0.1, "neutral_filter": "before"}
 
 
+def test_the_demo_alone_zooms_in():
+    for preset, least in (("paper", 1.0), ("released", 1.0), ("demo", 0.7), ("demo_long", 0.7)):
+        assert train.parse_arguments([f"@presets/{preset}.args"]).min_crop == least
+    assert Augmentation(32).min_crop == 1.0  # what the other ways to get one have
+
+
 def test_a_preset_can_build_on_another_and_later_flags_win():
     released = train.parse_arguments(["@presets/released.args", "--lr", "0.5"])
     assert (released.batch_size, released.iterations, released.num_clusters) == (96, 10_000, 50)
     assert (released.descriptor_dim, released.lr, released.log_dir) == (4096, 0.5, "released")
+    assert (released.cluster_draw, released.neutral_filter) == ("uniform", "after")
 
 
 def test_comments_quotes_and_empty_lines(tmp_path):

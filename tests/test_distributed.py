@@ -82,18 +82,12 @@ def own_with_gradient(values):
     return torch.cat(parts)
 
 
-def half(parameters):
-    distributed.average_gradients(parameters)
-    for each in parameters:
-        each.grad /= distributed.world()
-
-
 def one_update(_, wrong=None):
     """train.update on this rank's part of the problem -> gradients, loss, BatchNorm's averages."""
     model, views, labels, neutral = problem()
-    distributed.use_global_batchnorm(model)
+    network = distributed.wrap(model)
     mine = distributed.part(REGIONS)
-    used = SimpleNamespace(gather=distributed.gather, average_gradients=distributed.average_gradients)
+    used = SimpleNamespace(gather=distributed.gather)
     if wrong == "local negatives":
         used.gather = lambda values: values
         labels = labels[:(mine.stop - mine.start) * YEARS]
@@ -101,14 +95,17 @@ def one_update(_, wrong=None):
     if wrong == "detached gather":
         used.gather = own_with_gradient
     if wrong == "1 / world":
-        used.average_gradients = lambda parameters: half(list(parameters))
+        for each in model.parameters():
+            each.register_hook(lambda gradient: gradient / distributed.world())
+    if wrong == "no average":
+        network = model
     if wrong == "local BatchNorm":
         for module in model.modules():
             if isinstance(module, distributed.GlobalBatchNorm):
                 module.__class__ = torch.nn.BatchNorm2d
     before, train.distributed = train.distributed, used
     try:
-        run = Run(model, make_optimizer(model, 1e-3))
+        run = Run(model, make_optimizer(model, 1e-3), network=network)
         loss, *_ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
                                torch.device("cpu"), "fp32")
     finally:
@@ -127,7 +124,7 @@ def test_gradients_are_those_of_one_process(world):
         assert np.abs(found[2] - averages).max() < 1e-10
 
 
-@pytest.mark.parametrize("wrong", ["local negatives", "detached gather", "1 / world", "local BatchNorm"])
+@pytest.mark.parametrize("wrong", ["local negatives", "detached gather", "1 / world", "no average", "local BatchNorm"])
 def test_each_usual_mistake_is_noticed(wrong):
     gradients, _, _ = one_update(0)
     for found in spawn(one_update, 2, wrong):
@@ -161,6 +158,30 @@ def test_parts_are_augmented_as_in_the_whole_batch(group):
             rows = slice(start, start + size)
             part = augment(images[rows], torch.Generator().manual_seed(5), rows, 8)
             assert torch.equal(part, whole[rows]) if group != "none" else torch.allclose(part, whole[rows])
+
+
+def halves(_, resumed):
+    """Six updates, or three and three more as after a resume -> all weights and averages."""
+    def start():
+        model = problem()[0].float()
+        return Run(model, make_optimizer(model, 1e-3), network=distributed.wrap(model))
+    _, views, labels, neutral = problem()
+    views = views[distributed.part(REGIONS)].flatten(0, 1).float()
+    run = start()
+    for step in range(6):
+        if resumed and step == 3:
+            before, run = run, start()
+            run.model.load_state_dict(before.model.state_dict())
+            run.optimizer.load_state_dict(before.optimizer.state_dict())
+        train.update(run, views, labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3, torch.device("cpu"), "fp32")
+    assert not any(key.startswith("module.") for key in run.model.state_dict())
+    return torch.cat([each.flatten().double() for each in run.model.state_dict().values()]).numpy()
+
+
+def test_a_resumed_run_of_four_adds_in_the_same_order():
+    """With three ranks and more the order of a sum shows in its last bits."""
+    whole, parts = spawn(halves, 4, False), spawn(halves, 4, True)
+    assert all(np.array_equal(whole[0], each) for each in whole + parts)
 
 
 # Description, gathering

@@ -75,7 +75,7 @@ def add_augmentation_arguments(group, groups, **defaults):
                        help="what shares one random draw")
     for name, default, text in (
             ("rotation", 45.0, "degrees"), ("perspective", 0.5, "distortion scale"),
-            ("min_crop", 0.7, "smallest crop, as a share of the largest"),
+            ("min_crop", 1.0, "smallest crop, as a share of the largest; below 1 it zooms in at random"),
             ("aspect", 1.0, "largest stretch of one side against the other"),
             ("brightness", 0.9, "of the colour jitter"), ("contrast", 0.9, "of the colour jitter"),
             ("saturation", 0.9, "of the colour jitter"), ("hue", 0.0, "of the colour jitter"),

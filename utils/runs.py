@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.earthloc import EarthLoc, ModelConfig, build_model
 from utils import distributed
@@ -21,6 +22,7 @@ class Run:
 
     clusters: arrays of region rows, None before the first ones. best: highest validation R@1, -1 before the first one.
     validated: the iteration before which validation was done last, -1 before the first one. skipped: updates left out.
+    network: what an update calls, the model or what distributed.wrap puts around it; not in a checkpoint.
     What happens in an iteration depends on these, the seed and the iteration's number alone.
     """
 
@@ -31,6 +33,10 @@ class Run:
     best: float = -1.0
     validated: int = -1
     skipped: int = 0
+    network: nn.Module | None = None
+
+    def __post_init__(self):
+        self.network = self.network or self.model
 
     def save_weights(self, path):
         """Of several processes the first one does, here and in `save`."""
