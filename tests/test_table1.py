@@ -83,8 +83,8 @@ def test_nadir_inside_is_the_ray_test_of_plain_loops():
 
 
 def test_the_nearest_centre_by_hand():
-    """Three photos with their nadir nearest to the first, the second and the second of two images in reach; the first and
-    the third show the second image's ground, as they would from afar. A fourth photo is in no set."""
+    """Three photos with their nadir nearest to the first, the second and the second of two images in reach; the first
+    and the third show the second image's ground, as they would from afar. A fourth photo is in no set."""
     box = lambda lat, lon: np.array([(lat - 1, lon - 1), (lat + 1, lon - 1), (lat + 1, lon + 1), (lat - 1, lon + 1)])
     name = lambda number, nadir: str(ImageName(tuple(map(tuple, box(30, -91).tolist())), f"TEST00-E-{number}",
                                                "20200102", nadir, 10000, 0.0))
