@@ -83,14 +83,14 @@ def test_nadir_inside_is_the_ray_test_of_plain_loops():
 
 
 def test_the_nearest_centre_by_hand():
-    """Three photos with their nadir nearest to the first, the second and the second of two images; the first and the
-    third show the second image's ground, as they would from afar. A fourth photo is in no set."""
+    """Three photos with their nadir nearest to the first, the second and the second of two images in reach; the first
+    and the third show the second image's ground, as they would from afar. A fourth photo is in no set."""
     box = lambda lat, lon: np.array([(lat - 1, lon - 1), (lat + 1, lon - 1), (lat + 1, lon + 1), (lat - 1, lon + 1)])
     name = lambda number, nadir: str(ImageName(tuple(map(tuple, box(30, -91).tolist())), f"TEST00-E-{number}",
                                                "20200102", nadir, 10000, 0.0))
     queries = Catalogue.from_paths("/nowhere", [name(number, nadir) for number, nadir in enumerate(
         [(30.0, -96.0), (30.5, -91.0), (33.0, -90.0), (-45.0, 80.0)])])
-    database = np.stack([box(30, -95), box(30, -91)])
+    database = np.stack([box(-45, 80), box(30, -95), box(30, -91)])
     sets = table1.compute_sets(queries, database)
     assert table1.nadir_recalls(queries, database, sets)["Texas"] == (pytest.approx(200 / 3), pytest.approx(100 / 3))
 
