@@ -8,7 +8,7 @@ import eval
 import train
 import train_geoclip
 from augmentations.year_wise import Augmentation
-from models.earthloc import ModelConfig
+from models.config import ModelConfig
 from utils.arguments import augmentation_of, model_config, run
 
 REPOSITORY = Path(__file__).resolve().parents[1]

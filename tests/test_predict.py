@@ -11,7 +11,8 @@ from PIL import Image
 
 import predict
 from datasets.evaluation import read_database
-from models.earthloc import ModelConfig, build_model
+from models.config import ModelConfig
+from models.earthloc import build_model
 from utils.checkpoint import save_checkpoint
 
 
