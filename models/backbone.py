@@ -160,7 +160,7 @@ def train_in_float32(forward: Callable, x: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """(B, 3, H, W) normalised images -> features (B, out_channels, H / stride, W / stride), rounded as the network does.
+    """(B, 3, H, W) normalised images -> features (B, out_channels, H / stride, W / stride), rounded as it comes.
 
     Weights are random: see `models.weights` for loading. `freeze_until` names the last frozen stage ("none": no
     stage). A frozen stage has no gradients and builds no graph. With frozen_batchnorm "fixed" its BatchNorm statistics

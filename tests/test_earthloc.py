@@ -160,7 +160,8 @@ def test_whitened_features_have_zero_mean_and_identity_covariance():
 
 @pytest.mark.parametrize("power, regulariser, std", [(1.0, 0.1, 1.0), (0.5, 0.01, 1.0), (0.0, 0.0, 0.02)])
 def test_variances_after_whitening_are_those_of_the_formula(power, regulariser, std):
-    model, features = tiny(replace(TINY, descriptor_dim=8, aggregator_settings={"mix_channels": 8})), skewed_features(500, 32)
+    model = tiny(replace(TINY, descriptor_dim=8, aggregator_settings={"mix_channels": 8}))
+    features = skewed_features(500, 32)
     assert model.whiten_(features, power, regulariser, std) == 8
     variances = np.sort(np.linalg.eigvalsh(np.cov(features.double().numpy().T)))[::-1]
     expected = std**2 * variances[:8] / (variances[:8] + regulariser * variances.mean()) ** power

@@ -58,10 +58,10 @@ def add_model_arguments(parser):
     group.add_argument("--backbone", default="resnet50",
                        help="any of timm's ResNets, EfficientNets, ConvNeXts, ViTs … by name")
     group.add_argument("--weights", default="imagenet", help="imagenet (the backbone's own pre-trained weights), none "
-                                                             "(from scratch, nothing frozen), or a file of a state dict")
+                                                             "(from scratch, nothing frozen), or a state dict's file")
     group.add_argument("--cut_after", help="last kept stage; default: the deepest of stride 16 or less, as layer3 of a "
                                            "ResNet, blocks4 of efficientnet_lite0, stages2 of a ConvNeXt, a ViT's last")
-    group.add_argument("--freeze_until", help="last frozen stage, or none; default: the deepest of stride 8, as layer2, "
+    group.add_argument("--freeze_until", help="last frozen stage, or none; default: the deepest of stride 8, layer2, "
                                               "blocks2, stages1, of a ViT all but four; nothing with --weights none")
     group.add_argument("--frozen_batchnorm", choices=FROZEN_BATCHNORM, default="fixed",
                        help="of frozen stages; adapt: weights alone are frozen, as in the released code")
