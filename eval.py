@@ -9,8 +9,7 @@ import torch
 
 from datasets.cache import cache_note
 from datasets.evaluation import load_evaluation_data
-from models.earthloc import build_model
-from models.weights import load_model
+from models.earthloc import build_model, load_model
 from utils import distributed, figures
 from utils.arguments import add_model_arguments, make_parser, model_config, positive, run, whole
 from utils.descriptors import model_fingerprint, tidy

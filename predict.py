@@ -12,7 +12,7 @@ import torch
 from datasets.evaluation import read_database
 from datasets.gps import check_points, find_images
 from datasets.images import read_image
-from models.weights import load_model
+from models.earthloc import load_model
 from utils import figures, geo
 from utils.arguments import make_parser, positive, run, whole
 from utils.descriptors import model_fingerprint, tidy

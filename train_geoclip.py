@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import Photos, add_noise, distinct_points, photos_of_dataset, read_photos
 from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_queue, neutral_mask
-from models.geoclip import IMAGE_ENCODERS, GeoCLIP, GeoClipConfig, build_geoclip
+from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
@@ -42,7 +42,7 @@ def parse_arguments(argv=None):
                                                       "default: 1.15 × the encoder's size")
     data.add_argument("--num_workers", type=whole, default=4)
     model = parser.add_argument_group("model")
-    model.add_argument("--image_encoder", choices=IMAGE_ENCODERS, default="clip")
+    model.add_argument("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
     model.add_argument("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
     model.add_argument("--weights", default="imagenet", help="of a backbone: imagenet, none, or a file (a classifier's "
                                                              "or EarthLoc's state dict); CLIP brings its own")

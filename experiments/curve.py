@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from datasets.evaluation import VALIDATION, load_evaluation_data
-from models.weights import load_model
+from models.earthloc import load_model
 from utils import figures
 from utils.arguments import make_parser, run
 from utils.evaluation import evaluate

@@ -18,8 +18,8 @@ import torch
 
 from datasets.evaluation import load_evaluation_data
 from experiments.timing import seconds_on, timed
-from models.gem import GeM
-from models.weights import load_model
+from models.aggregators import GeM
+from models.earthloc import load_model
 from utils.arguments import make_parser, run
 from utils.evaluation import describe_sets
 from utils.precision import default_precision, require_device
@@ -39,7 +39,7 @@ class Wide(torch.nn.Module):
         super().__init__()
         self.model, channels = model, model.backbone.out_channels
         cells = math.ceil((dim / channels) ** 0.5)
-        self.pool = GeM(channels, cells)
+        self.pool = GeM(channels, cells, cells, cells)
         self.image_size = max(model.config.image_size, cells * model.backbone.stride)  # no cell without features
         turn = torch.randn(self.pool.out_dim, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("turn", torch.linalg.qr(turn).Q)

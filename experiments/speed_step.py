@@ -21,7 +21,8 @@ from experiments.chain import RESIZED, chain, draw_chain
 from experiments.speed_input import make_files, make_regions, pil
 from experiments.timing import seconds_on, take_turns
 from losses.multi_similarity import MultiSimilarityLoss
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from train import update
 from utils.arguments import make_parser
 from utils.arguments import run as run_script

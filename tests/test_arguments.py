@@ -10,7 +10,7 @@ import train
 import train_geoclip
 from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
-from models.earthloc import ModelConfig
+from models.config import ModelConfig
 from utils.arguments import augmentation_of, model_config, run
 from utils.settings import chosen_settings, settings_of
 

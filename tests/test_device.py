@@ -21,7 +21,8 @@ import train_geoclip
 from augmentations.year_wise import GROUPS, Augmentation
 from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from models.geoclip import GeoCLIP, GeoClipConfig
 from models.image_encoder import BackboneEncoder
 from utils.clustering import kmeans

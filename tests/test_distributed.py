@@ -22,7 +22,8 @@ import eval
 import train
 from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from utils import distributed
 from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint

@@ -20,7 +20,8 @@ import train_geoclip
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
 from experiments import geoclip_demo
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from models.weights import save_safetensors
 from train_geoclip import Schedule, candidates_of, turn_and_flip
 from utils import geo

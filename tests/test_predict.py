@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 import predict
 from datasets.evaluation import read_database
 from datasets.metadata import ImageName
-from models.earthloc import ModelConfig, build_model
+from models.config import ModelConfig
+from models.earthloc import build_model
 from utils.checkpoint import save_checkpoint
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.earthloc import EarthLoc, ModelConfig, build_model
+from models.config import ModelConfig
+from models.earthloc import EarthLoc, build_model
 from utils import distributed
 from utils.arguments import model_config
 from utils.checkpoint import LAST, PREVIOUS, newest_checkpoint, save_checkpoint
@@ -74,7 +75,7 @@ def resume_run(checkpoint, path, lr, device):
     """Content and path of a checkpoint -> the Run it was saved from. Raises ValueError where it holds weights only."""
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path}: holds weights only; --resume wants a last.pt of train.py, --weights takes this file")
-    model = EarthLoc(ModelConfig(**checkpoint["model_config"]))
+    model = EarthLoc(ModelConfig.from_dict(checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, lr)
