@@ -7,16 +7,16 @@ import logging
 
 import torch
 
-from datasets.cache import cache_note
-from datasets.evaluation import load_evaluation_data
+from datasets.build.cache import cache_note
+from datasets.sets import load_evaluation_data
 from models.earthloc import build_model, load_model
 from utils import distributed, figures
 from utils.arguments import add_model_arguments, make_parser, model_config, positive, run, whole
-from utils.descriptors import model_fingerprint, tidy
-from utils.evaluation import describe_sets, score_sets, write_predictions, write_results
+from retrieval.store import model_fingerprint, tidy
+from retrieval.evaluation import describe_sets, score_sets, write_predictions, write_results
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
-from utils.retrieval import ROTATIONS, SEARCHES
+from retrieval.describe import ROTATIONS, SEARCHES
 
 
 def parse_arguments(argv=None):

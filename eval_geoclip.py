@@ -12,13 +12,13 @@ import os
 import numpy as np
 import torch
 
-from datasets.evaluation import VALIDATION, load_evaluation_data
+from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.gps import GALLERY_PACKAGE, Photos, check_points, gallery_points, photos_of_dataset, read_photos
 from models.geoclip_weights import load_geoclip
 from utils import figures, geo
 from utils.arguments import make_parser, positive, run, whole
-from utils.geolocation import CROPS, accuracy, accuracy_lines, cached_gallery, embed_photos, locate, mean_point
-from utils.geolocation import nadir_bias
+from retrieval.geolocation import CROPS, accuracy, accuracy_lines, cached_gallery, embed_photos, locate, mean_point
+from retrieval.geolocation import nadir_bias
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
 from utils.world_map import errors_map

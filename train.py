@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from augmentations.year_wise import GROUPS
 from datasets.batches import DRAWS, BatchLoader, random_clusters, schedule, spares
-from datasets.cache import cache_note
-from datasets.evaluation import VALIDATION, load_evaluation_data
+from datasets.build.cache import cache_note
+from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.images import read_image
-from datasets.metadata import DATABASE_YEAR
+from datasets.names import DATABASE_YEAR
 from datasets.overlap import share_ground
 from datasets.regions import RegionDataset, Regions, source_size
 from losses import LOSSES
@@ -30,12 +30,12 @@ from utils import distributed, figures
 from utils.arguments import (add_augmentation_arguments, add_model_arguments, augmentation_of, make_parser,
                              positive, run as run_script, whole)
 from utils.checkpoint import LAST, save_checkpoint
-from utils.clustering import cluster
-from utils.evaluation import describe_sets, score_sets
+from retrieval.clustering import cluster
+from retrieval.evaluation import describe_sets, score_sets
 from utils.logs import Meter, make_log_dir, setup_logging
-from utils.preemption import EXIT_CODE, Stop, Stopped
+from utils.signals import EXIT_CODE, Stop, Stopped
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
-from utils.retrieval import describe
+from retrieval.describe import describe
 from utils.runs import find_run, fresh_run, how_to_go_on
 from utils.settings import add_settings, chosen_settings, make
 
@@ -93,7 +93,7 @@ def parse_arguments(argv=None):
     system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the network; auto: bf16 where the hardware multiplies in it")
     system.add_argument("--compile", action="store_true",
-                        help="torch.compile the network: minutes before the first step (experiments/speed_step.py)")
+                        help="torch.compile the network: minutes before the first step (benchmarks/speed_step.py)")
     system.add_argument("--seed", type=whole, default=0)
     system.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_model_arguments(parser)

@@ -2,7 +2,7 @@
 
 Rotation, crop, perspective and resize are one homography, so pixels are sampled once, in float32. The sampled
 quadrilateral always lies inside the image, so no black wedge can appear. kornia does the geometry and the colours, but
-for the hue, which is ours because kornia's takes longer than all the rest (experiments/speed_augmentation.py).
+for the hue, which is ours because kornia's takes longer than all the rest (benchmarks/speed_augmentation.py).
 """
 
 import math

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils.preemption import ignore_signals, iterate
+from utils.signals import ignore_signals, iterate
 
 SPARES = 8  # regions that may take the place of one that cannot be read
 PREFETCH = 2  # batches that a worker is ahead
@@ -120,7 +120,7 @@ class BatchLoader:
     """Serves scheduled batches with workers that live as long as the loader, whatever the schedules of one batch size.
 
     Workers decode into a pool of slots in shared memory that are used in turn: no copy, and no fresh pages, which cost
-    a quarter of the time (experiments/speed_input.py).
+    a quarter of the time (benchmarks/speed_input.py).
     """
 
     def __init__(self, dataset, num_workers):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.metadata import Catalogue
+from datasets.names import Catalogue
 from utils import geo
 
 GALLERY_PACKAGE = "geoclip"

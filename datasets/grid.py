@@ -6,7 +6,7 @@ sec. 3.2).
 
 import numpy as np
 
-from datasets.metadata import ImageName
+from datasets.names import ImageName
 from utils import geo
 
 TILES = 4

@@ -1,7 +1,7 @@
 """Reading one image into a uint8 tensor, whatever its mode, or an error that names the file.
 
 JPEGs are decoded by simplejpeg, at the power-of-two scale that is just enough; what it refuses goes to PIL, which
-reads more kinds and words the errors. Pixels are the same as PIL's alone. experiments/speed_input.py compares decoders.
+reads more kinds and words the errors. Pixels are the same as PIL's alone. benchmarks/speed_input.py compares decoders.
 """
 
 import io

@@ -20,7 +20,7 @@ import shapely
 import torch
 
 from datasets import index
-from datasets.metadata import DATABASE_YEAR, Catalogue
+from datasets.names import DATABASE_YEAR, Catalogue
 from utils.arguments import make_parser, run
 from utils.files import replacing
 from utils.geo import unwrap_footprints

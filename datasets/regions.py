@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import read_pixels
-from datasets.metadata import YEARS, Catalogue
+from datasets.names import YEARS, Catalogue
 from utils.strings import Strings
 
 

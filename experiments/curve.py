@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from datasets.evaluation import VALIDATION, load_evaluation_data
+from datasets.sets import VALIDATION, load_evaluation_data
 from models.earthloc import load_model
 from utils import figures
 from utils.arguments import make_parser, run
-from utils.evaluation import evaluate
+from retrieval.evaluation import evaluate
 from utils.precision import default_precision, require_device
 
 

@@ -8,7 +8,7 @@ do.
 from collections import Counter
 
 from datasets import grid
-from datasets.metadata import FIELDS, Catalogue, ImageName
+from datasets.names import FIELDS, Catalogue, ImageName
 from utils.arguments import make_parser, run
 
 

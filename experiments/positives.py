@@ -13,7 +13,7 @@ import numpy as np
 import shapely
 
 from datasets import grid
-from datasets.metadata import Catalogue
+from datasets.names import Catalogue
 from datasets.overlap import degenerate, intersections, ring, self_crossing
 from experiments.table1 import ZOOMS
 from utils import geo

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets import grid
-from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue, ImageName
+from datasets.names import DATABASE_YEAR, YEARS, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections
 
 ZOOM, SIZE = 9, 64

@@ -16,9 +16,9 @@ import train
 from conftest import World, region_picture
 from datasets import grid, images
 from datasets.batches import SPARES, BatchLoader, spares
-from datasets.evaluation import load_evaluation_data, positive_pairs
+from datasets.sets import load_evaluation_data, positive_pairs
 from datasets.images import read_image
-from datasets.metadata import YEARS, Catalogue
+from datasets.names import YEARS, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from datasets.regions import RegionDataset, Regions
 from utils.checkpoint import load_checkpoint

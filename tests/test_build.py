@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import build, demo_world, grid
-from datasets.camera import Camera, footprint, project
-from datasets.metadata import YEARS, Catalogue
+from datasets import grid
+from datasets.build import __main__ as build, demo_world
+from datasets.build.camera import Camera, footprint, project
+from datasets.names import YEARS, Catalogue
 
 ZOOMS = (4,)  # regions of 90 degrees: a handful covers the Earth
 QUERIES = 6

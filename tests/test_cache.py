@@ -12,10 +12,10 @@ from PIL import Image
 
 import eval
 import train
-from datasets.cache import cache_note, make_cache, stamps
-from datasets.evaluation import load_evaluation_data
+from datasets.build.cache import cache_note, make_cache, stamps
+from datasets.sets import load_evaluation_data
 from datasets.images import read_image
-from datasets.metadata import Catalogue
+from datasets.names import Catalogue
 from datasets.regions import Regions
 
 
@@ -126,7 +126,7 @@ def test_no_cache_into_something_else(own_world, tmp_path):
 
 
 def test_the_command(own_world):
-    command = [sys.executable, "-m", "datasets.cache", str(own_world.path), "--size", "32", "--num_workers", "1"]
+    command = [sys.executable, "-m", "datasets.build.cache", str(own_world.path), "--size", "32", "--num_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "106 images made now" in done.stdout and len(stamps(f"{own_world.path}_32")) == 106
 

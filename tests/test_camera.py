@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from datasets import camera as cameras
-from datasets.camera import Camera
+from datasets.build import camera as cameras
+from datasets.build.camera import Camera
 from utils import geo
 
 U, V = np.meshgrid(np.linspace(0, 1, 7), np.linspace(0, 1, 5))

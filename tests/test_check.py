@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import area, check, grid
-from datasets.check_names import check_queries, corner_orientations, crossing, parse_names
-from datasets.metadata import ImageName
+from datasets import grid
+from datasets.build import area, check
+from datasets.build.check_names import check_queries, corner_orientations, crossing, parse_names
+from datasets.names import ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections, save_intersections
 from utils.arguments import run
 
@@ -215,7 +216,7 @@ def test_crossing_knows_every_order_of_the_corners():
 
 
 def test_orientation_of_the_corners_of_a_camera():
-    from datasets.camera import Camera, footprint, orientation
+    from datasets.build.camera import Camera, footprint, orientation
     for azimuth, roll in ((0, 0), (50, 0), (130, 70), (300, -160)):
         camera = Camera((20.0, 179.9), 400, tilt=10, azimuth=azimuth, roll=roll, focal_mm=50)
         difference = corner_orientations(footprint(camera)[None])[0] - orientation(camera)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.clustering import cluster, faiss_kmeans, kmeans, merge_small
+from retrieval.clustering import cluster, faiss_kmeans, kmeans, merge_small
 
 
 def blobs(sizes, seed=0):

@@ -25,10 +25,10 @@ from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.geoclip import GeoCLIP, GeoClipConfig
 from models.image_encoder import BackboneEncoder
-from utils.clustering import kmeans
+from retrieval.clustering import kmeans
 from utils.precision import autocast
 from utils.runs import Run, make_optimizer
-from utils.search import ExactSearch
+from retrieval.search import ExactSearch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda:0")

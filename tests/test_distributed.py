@@ -27,8 +27,8 @@ from models.earthloc import EarthLoc
 from utils import distributed
 from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint
-from utils.preemption import EXIT_CODE
-from utils.retrieval import describe
+from utils.signals import EXIT_CODE
+from retrieval.describe import describe
 from utils.runs import Run, make_optimizer
 
 REGIONS, YEARS, SIZE = 8, 4, 16

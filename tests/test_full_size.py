@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from datasets.evaluation import load_evaluation_data
-from datasets.metadata import YEARS
+from datasets.sets import load_evaluation_data
+from datasets.names import YEARS
 from datasets.regions import Regions
-from experiments import full_size
+from benchmarks import full_size
 
 
 REGIONS = np.array([(zoom, row, col) for zoom in (5, 6) for row in range(10, 16, 2) for col in range(4, 20, 2)])

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from datasets.metadata import CORNER_FIELDS, ImageName
+from datasets.names import CORNER_FIELDS, ImageName
 from datasets.overlap import degenerate, intersections, share_ground
 from utils import geo
-from utils.retrieval import first_of_each, is_correct, recall_at, search
+from retrieval.describe import first_of_each, is_correct, recall_at, search
 
 PROFILE = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

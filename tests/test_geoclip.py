@@ -16,7 +16,7 @@ from models.geoclip_weights import checkpoint_of, load_geoclip, load_location_en
 from models.location_encoder import LocationEncoder
 from utils import geo
 from utils.checkpoint import save_checkpoint
-from utils.geolocation import read_photo
+from retrieval.geolocation import read_photo
 
 needs_package = pytest.mark.skipif(find_spec("geoclip") is None, reason="pip install --no-deps geoclip")
 SMALL = GeoClipConfig("resnet18", cut_after="layer2", image_size=32, sigmas=(1.0,))

@@ -17,7 +17,7 @@ from PIL import Image
 import eval_geoclip
 import predict_geoclip
 import train_geoclip
-from datasets.evaluation import VALIDATION, load_evaluation_data
+from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
 from experiments import geoclip_demo
 from models.config import ModelConfig

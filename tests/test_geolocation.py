@@ -7,9 +7,10 @@ from PIL import Image
 
 from models.geoclip import GeoClipConfig, build_geoclip
 from models.location_encoder import LocationEncoder
-from utils import geo, geolocation
+from retrieval import geolocation
+from utils import geo
 from utils.figures import GREEN, RED
-from utils.geolocation import (accuracy, accuracy_lines, cached_gallery, embed_gallery, embed_photos, locate,
+from retrieval.geolocation import (accuracy, accuracy_lines, cached_gallery, embed_gallery, embed_photos, locate,
                                mean_point, nadir_bias, views_of)
 from utils.world_map import candidates_map, errors_map, short_lines, to_pixel
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from datasets.gps import (add_noise, check_points, distinct_points, find_images, gallery_points, grid_points,
                           photos_of_dataset, read_photos, read_points)
-from datasets.metadata import ImageName
+from datasets.names import ImageName
 from utils import geo
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets import grid
-from datasets.metadata import ImageName
+from datasets.names import ImageName
 
 
 def edge(zoom, row):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from datasets import grid, index
-from datasets.metadata import Catalogue, ImageName, parse_columns
+from datasets.names import Catalogue, ImageName, parse_columns
 
 FILE = "index_database.npz"
 

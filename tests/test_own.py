@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build, check, grid
-from datasets.evaluation import load_evaluation_data
-from datasets.metadata import YEARS, Catalogue, ImageName
-from datasets.own import square_corners
+from datasets import grid
+from datasets.build import __main__ as build, check
+from datasets.sets import load_evaluation_data
+from datasets.names import YEARS, Catalogue, ImageName
+from datasets.build.own import square_corners
 from datasets.regions import RegionDataset, Regions
 from utils import geo
 

@@ -7,7 +7,7 @@ import pytest
 from shapely.geometry import Polygon, shape
 
 from utils import geo
-from utils.predictions import area, distances_to_footprints
+from retrieval.predictions import area, distances_to_footprints
 
 
 def rings(geometry):

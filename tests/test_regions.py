@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasets import index
-from datasets.metadata import YEARS, ImageName
+from datasets.names import YEARS, ImageName
 from datasets.regions import RegionDataset, Regions, source_size
 
 

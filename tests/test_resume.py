@@ -22,7 +22,7 @@ import utils.clustering
 import utils.evaluation
 from datasets.batches import Batches
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.preemption import EXIT_CODE, Stop, Stopped
+from utils.signals import EXIT_CODE, Stop, Stopped
 from utils.runs import Run
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils import search as searches
-from utils.search import CompressedSearch, ExactSearch, FlatSearch, make_search
+from retrieval import search as searches
+from retrieval.search import CompressedSearch, ExactSearch, FlatSearch, make_search
 
 KINDS = ("flat", "exact", "exact bfloat16", "exact float16")
 

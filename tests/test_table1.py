@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets import grid
-from datasets.metadata import Catalogue, ImageName
+from datasets.names import Catalogue, ImageName
 from experiments import names, table1
 from utils import geo
 

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build, grid, tile_server, tiles
-from datasets.area import all_regions, image_paths, in_box, select_regions
-from datasets.metadata import Catalogue
+from datasets import grid
+from datasets.build import __main__ as build, tile_server, tiles
+from datasets.build.area import all_regions, image_paths, in_box, select_regions
+from datasets.names import Catalogue
 
 ROOT = Path(__file__).parent.parent
 SIZE = 32  # pixels of a tile
@@ -411,7 +412,7 @@ def test_a_failure_in_one_thread_stops_the_others_and_is_what_is_raised(server, 
 
 KILLED = """
 import os, signal, sys
-from datasets import build
+from datasets.build import __main__ as build
 replace, images = os.replace, 0
 def dies_at_the_third_image(source, target):
     global images

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.images import read_image
-from utils.retrieval import rotate
+from retrieval.describe import rotate
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 GREEN, RED = (30, 160, 60), (210, 40, 40)

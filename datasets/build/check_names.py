@@ -9,7 +9,7 @@ from itertools import compress
 import numpy as np
 
 from datasets import grid
-from datasets.metadata import CORNER_FIELDS, FIELDS, ImageName
+from datasets.names import CORNER_FIELDS, FIELDS, ImageName
 from datasets.overlap import degenerate, ring
 from utils import geo
 

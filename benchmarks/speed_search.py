@@ -1,6 +1,6 @@
 """Memory, build time, ms a query and loss of R@1 of the searches, on a large database made from real descriptors.
 
-python -m experiments.speed_search --dataset_path data/demo_world --resume CHECKPOINT --rows 100000
+python -m benchmarks.speed_search --dataset_path data/demo_world --resume CHECKPOINT --rows 100000
 
 The database: the data set's images, four rotations each, and more around them: between an image and one of its ten
 nearest, plus noise along the differences to these ten, so that neighbours stay about as close as real ones are, and
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.evaluation import load_evaluation_data
-from experiments.timing import seconds_on, timed
+from datasets.sets import load_evaluation_data
+from benchmarks.timing import seconds_on, timed
 from models.aggregators import GeM
 from models.earthloc import load_model
 from utils.arguments import make_parser, run
-from utils.evaluation import describe_sets
+from retrieval.evaluation import describe_sets
 from utils.precision import default_precision, require_device
-from utils.search import CompressedSearch, ExactSearch, low_precision
+from retrieval.search import CompressedSearch, ExactSearch, low_precision
 
 FULL = 700_000  # 175,000 regions, four rotations
 NEAREST = 10

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import evaluation as sets
-from datasets.metadata import Catalogue, ImageName
+from datasets import sets
+from datasets.names import Catalogue, ImageName
 from datasets.overlap import Positives
-from utils import evaluation, figures, geo
-from utils.evaluation import Descriptors
-from utils.retrieval import orientation_error
+from retrieval import evaluation
+from utils import figures, geo
+from retrieval.evaluation import Descriptors
+from retrieval.describe import orientation_error
 
 QUERY = "ISS001-E-{:05d}"
 REAL_NAMES = Path(__file__).parents[2] / "shared" / "names" / "queries.txt"  # the public data set's query names

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets import grid
-from datasets.metadata import FIELDS, Catalogue, ImageName, parse_columns
+from datasets.names import FIELDS, Catalogue, ImageName, parse_columns
 from utils.strings import Strings
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"

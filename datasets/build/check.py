@@ -1,4 +1,4 @@
-"""What is in a data set and what is wrong with it: python -m datasets.check PATH
+"""What is in a data set and what is wrong with it: python -m datasets.build.check PATH
 
 PATH is a data set's folder, or a text file of names, one a line. Exit code 0: fine, 1: problems, 2: cannot be checked.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datasets.check_names import (NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names)
+from datasets.build.check_names import (NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names)
 from datasets.images import decode, read_bytes
-from datasets.metadata import FIELDS
+from datasets.names import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from utils.arguments import make_parser, positive, run, whole
 

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from datasets import grid
-from datasets.check_names import corner_orientations, crossing
+from datasets.build.check_names import corner_orientations, crossing
 from datasets.images import read_header, read_pixels, save_jpeg
-from datasets.metadata import CORNER_FIELDS, DATABASE_YEAR, Catalogue, ImageName
+from datasets.names import CORNER_FIELDS, DATABASE_YEAR, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, degenerate, intersections_table, ring, save_intersections
 from utils import geo
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.evaluation import VALIDATION, EvaluationSet
-from utils import geo, retrieval
-from utils.retrieval import RANKS, ROTATIONS, make_search
+from datasets.sets import VALIDATION, EvaluationSet
+from retrieval import describe as retrieval
+from utils import geo
+from retrieval.describe import RANKS, ROTATIONS, make_search
 
 CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "correct", "km")
 
@@ -132,7 +133,7 @@ def evaluate(model, data, image_size, batch_size=32, num_workers=0, device="cpu"
              rotations=ROTATIONS, ks=RANKS, progress=True, rotate="database", keep=None, search="flat"):
     """The whole evaluation: describe the union of the sets once, search and score each set -> Evaluation.
 
-    data: datasets.evaluation.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation;
+    data: datasets.sets.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation;
     rotate="queries" turns these instead. keep: a folder for the descriptors, None for memory. search: one of SEARCHES.
     """
     descriptors, data = describe_sets(model, data, image_size, batch_size, num_workers, device, precision, rotations,

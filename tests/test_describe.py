@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import geo, retrieval
-from utils.retrieval import recall_at
+from retrieval import describe as retrieval
+from utils import geo
+from retrieval.describe import recall_at
 
 
 def test_recall_ignores_missing_neighbours():

@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import demo_world, earth, grid, own, raster, tiles
-from datasets.camera import Camera
+from datasets import grid
+from datasets.build import demo_world, earth, own, rasters as raster, tiles
+from datasets.build.camera import Camera
 from datasets.images import read_image, read_pixels, save_jpeg
-from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue
-from datasets.plan import fingerprint, read_plan, write_plan
+from datasets.names import DATABASE_YEAR, YEARS, Catalogue
+from datasets.build.plan import fingerprint, read_plan, write_plan
 from utils import geo
 
 VERSION = 1  # raise when the same parameters begin to give other pictures

@@ -1,4 +1,4 @@
-"""A data set made smaller once, so that reading it is fast for ever: `python -m datasets.cache data --size 512`
+"""A data set made smaller once, so that reading it is fast for ever: `python -m datasets.build.cache data --size 512`
 
 The result, data_512, is a data set with the same names: give it as --dataset_path. An image's shorter side has at most
 `size` pixels; what is smaller already is copied as it is. A second run goes on where the first one stopped, and makes
@@ -136,7 +136,7 @@ def cache_note(dataset_path, loaded_size):
     old, orphans = stale(stamps(info["source"]), stamps(dataset_path))
     if old or orphans:
         return (f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it "
-                f"up to date: python -m datasets.cache {info['source']} --size {info['size']} "
+                f"up to date: python -m datasets.build.cache {info['source']} --size {info['size']} "
                 f"--quality {info['quality']} --output {dataset_path}")
     return f"{note}, up to date"
 

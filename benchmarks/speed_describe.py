@@ -1,6 +1,6 @@
 """Describing the images of all evaluation sets: the plain way, the union once, and again from the file on disk.
 
-python -m experiments.speed_describe --dataset_path data/demo_world --resume CHECKPOINT
+python -m benchmarks.speed_describe --dataset_path data/demo_world --resume CHECKPOINT
 
 The plain way describes each set on its own, as it is often written: for each rotation every image is read with PIL,
 resized, turned to float32 in the workers, rotated there, and goes through the network in float32, in NCHW. Ours reads
@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from datasets.evaluation import load_evaluation_data
+from datasets.sets import load_evaluation_data
 from models.earthloc import load_model
 from utils.arguments import make_parser, run
-from utils.evaluation import describe_sets
+from retrieval.evaluation import describe_sets
 from utils.memory import GLIBC_KEEPS, keep_freed_blocks
 from utils.precision import autocast, default_precision, require_device
-from utils.retrieval import ROTATIONS
+from retrieval.describe import ROTATIONS
 
 
 class PlainImages(Dataset):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from datasets import grid
-from datasets.camera import Camera, footprint, ground_points, incidence, orientation
-from datasets.metadata import ImageName
+from datasets.build.camera import Camera, footprint, ground_points, incidence, orientation
+from datasets.names import ImageName
 from utils import geo
 
 QUERY_SIZE = (384, 256)  # width, height: 3:2, as the station's cameras

@@ -1,4 +1,4 @@
-"""Start-up at full size: python -m experiments.full_size --queries NAMES makes 737,692 empty files and opens them.
+"""Start-up at full size: python -m benchmarks.full_size --queries NAMES makes 737,692 empty files and opens them.
 
 The tree has the database of all regions with land in four years, the queries of NAMES (a data set's folder or a text
 file; without it, one made-up query a region of zoom 9), and their positives. It goes to a temporary folder, or to
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets import grid
-from datasets.evaluation import load_evaluation_data
-from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue, ImageName
+from datasets.sets import load_evaluation_data
+from datasets.names import DATABASE_YEAR, YEARS, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections, share_ground
 from datasets.regions import Regions
 from utils.arguments import make_parser, run

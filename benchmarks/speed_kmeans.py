@@ -1,6 +1,6 @@
 """k-means for clustered batches (paper, sec. 4.2): time and objective of torch, faiss and scikit-learn; warm starts.
 
-python -m experiments.speed_kmeans --dataset_path data/demo_world --resume CHECKPOINT --rows 50000
+python -m benchmarks.speed_kmeans --dataset_path data/demo_world --resume CHECKPOINT --rows 50000
 
 The points are made from real descriptors as in speed_search. Objective: mean squared distance to the own center, in
 float32, the same for all. A warm start begins at the means of the clusters of slightly other descriptors of the same
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.speed_search import real_descriptors, spread, unit
-from experiments.timing import seconds_on, timed
+from benchmarks.speed_search import real_descriptors, spread, unit
+from benchmarks.timing import seconds_on, timed
 from utils.arguments import make_parser, run
-from utils.clustering import faiss_kmeans, kmeans
+from retrieval.clustering import faiss_kmeans, kmeans
 from utils.precision import require_device
-from utils.search import low_precision
+from retrieval.search import low_precision
 
 ITERATIONS, WARM_ITERATIONS = 20, 5
 

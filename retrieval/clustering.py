@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from utils.search import low_precision
+from retrieval.search import low_precision
 
 
 def cluster(descriptors, count, min_size, seed, device="cpu"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.metadata import DATABASE_YEAR, Catalogue
+from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, Positives, load_positives
 from utils import geo
 from utils.strings import base_names, find

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from datasets.images import read_image
 from utils import distributed, geo
-from utils.descriptors import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
+from retrieval.store import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
 from utils.precision import autocast
-from utils.preemption import ignore_signals, iterate
-from utils.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
+from utils.signals import ignore_signals, iterate
+from retrieval.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 RANKS = (1, 5, 10, 20, 100)
@@ -102,7 +102,7 @@ def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_wor
                   rotations=(0,), label="images", progress=True, commit_every=2.0, wanted=None):
     """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> Rows of it (float16).
 
-    What the file has for this model and these images is not described again (utils/descriptors.py). New ones are safe
+    What the file has for this model and these images is not described again (retrieval/store.py). New ones are safe
     on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
     wanted: rows of paths that are needed, None for all; the others are not looked at and have no values.
     """

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import grid
-from datasets.area import add_area_arguments, check_years, image_paths, select_regions
+from datasets.build.area import add_area_arguments, check_years, image_paths, select_regions
 from datasets.images import save_jpeg
 
 MERCATOR_HALF = np.pi * 6378137  # metres: the edge of Web Mercator's square

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets import grid
-from datasets.area import add_area_arguments, image_paths, select_regions
+from datasets.build.area import add_area_arguments, image_paths, select_regions
 from datasets.images import read_image, resize
-from datasets.metadata import YEARS
-from datasets.plan import fingerprint, read_plan, write_plan
+from datasets.names import YEARS
+from datasets.build.plan import fingerprint, read_plan, write_plan
 from utils.files import replacing
 
 MONTHS = (2, 5, 11, 8)  # of YEARS: a winter, a spring, an autumn, and the raster's own, in which evaluation searches

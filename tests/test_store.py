@@ -17,9 +17,9 @@ from PIL import Image
 
 import eval as evaluation_script
 import predict
-from datasets.evaluation import load_evaluation_data, read_database
+from datasets.sets import load_evaluation_data, read_database
 from models.earthloc import ModelConfig, build_model
-from utils import descriptors, retrieval
+from retrieval import describe as retrieval, store as descriptors
 from utils.checkpoint import save_checkpoint
 
 COMMON = dict(image_size=16, batch_size=2, progress=False, rotations=(0, 90))
@@ -108,7 +108,7 @@ KILLED = """
 import os, signal, sys, time, torch
 sys.path.insert(0, os.getcwd())
 from tests.test_descriptors import COMMON, Counting, paths
-from utils import retrieval
+from retrieval import describe as retrieval
 class Dies(Counting):
     def forward(self, images):
         if self.images >= 1 + 2 * 6:
@@ -280,7 +280,7 @@ import logging, os, sys, time
 sys.path.insert(0, os.getcwd())
 from pathlib import Path
 from tests.test_descriptors import COMMON, Counting
-from utils import retrieval
+from retrieval import describe as retrieval
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 root, folder, gate, *names = sys.argv[1:]
 class Slow(Counting):

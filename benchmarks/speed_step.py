@@ -1,4 +1,4 @@
-"""One training iteration end to end, ours against the straightforward one. python -m experiments.speed_step
+"""One training iteration end to end, ours against the straightforward one. python -m benchmarks.speed_step
 
 The baseline is written plainly here: PIL and ToTensor to float32, torchvision's transforms one after the other for each
 year, NCHW float32, plain frozen stages, Adam, glibc's own ways with memory. Same files, same model, same number of
@@ -15,11 +15,11 @@ from torchvision.transforms import functional as TF
 
 from augmentations.year_wise import Augmentation
 from datasets.batches import BatchLoader
-from datasets.cache import store
+from datasets.build.cache import store
 from datasets.regions import RegionDataset, source_size
 from experiments.chain import RESIZED, chain, draw_chain
-from experiments.speed_input import make_files, make_regions, pil
-from experiments.timing import seconds_on, take_turns
+from benchmarks.speed_input import make_files, make_regions, pil
+from benchmarks.timing import seconds_on, take_turns
 from losses.multi_similarity import MultiSimilarityLoss
 from models.config import ModelConfig
 from models.earthloc import EarthLoc

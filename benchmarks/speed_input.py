@@ -1,4 +1,4 @@
-"""From files to batches: decoders, and the loader against bare decoding. python -m experiments.speed_input
+"""From files to batches: decoders, and the loader against bare decoding. python -m benchmarks.speed_input
 
 1,024 px JPEGs of about 97 KB, as the public data set's, made from the demo world's mosaic. All ways take turns, each is
 the median of its turns; decoding counts CPU time on one core, so that other jobs on the machine disturb little.
@@ -18,12 +18,12 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from datasets.batches import BatchLoader
-from datasets.cache import store
+from datasets.build.cache import store
 from datasets.images import read_pixels, resize
-from datasets.metadata import YEARS
+from datasets.names import YEARS
 from datasets.regions import RegionDataset, Regions
-from experiments.speed_augmentation import pictures
-from experiments.timing import take_turns
+from benchmarks.speed_augmentation import pictures
+from benchmarks.timing import take_turns
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 

@@ -1,4 +1,4 @@
-"""Augmentation in one warp against torchvision's chain: pixels and speed. python -m experiments.speed_augmentation
+"""Augmentation in one warp against torchvision's chain: pixels and speed. python -m benchmarks.speed_augmentation
 
 The pictures come from the demo world's mosaic. PSNR is against the same homography, sampled 8 × 8 times a pixel. Both
 sides take turns on the same thread, and its CPU time is counted, so that other jobs on the machine disturb little.
@@ -14,7 +14,7 @@ from augmentations.year_wise import Augmentation, adjust_hue, jitter, warp
 from datasets.images import read_image
 from datasets.regions import source_size
 from experiments.chain import as_one, chain, draw_chain, geometry
-from experiments.timing import seconds_on, take_turns
+from benchmarks.timing import seconds_on, take_turns
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 from utils.precision import require_device

@@ -7,9 +7,10 @@ from PIL import Image
 from rasterio.transform import from_bounds
 from rasterio.warp import transform
 
-from datasets import area, build, grid
-from datasets.metadata import Catalogue
-from datasets.raster import Raster, build_rasters
+from datasets import grid
+from datasets.build import __main__ as build, area
+from datasets.names import Catalogue
+from datasets.build.rasters import Raster, build_rasters
 
 SIZE = 32
 

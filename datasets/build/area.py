@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from datasets import grid
-from datasets.metadata import YEARS
+from datasets.names import YEARS
 
 MAX_ZOOM = 19
 MAX_LATITUDE = 60.0  # of a region's centre (paper, sec. 3.2)
