@@ -10,13 +10,13 @@ import torch
 from datasets.build.cache import cache_note
 from datasets.sets import load_evaluation_data
 from models.earthloc import build_model, load_model
+from retrieval.describe import ROTATIONS, SEARCHES
+from retrieval.evaluation import describe_sets, evaluation_figure, score_sets, write_predictions, write_results
+from retrieval.store import model_fingerprint, tidy
 from utils import distributed, figures
 from utils.arguments import add_model_arguments, make_parser, model_config, positive, run, whole
-from retrieval.store import model_fingerprint, tidy
-from retrieval.evaluation import describe_sets, score_sets, write_predictions, write_results
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
-from retrieval.describe import ROTATIONS, SEARCHES
 
 
 def parse_arguments(argv=None):
@@ -80,7 +80,7 @@ def score(data, descriptors, folder, device, args):
         logging.info(line)
     write_results(folder / "results.json", result, checkpoint=args.resume, dataset=args.dataset_path)
     write_predictions(folder / "predictions.csv", result)
-    picture = figures.evaluation_figure(result, seed=args.seed)
+    picture = evaluation_figure(result, seed=args.seed)
     if picture:
         figures.save(picture, folder / "predictions.jpg")
     logging.info(f"Results, predictions and a picture of some are in {folder}")

@@ -12,13 +12,22 @@ import os
 import numpy as np
 import torch
 
+from datasets.gps import Photos, check_points, gallery_points, photos_of_dataset, read_photos
 from datasets.sets import VALIDATION, load_evaluation_data
-from datasets.gps import GALLERY_PACKAGE, Photos, check_points, gallery_points, photos_of_dataset, read_photos
 from models.geoclip_weights import load_geoclip
+from retrieval.geolocation import (
+    CROPS,
+    accuracy,
+    accuracy_lines,
+    cached_gallery,
+    embed_photos,
+    locate,
+    mean_point,
+    nadir_bias,
+)
 from utils import figures, geo
 from utils.arguments import make_parser, positive, run, whole
-from retrieval.geolocation import CROPS, accuracy, accuracy_lines, cached_gallery, embed_photos, locate, mean_point
-from retrieval.geolocation import nadir_bias
+from utils.files import GALLERY_PACKAGE
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
 from utils.world_map import errors_map

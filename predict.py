@@ -9,19 +9,19 @@ import logging
 import numpy as np
 import torch
 
-from datasets.sets import read_database
 from datasets.gps import check_points, find_images
 from datasets.images import read_image
+from datasets.sets import read_database
 from models.earthloc import load_model
+from retrieval.describe import ROTATIONS, describe, describe_kept, first_of_each, rotate, take
+from retrieval.predictions import distances_to_footprints, readable_rows, write_predictions
+from retrieval.search import search
+from retrieval.store import model_fingerprint, tidy
 from utils import figures, geo
 from utils.arguments import make_parser, positive, run, whole
-from retrieval.store import model_fingerprint, tidy
 from utils.files import printable
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
-from retrieval.predictions import distances_to_footprints, readable_rows, write_predictions
-from retrieval.describe import ROTATIONS, describe, describe_kept, first_of_each, rotate, take
-from retrieval.search import search
 from utils.world_map import candidates_map
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from datasets.gps import check_points, find_images
 from eval_geoclip import add_model_flags, load_model_and_gallery
+from retrieval.geolocation import check_top_k, embed_photos, locate, nadir_bias
+from retrieval.predictions import readable_rows, write_predictions
 from utils import figures
 from utils.arguments import make_parser, positive, run, whole
 from utils.files import printable
-from retrieval.geolocation import check_top_k, embed_photos, locate, nadir_bias
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import default_precision, require_device
-from retrieval.predictions import readable_rows, write_predictions
 from utils.world_map import candidates_map
 
 

@@ -20,24 +20,31 @@ from tqdm import tqdm
 from augmentations.year_wise import GROUPS
 from datasets.batches import DRAWS, BatchLoader, random_clusters, schedule, spares
 from datasets.build.cache import cache_note
-from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.images import read_image
 from datasets.names import DATABASE_YEAR
 from datasets.overlap import share_ground
 from datasets.regions import RegionDataset, Regions, source_size
+from datasets.sets import VALIDATION, load_evaluation_data
 from losses import LOSSES
-from utils import distributed, figures
-from utils.arguments import (add_augmentation_arguments, add_model_arguments, augmentation_of, make_parser,
-                             positive, run as run_script, whole)
-from utils.checkpoint import LAST, save_checkpoint
 from retrieval.clustering import cluster
-from retrieval.evaluation import describe_sets, score_sets
-from utils.logs import Meter, make_log_dir, setup_logging
-from utils.signals import EXIT_CODE, Stop, Stopped
-from utils.precision import PRECISIONS, autocast, default_precision, require_device
 from retrieval.describe import describe
+from retrieval.evaluation import describe_sets, score_sets
+from utils import distributed, figures
+from utils.arguments import (
+    add_augmentation_arguments,
+    add_model_arguments,
+    augmentation_of,
+    make_parser,
+    positive,
+    whole,
+)
+from utils.arguments import run as run_script
+from utils.checkpoint import LAST, save_checkpoint
+from utils.logs import Meter, make_log_dir, setup_logging
+from utils.precision import PRECISIONS, autocast, default_precision, require_device
 from utils.runs import find_run, fresh_run, how_to_go_on
 from utils.settings import add_settings, chosen_settings, make
+from utils.signals import EXIT_CODE, Stop, Stopped
 
 
 def parse_arguments(argv=None):

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.gps import Photos, add_noise, distinct_points, photos_of_dataset, read_photos
+from datasets.sets import VALIDATION, load_evaluation_data
 from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_queue, neutral_mask
 from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
+from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils import distributed, figures, geo
 from utils.arguments import add_augmentation_arguments, augmentation_of, make_parser, positive, run, whole
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils.logs import Meter, make_log_dir, setup_logging
 from utils.precision import PRECISIONS, autocast, default_precision, require_device
 

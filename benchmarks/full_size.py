@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from datasets import grid
-from datasets.sets import load_evaluation_data
 from datasets.names import DATABASE_YEAR, YEARS, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections, share_ground
 from datasets.regions import Regions
+from datasets.sets import load_evaluation_data
 from utils.arguments import make_parser, run
 
 

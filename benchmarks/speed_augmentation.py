@@ -11,10 +11,10 @@ from kornia import enhance
 from torch.nn import functional as F
 
 from augmentations.year_wise import Augmentation, adjust_hue, jitter, warp
+from benchmarks.timing import seconds_on, take_turns
 from datasets.images import read_image
 from datasets.regions import source_size
 from experiments.chain import as_one, chain, draw_chain, geometry
-from benchmarks.timing import seconds_on, take_turns
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 from utils.precision import require_device

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from datasets.sets import load_evaluation_data
 from models.earthloc import load_model
-from utils.arguments import make_parser, run
+from retrieval.describe import ROTATIONS
 from retrieval.evaluation import describe_sets
+from utils.arguments import make_parser, run
 from utils.memory import GLIBC_KEEPS, keep_freed_blocks
 from utils.precision import autocast, default_precision, require_device
-from retrieval.describe import ROTATIONS
 
 
 class PlainImages(Dataset):

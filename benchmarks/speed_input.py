@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+from benchmarks.speed_augmentation import pictures
+from benchmarks.timing import take_turns
 from datasets.batches import BatchLoader
 from datasets.build.cache import store
 from datasets.images import read_pixels, resize
 from datasets.names import YEARS
 from datasets.regions import RegionDataset, Regions
-from benchmarks.speed_augmentation import pictures
-from benchmarks.timing import take_turns
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 
@@ -40,7 +40,7 @@ def make_files(folder, count):
         pixels = (fine + grain).clip(0, 255).astype(np.uint8)
         encoded = (simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420") for quality in range(90, 20, -4))
         paths.append(f"database/{number}.jpg")
-        Path(folder, paths[-1]).write_bytes(next((each for each in encoded if len(each) <= BYTES)))
+        Path(folder, paths[-1]).write_bytes(next(each for each in encoded if len(each) <= BYTES))
     return paths
 
 

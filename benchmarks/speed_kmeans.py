@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.speed_search import real_descriptors, spread, unit
 from benchmarks.timing import seconds_on, timed
-from utils.arguments import make_parser, run
 from retrieval.clustering import faiss_kmeans, kmeans
-from utils.precision import require_device
 from retrieval.search import low_precision
+from utils.arguments import make_parser, run
+from utils.precision import require_device
 
 ITERATIONS, WARM_ITERATIONS = 20, 5
 

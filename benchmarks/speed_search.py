@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.sets import load_evaluation_data
 from benchmarks.timing import seconds_on, timed
+from datasets.sets import load_evaluation_data
 from models.aggregators import GeM
 from models.earthloc import load_model
-from utils.arguments import make_parser, run
 from retrieval.evaluation import describe_sets
-from utils.precision import default_precision, require_device
 from retrieval.search import CompressedSearch, ExactSearch, low_precision
+from utils.arguments import make_parser, run
+from utils.precision import default_precision, require_device
 
 FULL = 700_000  # 175,000 regions, four rotations
 NEAREST = 10
@@ -181,7 +181,7 @@ def measure(database, labels, queries, right, singles, device):
         print(f"{name:18} {size:12.0f} {size * FULL / 1e9:13.2f} {build:8.1f} {1e3 * one:11.2f} {1e3 * batch:9.2f} "
               f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} "
               f"{first_recall - recall:5.2f} {100 * np.mean(best == first_best):8.1f} %", flush=True)
-        del index
+        index = None  # its memory is for the next
     print(f"GB at 700,000: bytes/vector extrapolated; the float16 file itself is {2 * dim * FULL / 1e9:.2f} GB on "
           f"disk. ms a query, 20 neighbours. At batch 1,000: QPS and CPU time against the first row, and the limit, "
           f"in CPU ms (on a GPU: in ms).")

@@ -14,12 +14,12 @@ import torch
 from torchvision.transforms import functional as TF
 
 from augmentations.year_wise import Augmentation
+from benchmarks.speed_input import make_files, make_regions, pil
+from benchmarks.timing import seconds_on, take_turns
 from datasets.batches import BatchLoader
 from datasets.build.cache import store
 from datasets.regions import RegionDataset, source_size
 from experiments.chain import RESIZED, chain, draw_chain
-from benchmarks.speed_input import make_files, make_regions, pil
-from benchmarks.timing import seconds_on, take_turns
 from losses.multi_similarity import MultiSimilarityLoss
 from models.config import ModelConfig
 from models.earthloc import EarthLoc

@@ -2,15 +2,14 @@
 
 import csv
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from datasets.names import Catalogue
 from utils import geo
+from utils.files import GALLERY_PACKAGE, package_files
 
-GALLERY_PACKAGE = "geoclip"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_COLUMNS = ("IMG_ID", "IMG_FILE", "IMAGE", "FILENAME")
 LATITUDE_COLUMNS, LONGITUDE_COLUMNS = ("LAT", "LATITUDE"), ("LON", "LNG", "LONGITUDE")
@@ -164,20 +163,9 @@ def find_images(paths):
     return found
 
 
-def package_file(*parts):
-    """A file of the installed PyPI package geoclip, found without running its code. RuntimeError if it is not there."""
-    spec = find_spec(GALLERY_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder, *parts)
-        if file.exists():
-            return file
-    raise RuntimeError(f"{'/'.join((GALLERY_PACKAGE, *parts))} not found: the published weights and the gallery of "
-                       f"100,000 points come with pip install --no-deps {GALLERY_PACKAGE} (only its files are read)")
-
-
 def package_gallery():
     """The published gallery -> (100000, 2) degrees. RuntimeError without the package."""
-    return read_points(package_file("model", "gps_gallery", "coordinates_100K.csv"))
+    return read_points(package_files(GALLERY_PACKAGE, "model", "gps_gallery", "coordinates_100K.csv")[0])
 
 
 def grid_points(spacing_km, land_only=False):

@@ -22,6 +22,7 @@ import torch
 from datasets import index
 from datasets.names import DATABASE_YEAR, Catalogue
 from utils.arguments import make_parser, run
+from utils.checkpoint import load_tensors
 from utils.files import replacing
 from utils.geo import unwrap_footprints
 from utils.strings import Strings
@@ -177,8 +178,6 @@ def save_intersections(path, table):
 
 def load_intersections(path):
     """-> the table. Raises FileNotFoundError or ValueError naming the file and the command that makes it."""
-    from models.weights import load_tensors
-
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; the positives of a data set are its file {path / INTERSECTIONS_FILE}, "

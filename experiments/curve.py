@@ -11,9 +11,9 @@ import torch
 
 from datasets.sets import VALIDATION, load_evaluation_data
 from models.earthloc import load_model
+from retrieval.evaluation import evaluate
 from utils import figures
 from utils.arguments import make_parser, run
-from retrieval.evaluation import evaluate
 from utils.precision import default_precision, require_device
 
 

@@ -12,14 +12,14 @@ import logging
 
 import numpy as np
 
-from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
-from models.geoclip_weights import load_geoclip
+from datasets.sets import VALIDATION, load_evaluation_data
 from models.earthloc import load_model
+from models.geoclip_weights import load_geoclip
 from retrieval import describe as retrieval
+from retrieval.geolocation import accuracy, embed_gallery, embed_photos, mean_point
 from utils import geo
 from utils.arguments import make_parser, run
-from retrieval.geolocation import accuracy, embed_gallery, embed_photos, mean_point
 from utils.logs import make_log_dir, setup_logging
 
 SHOWN_KM = (2500, 750, 200, 25)

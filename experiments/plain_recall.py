@@ -14,11 +14,11 @@ import torch
 
 import train
 from augmentations.year_wise import jitter, warp
+from benchmarks.speed_input import pil
 from datasets.batches import BatchLoader
 from datasets.regions import RegionDataset
 from experiments.chain import RESIZED, as_one, chain, draw_chain
 from experiments.runs import trained_and_evaluated
-from benchmarks.speed_input import pil
 from models.backbone import Backbone
 from utils import runs
 from utils.arguments import make_parser, run

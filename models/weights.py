@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from models.backbone import LITE0, RESNETS, Backbone, lite0_to_timm, outline, stages_of, stride_of
 from models.config import ModelConfig
+from utils.checkpoint import load_tensors
 
 CHECKPOINT_KEYS = ("model", "state_dict", "model_state_dict")
 COUNTER = "num_batches_tracked"
@@ -88,29 +87,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: bad model_config ({error})") from error
     return our_names(state, str(path)), config
-
-
-def load_tensors(path: str | Path) -> object:
-    """What torch.save wrote to a file, on the CPU, if it holds only tensors and plain values. ValueError otherwise."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own message goes on to recommend weights_only=False, which would run the code: it is not passed on.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f" ({found[1]})" if found else ""
-        # An "unsupported operand" is a byte that means nothing: no pickle, or a cut one.
-        if "unsupported operand" not in str(error).lower() and re.search("unsupported|unrecognized", str(error), re.I):
-            raise ValueError(
-                f"{path}: refused, because it holds more than tensors and plain values{found}, which could run code "
-                "when loaded; nothing was run. Save only the state dict: torch.save(model.state_dict(), path)"
-            ) from None
-        raise ValueError(f"{path}: truncated, or not written by torch.save; fetch or save it again") from None
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # whatever the unpickler trips over in bytes that are no pickle
-        raise ValueError(
-            f"{path}: truncated, or not written by torch.save ({type(error).__name__}); fetch or save it again"
-        ) from error
 
 
 def our_names(state: dict[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.images import read_image
-from utils import distributed, geo
+from retrieval.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
 from retrieval.store import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
+from utils import distributed, geo
 from utils.precision import autocast
 from utils.signals import ignore_signals, iterate
-from retrieval.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 RANKS = (1, 5, 10, 20, 100)

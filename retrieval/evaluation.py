@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.images import read_image
 from datasets.sets import VALIDATION, EvaluationSet
 from retrieval import describe as retrieval
-from utils import geo
 from retrieval.describe import RANKS, ROTATIONS, make_search
+from utils import figures, geo
 
 CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "correct", "km")
 
@@ -260,3 +261,20 @@ def write_predictions(path, evaluation, depth=10):
                      f"{km[q, rank]:.1f}")
                     for rank, image in enumerate(images[q]) if image >= 0)
     os.replace(temporary, path)
+
+
+def evaluation_figure(evaluation, queries_per_set=4, depth=3, size=160, seed=0):
+    """An Evaluation -> predictions_figure of a few queries of each test set, drawn by seed, not chosen.
+
+    None where there is no set to draw from.
+    """
+    data, generator, rows = evaluation.data, np.random.default_rng(seed), []
+    for result in evaluation.test_results:
+        images, count = result.database_images, len(result.set.query_rows)
+        for q in sorted(generator.choice(count, min(queries_per_set, count), replace=False)):
+            found = [(retrieval.rotate(read_image(data.database.root / data.database.paths[image], size),
+                             int(result.rotations[q, rank])), bool(result.correct[q, rank]))
+                     for rank, image in enumerate(images[q, :depth]) if image >= 0]
+            query = read_image(data.queries.root / data.queries.paths[result.set.query_rows[q]], size)
+            rows.append((query, found, result.set.name))
+    return figures.predictions_figure(rows, size) if rows else None

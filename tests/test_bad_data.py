@@ -8,19 +8,19 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import World, region_picture
 from PIL import Image
 from test_resume import MODEL, differences, same_end, signal_at
 
 import eval
 import train
-from conftest import World, region_picture
 from datasets import grid, images
 from datasets.batches import SPARES, BatchLoader, spares
-from datasets.sets import load_evaluation_data, positive_pairs
 from datasets.images import read_image
 from datasets.names import YEARS, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from datasets.regions import RegionDataset, Regions
+from datasets.sets import load_evaluation_data, positive_pairs
 from utils.checkpoint import load_checkpoint
 from utils.runs import Run
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from datasets import grid
-from datasets.build import __main__ as build, demo_world
+from datasets.build import __main__ as build
+from datasets.build import demo_world
 from datasets.build.camera import Camera, footprint, project
 from datasets.names import YEARS, Catalogue
 

@@ -13,10 +13,10 @@ from PIL import Image
 import eval
 import train
 from datasets.build.cache import cache_note, make_cache, stamps
-from datasets.sets import load_evaluation_data
 from datasets.images import read_image
 from datasets.names import Catalogue
 from datasets.regions import Regions
+from datasets.sets import load_evaluation_data
 
 
 @pytest.fixture

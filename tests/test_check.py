@@ -76,7 +76,7 @@ def test_broken_images(own_world):
     items = {text: [item for what, each in problems.items() if text in what for item in each]
              for text in ("cannot be read", "not 64 × 64", "one colour", "very bytes")}
     assert [item.split(": ")[0] for item in items["cannot be read"]] == sorted(names[:2])
-    assert [item for item in items["not 64 × 64"]] == [names[2] + ": 32 × 64"]
+    assert list(items["not 64 × 64"]) == [names[2] + ": 32 × 64"]
     assert items["one colour"] == sorted(names[2:4]) and len(items["very bytes"]) == 1 and len(problems) == 4
     assert names[4] in items["very bytes"][0]
     assert found(own_world.path, names_only=True) == {}
@@ -203,7 +203,7 @@ def test_corners_that_cross_or_have_no_area():
     crossed = ((0, 0), (1, 1), (0, 1), (1, 0))
     names, _ = parse_names([name(crossed, 1), name(((1, 1),) * 4, 2), name(((0, 0), (1, 0), (1, 1), (0, 1)), 3)])
     items = {finding.what: finding.items for finding in check_queries(names)}
-    assert [item for item in items["queries whose corners cross over"]] == [names.paths[0]]
+    assert list(items["queries whose corners cross over"]) == [names.paths[0]]
     assert items["queries with degenerate corners: they can have no positive"] == [names.paths[1]]
 
 

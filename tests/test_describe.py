@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from retrieval import describe as retrieval
-from utils import geo
 from retrieval.describe import recall_at
+from utils import geo
 
 
 def test_recall_ignores_missing_neighbours():

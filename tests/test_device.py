@@ -26,9 +26,9 @@ from models.earthloc import EarthLoc
 from models.geoclip import GeoCLIP, GeoClipConfig
 from models.image_encoder import BackboneEncoder
 from retrieval.clustering import kmeans
+from retrieval.search import ExactSearch
 from utils.precision import autocast
 from utils.runs import Run, make_optimizer
-from retrieval.search import ExactSearch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GPU = torch.device("cuda:0")

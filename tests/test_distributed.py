@@ -24,12 +24,12 @@ from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
+from retrieval.describe import describe
 from utils import distributed
 from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint
-from utils.signals import EXIT_CODE
-from retrieval.describe import describe
 from utils.runs import Run, make_optimizer
+from utils.signals import EXIT_CODE
 
 REGIONS, YEARS, SIZE = 8, 4, 16
 

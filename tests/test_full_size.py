@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from datasets.sets import load_evaluation_data
+from benchmarks import full_size
 from datasets.names import YEARS
 from datasets.regions import Regions
-from benchmarks import full_size
-
+from datasets.sets import load_evaluation_data
 
 REGIONS = np.array([(zoom, row, col) for zoom in (5, 6) for row in range(10, 16, 2) for col in range(4, 20, 2)])
 

@@ -2,11 +2,11 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from importlib.util import find_spec
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -14,9 +14,9 @@ from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_que
 from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of, load_geoclip, load_location_encoder, read_geoclip
 from models.location_encoder import LocationEncoder
+from retrieval.geolocation import read_photo
 from utils import geo
 from utils.checkpoint import save_checkpoint
-from retrieval.geolocation import read_photo
 
 needs_package = pytest.mark.skipif(find_spec("geoclip") is None, reason="pip install --no-deps geoclip")
 SMALL = GeoClipConfig("resnet18", cut_after="layer2", image_size=32, sigmas=(1.0,))

@@ -17,8 +17,8 @@ from PIL import Image
 import eval_geoclip
 import predict_geoclip
 import train_geoclip
-from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
+from datasets.sets import VALIDATION, load_evaluation_data
 from experiments import geoclip_demo
 from models.config import ModelConfig
 from models.earthloc import EarthLoc

@@ -8,10 +8,19 @@ from PIL import Image
 from models.geoclip import GeoClipConfig, build_geoclip
 from models.location_encoder import LocationEncoder
 from retrieval import geolocation
+from retrieval.geolocation import (
+    accuracy,
+    accuracy_lines,
+    cached_gallery,
+    embed_gallery,
+    embed_photos,
+    locate,
+    mean_point,
+    nadir_bias,
+    views_of,
+)
 from utils import geo
 from utils.figures import GREEN, RED
-from retrieval.geolocation import (accuracy, accuracy_lines, cached_gallery, embed_gallery, embed_photos, locate,
-                               mean_point, nadir_bias, views_of)
 from utils.world_map import candidates_map, errors_map, short_lines, to_pixel
 
 

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.gps import (add_noise, check_points, distinct_points, find_images, gallery_points, grid_points,
-                          photos_of_dataset, read_photos, read_points)
+from datasets.gps import (
+    add_noise,
+    check_points,
+    distinct_points,
+    find_images,
+    gallery_points,
+    grid_points,
+    photos_of_dataset,
+    read_photos,
+    read_points,
+)
 from datasets.names import ImageName
 from utils import geo
 
@@ -138,7 +147,7 @@ def test_published_gallery():
 
 
 def test_published_gallery_without_the_package(monkeypatch):
-    monkeypatch.setattr("datasets.gps.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.files.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install --no-deps geoclip"):
         gallery_points("package")
 

@@ -9,8 +9,18 @@ import torch
 
 from datasets import grid, index, overlap
 from datasets.names import Catalogue, ImageName
-from datasets.overlap import (INTERSECTIONS_FILE, Positives, degenerate, intersections, intersections_table,
-                              load_intersections, load_positives, save_intersections, self_crossing, share_ground)
+from datasets.overlap import (
+    INTERSECTIONS_FILE,
+    Positives,
+    degenerate,
+    intersections,
+    intersections_table,
+    load_intersections,
+    load_positives,
+    save_intersections,
+    self_crossing,
+    share_ground,
+)
 from experiments import positives as on_sphere
 
 

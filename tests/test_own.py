@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from datasets import grid
-from datasets.build import __main__ as build, check
-from datasets.sets import load_evaluation_data
-from datasets.names import YEARS, Catalogue, ImageName
+from datasets.build import __main__ as build
+from datasets.build import check
 from datasets.build.own import square_corners
+from datasets.names import YEARS, Catalogue, ImageName
 from datasets.regions import RegionDataset, Regions
+from datasets.sets import load_evaluation_data
 from utils import geo
 
 CORNERS = ("lat1", "lon1", "lat2", "lon2", "lat3", "lon3", "lat4", "lon4")

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 import predict
-from datasets.sets import read_database
 from datasets.names import ImageName
+from datasets.sets import read_database
 from models.config import ModelConfig
 from models.earthloc import build_model
 from utils.checkpoint import save_checkpoint

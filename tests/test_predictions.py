@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from shapely.geometry import Polygon, shape
 
-from utils import geo
 from retrieval.predictions import area, distances_to_footprints
+from utils import geo
 
 
 def rings(geometry):

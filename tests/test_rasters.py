@@ -8,9 +8,10 @@ from rasterio.transform import from_bounds
 from rasterio.warp import transform
 
 from datasets import grid
-from datasets.build import __main__ as build, area
-from datasets.names import Catalogue
+from datasets.build import __main__ as build
+from datasets.build import area
 from datasets.build.rasters import Raster, build_rasters
+from datasets.names import Catalogue
 
 SIZE = 32
 

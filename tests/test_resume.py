@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import train
 import utils.clustering
 import utils.evaluation
+
+import train
 from datasets.batches import Batches
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.signals import EXIT_CODE, Stop, Stopped
 from utils.runs import Run
+from utils.signals import EXIT_CODE, Stop, Stopped
 
 ROOT = Path(__file__).parents[1]
 MODEL = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer1", "--aggregator", "gem",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.sets import load_evaluation_data
 from benchmarks import speed_augmentation, speed_describe, speed_kmeans, speed_search, speed_step
+from datasets.sets import load_evaluation_data
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from utils.checkpoint import save_checkpoint

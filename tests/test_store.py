@@ -19,7 +19,8 @@ import eval as evaluation_script
 import predict
 from datasets.sets import load_evaluation_data, read_database
 from models.earthloc import ModelConfig, build_model
-from retrieval import describe as retrieval, store as descriptors
+from retrieval import describe as retrieval
+from retrieval import store as descriptors
 from utils.checkpoint import save_checkpoint
 
 COMMON = dict(image_size=16, batch_size=2, progress=False, rotations=(0, 90))

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from datasets import grid
-from datasets.build import __main__ as build, tile_server, tiles
+from datasets.build import __main__ as build
+from datasets.build import tile_server, tiles
 from datasets.build.area import all_regions, image_paths, in_box, select_regions
 from datasets.names import Catalogue
 

@@ -2,12 +2,12 @@
 
 import logging
 import os
+import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import torch
-
-from models.weights import load_tensors
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -98,3 +98,26 @@ def newest_checkpoint(place):
             if path == found[-1]:
                 raise
             logging.warning(f"{error}. Looking for an older one")
+
+
+def load_tensors(path: str | Path) -> object:
+    """What torch.save wrote to a file, on the CPU, if it holds only tensors and plain values. ValueError otherwise."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to recommend weights_only=False, which would run the code: it is not passed on.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f" ({found[1]})" if found else ""
+        # An "unsupported operand" is a byte that means nothing: no pickle, or a cut one.
+        if "unsupported operand" not in str(error).lower() and re.search("unsupported|unrecognized", str(error), re.I):
+            raise ValueError(
+                f"{path}: refused, because it holds more than tensors and plain values{found}, which could run code "
+                "when loaded; nothing was run. Save only the state dict: torch.save(model.state_dict(), path)"
+            ) from None
+        raise ValueError(f"{path}: truncated, or not written by torch.save; fetch or save it again") from None
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # whatever the unpickler trips over in bytes that are no pickle
+        raise ValueError(
+            f"{path}: truncated, or not written by torch.save ({type(error).__name__}); fetch or save it again"
+        ) from error

@@ -7,9 +7,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.images import read_image
-from retrieval.describe import rotate
-
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 GREEN, RED = (30, 160, 60), (210, 40, 40)
 
@@ -107,23 +104,6 @@ def predictions_figure(rows, size=160, groups=2):
     titles = (["query", *(f"prediction {rank + 1}" for rank in range(depth))]) * min(groups, len(rows))
     wide = [group * (depth + 1) - 1 for group in range(1, groups)]
     return mosaic(cells, size, gap=10, column_titles=titles, captions=captions, frames=frames, wide_gap_after=wide)
-
-
-def evaluation_figure(evaluation, queries_per_set=4, depth=3, size=160, seed=0):
-    """An Evaluation -> predictions_figure of a few queries of each test set, drawn by seed, not chosen.
-
-    None where there is no set to draw from.
-    """
-    data, generator, rows = evaluation.data, np.random.default_rng(seed), []
-    for result in evaluation.test_results:
-        images, count = result.database_images, len(result.set.query_rows)
-        for q in sorted(generator.choice(count, min(queries_per_set, count), replace=False)):
-            found = [(rotate(read_image(data.database.root / data.database.paths[image], size),
-                             int(result.rotations[q, rank])), bool(result.correct[q, rank]))
-                     for rank, image in enumerate(images[q, :depth]) if image >= 0]
-            query = read_image(data.queries.root / data.queries.paths[result.set.query_rows[q]], size)
-            rows.append((query, found, result.set.name))
-    return predictions_figure(rows, size) if rows else None
 
 
 def curve_figure(curves, x_title="iteration", y_title="R@1"):

@@ -3,7 +3,10 @@
 import os
 import secrets
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+GALLERY_PACKAGE = "geoclip"  # the PyPI package with GeoCLIP's published weights and gallery
 
 
 def printable(text):
@@ -15,7 +18,8 @@ def printable(text):
 def replacing(path, sync=True):
     """Yields a binary file to write; what was written becomes `path` when the block ends well, else the old file stays.
 
-    sync: wait until it is on the disk; not for thousands of files that can be made again. Safe with several processes at once: each writes a temporary of its own beside the path, and the last one stays.
+    sync: wait until it is on the disk; not for thousands of files that can be made again. Safe with several processes
+    at once: each writes a temporary of its own beside the path, and the last one stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -28,3 +32,17 @@ def replacing(path, sync=True):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def package_files(package, *parts):
+    """Files of an installed PyPI package, found without running its code -> [Path, …], sorted; parts may be a pattern.
+
+    Raises RuntimeError naming the package where there is none.
+    """
+    spec = find_spec(package.replace("-", "_"))
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for folder in folders for path in sorted(Path(folder).glob("/".join(parts)))]
+    if not found:
+        raise RuntimeError(f"{'/'.join((package, *parts))} not found: pip install --no-deps {package} brings it (only "
+                           f"its files are read)")
+    return found

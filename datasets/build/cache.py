@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from datasets.images import read_pixels
 from datasets.overlap import INTERSECTIONS_FILE
-from utils.arguments import make_parser, positive, whole
-from utils.arguments import run as run_script
+from utils.arguments import positive, whole
 
 INFO_FILE = "cache.json"
 FOLDERS = ("database", "queries")
@@ -141,21 +140,21 @@ def cache_note(dataset_path, loaded_size):
     return f"{note}, up to date"
 
 
-def main(args):
-    output = args.output or f"{Path(args.dataset_path)}_{args.size}"
-    made, errors = make_cache(args.dataset_path, output, args.size, args.quality, args.num_workers)
-    for error in errors:
-        print(f"left out: {error}")
-    print(f"{output}: {made} images made now, {len(errors)} left out; use it with --dataset_path {output}")
-
-
-if __name__ == "__main__":
-    parser = make_parser(__doc__)
+def add_command(commands, formatter):
+    parser = commands.add_parser("cache", help="a data set made smaller once, so that reading it is fast for ever",
+                                 formatter_class=formatter)
     parser.add_argument("dataset_path", help="folder with database/ and queries/")
     parser.add_argument("--size", type=positive, default=512,
                         help="pixels of the shorter side; train.py loads 512 for its default --image_size")
     parser.add_argument("--quality", type=positive, default=90, help="of the JPEGs")
     parser.add_argument("--output", help="default: the data set's folder with _SIZE after its name")
     parser.add_argument("--num_workers", type=whole, default=os.cpu_count())
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    run_script(main, parser.parse_args())
+    parser.set_defaults(command_main=main)
+
+
+def main(args):
+    output = args.output or f"{Path(args.dataset_path)}_{args.size}"
+    made, errors = make_cache(args.dataset_path, output, args.size, args.quality, args.num_workers)
+    for error in errors:
+        print(f"left out: {error}")
+    return f"{output}: {made} images made now, {len(errors)} left out; use it with --dataset_path {output}"

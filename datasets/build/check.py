@@ -6,7 +6,6 @@ PATH is a data set's folder, or a text file of names, one a line. Exit code 0: f
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datasets.build.check_names import (NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names)
+from datasets.build.check_names import NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names
 from datasets.images import decode, read_bytes
 from datasets.names import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
-from utils.arguments import make_parser, positive, run, whole
+from utils.arguments import positive, whole
 
 IMAGES = (".jpg", ".jpeg")
 NEARLY = 3  # levels of 255, in each band: what compression makes of one colour
@@ -203,16 +202,15 @@ def to_json(report):
     return json.dumps({**report, "problems": problems(report), "findings": findings}, indent=1, ensure_ascii=False)
 
 
-def parse_arguments(argv=None):
-    parser = make_parser(__doc__.split("\n")[0])
+def add_command(commands, formatter):
+    parser = commands.add_parser("check", help="what is in a data set, and what is wrong with it", formatter_class=formatter)
     parser.add_argument("path", type=Path, help="folder of a data set, or a text file of names, one a line")
     parser.add_argument("--names_only", action="store_true", help="read no image")
     parser.add_argument("--image_size", type=positive, help="side of a database image; default: what most of them have")
     parser.add_argument("--num_workers", type=whole, default=os.cpu_count(), help="threads that read images")
     parser.add_argument("--show", type=whole, default=3, help="items printed of each finding")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the whole report")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    parser.set_defaults(command_main=main)
 
 
 def main(args):
@@ -226,7 +224,3 @@ def main(args):
     if args.json:
         args.json.write_text(to_json(report))
     return 1 if problems(report) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main, parse_arguments()))

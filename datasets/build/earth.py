@@ -5,7 +5,6 @@ of a region are other months of it: the raster's fine detail times the ratio of 
 smoothed, so colours, snow and vegetation change and the ground stays where it is.
 """
 
-import argparse
 import multiprocessing
 import tempfile
 from collections import Counter
@@ -20,9 +19,9 @@ from tqdm import tqdm
 
 from datasets import grid
 from datasets.build.area import add_area_arguments, image_paths, select_regions
+from datasets.build.plan import fingerprint, read_plan, write_plan
 from datasets.images import read_image, resize
 from datasets.names import YEARS
-from datasets.build.plan import fingerprint, read_plan, write_plan
 from utils.files import replacing
 
 MONTHS = (2, 5, 11, 8)  # of YEARS: a winter, a spring, an autumn, and the raster's own, in which evaluation searches

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from datasets import grid
 from datasets.build.area import add_area_arguments, check_years, image_paths, select_regions
-from datasets.images import save_jpeg
 from datasets.build.tile_server import TileError, TileServer, check_template, is_blank, open_tile
+from datasets.images import save_jpeg
 
 LEFT_OUT_FILE = "left_out.csv"
 IMAGE_KB = 97  # an image of 1024 × 1024 of the public data set

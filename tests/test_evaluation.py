@@ -14,9 +14,9 @@ from datasets import sets
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import Positives
 from retrieval import evaluation
-from utils import figures, geo
-from retrieval.evaluation import Descriptors
 from retrieval.describe import orientation_error
+from retrieval.evaluation import Descriptors
+from utils import geo
 
 QUERY = "ISS001-E-{:05d}"
 REAL_NAMES = Path(__file__).parents[2] / "shared" / "names" / "queries.txt"  # the public data set's query names
@@ -242,7 +242,7 @@ def test_from_files_to_recalls_with_unreadable_images(tmp_path):
     assert (found, texas.rotations[0, 0], texas.recalls[1]) == (data.database.paths[1], 90, 100)
     assert sum(note.startswith("left out: ") for note in result.notes) == 2
     # The one query of the one set: its first prediction is drawn as it matched, so that both look the same.
-    sheet = np.asarray(figures.evaluation_figure(result, queries_per_set=2, size=128), dtype=np.float64)
+    sheet = np.asarray(evaluation.evaluation_figure(result, queries_per_set=2, size=128), dtype=np.float64)
     query, first, second = (sheet[32:32 + 108, 10 + 138 * column:][:, :128] for column in range(3))
     assert np.abs(query - first).mean() < 3 < 20 < np.abs(query - second).mean()
 
