@@ -98,6 +98,8 @@ def test_pictures_nearly_of_one_colour(ground, other, share, expected):
 
 def test_what_a_conversion_ruined_is_found(own_world):
     white, sea = (own_world.image(own_world.regions[k], 2019) for k in range(2))
+    for path in (white, sea):
+        path.unlink()
     pixels = np.full((64, 64, 3), 255, dtype=np.uint8)
     pixels[:4, :8] = 0
     Image.fromarray(pixels).save(white, quality=95)
