@@ -134,7 +134,7 @@ def kept_and_frozen(name: str, cut_after: str | None, freeze_until: str) -> tupl
 def default_cut(name: str) -> str:
     """The stage after which a backbone is cut if nothing else is asked: the deepest of stride 16 or less, as in the
     paper (section 5.1); a ViT's last block."""
-    return [stage for stage in stage_names(name) if stride_of(name, stage) <= 16][-1]
+    return [stage for stage in stage_names(name) if is_vit(name) or stride_of(name, stage) <= 16][-1]
 
 
 def choose_stages(name: str, cut_after: str | None, freeze_until: str | None, pretrained: bool) -> tuple[str, str]:

@@ -64,6 +64,12 @@ def test_a_preset_can_build_on_another_and_later_flags_win():
     assert (released.cluster_draw, released.neutral_filter) == ("uniform", "after")
 
 
+def test_frozen_batchnorm_is_the_papers_or_the_released_codes():
+    found = {preset: model_config(train.parse_arguments([f"@presets/{preset}.args"])).frozen_batchnorm
+             for preset in ("paper", "released")}
+    assert found == {"paper": "fixed", "released": "adapt"}
+
+
 def test_comments_quotes_and_empty_lines(tmp_path):
     (tmp_path / "mine.args").write_text("# all of it\n\n--lr 0.25 --seed 3  # why\n--log_dir 'a b'\n")
     args = train.parse_arguments([f"@{tmp_path / 'mine.args'}", "--seed", "4"])

@@ -75,14 +75,15 @@ def test_features_have_the_shape_that_timm_lists(name):
 
 @pytest.mark.parametrize("name, cut, freeze, stride, channels", [
     ("resnet50", "layer3", "layer2", 16, 1024), ("efficientnet_lite0", "blocks4", "blocks2", 16, 112),
-    ("convnext_atto", "stages2", "stages1", 16, 160), ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384)])
+    ("convnext_atto", "stages2", "stages1", 16, 160), ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384),
+    ("vit_small_patch32_224", "blocks11", "blocks7", 32, 384)])
 def test_default_cut_is_at_stride_16_and_what_is_before_stride_16_is_frozen(name, cut, freeze, stride, channels):
     with torch.device("meta"):
         backbone = Backbone(name)
     assert (backbone.stages[-1], backbone.stride, backbone.out_channels) == (cut, stride, channels)
     assert choose_stages(name, None, None, pretrained=True) == (cut, freeze)
     assert choose_stages(name, None, None, pretrained=False) == (cut, "none")
-    second = CUTS[name][1]
+    second = stage_names(name)[1]
     assert choose_stages(name, second, None, pretrained=True) == (second, "stem" if "vit" in name else second)
 
 
@@ -114,6 +115,14 @@ def test_the_token_of_a_cnn_is_the_mean_of_its_features():
     backbone = Backbone("resnet18", "layer1").eval()
     features, token = backbone.features_and_token(torch.randn(2, 3, 32, 32))
     torch.testing.assert_close(token, torch.stack([each.flatten(1).mean(1) for each in features]))
+
+
+def test_a_resnet_from_scratch_starts_as_torchvisions():
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18().state_dict()
+    torch.manual_seed(0)
+    ours = Backbone("resnet18", "layer4").model.state_dict()
+    assert len(ours) == len(theirs) - 2 and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_features_are_those_of_torchvisions_own_forward():

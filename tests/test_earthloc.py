@@ -97,6 +97,16 @@ def test_imagenet_weights_freeze_up_to_stride_8():
     assert not model.backbone.model.blocks[2].training and model.backbone.model.blocks[3].training
 
 
+@pytest.mark.parametrize("frozen_batchnorm", ["fixed", "adapt"])
+def test_averages_of_frozen_stages_move_if_they_are_to_adapt(frozen_batchnorm, images):
+    torch.manual_seed(0)
+    model = EarthLoc(replace(TINY, freeze_until="layer1", frozen_batchnorm=frozen_batchnorm))
+    norm = model.backbone.model.layer1[1].bn2
+    with torch.no_grad():
+        model.train()(images)
+    assert (norm.running_mean != 0).all() == (norm.running_var != 1).all() == (frozen_batchnorm == "adapt")
+
+
 def test_config_with_its_defaults_filled_in_builds_the_same_model():
     for config in (TINY, replace(TINY, freeze_until="conv1"), TINY_GEM):
         model = EarthLoc(config)
