@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import utils.clustering
+import retrieval.clustering
 import utils.evaluation
 
 import train
@@ -87,7 +87,7 @@ def same_end(expected, found):
 # Where a run can be stopped: each is called once an iteration, validation, clustering, file, …
 SEAMS = {"update": (train, "update"), "validate": (train, "validate"), "score": (utils.evaluation, "score_set"),
          "cluster": (train, "make_clusters"), "describe": (train, "describe"),
-         "k-means": (utils.clustering, "faiss_kmeans"), "load": (Batches, "__getitem__"), "save": (torch, "save")}
+         "k-means": (retrieval.clustering, "faiss_kmeans"), "load": (Batches, "__getitem__"), "save": (torch, "save")}
 
 
 def signal_at(monkeypatch, name, call, after=True, number=signal.SIGTERM):
