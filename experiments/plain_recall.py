@@ -22,7 +22,6 @@ from datasets.regions import RegionDataset
 from experiments.chain import RESIZED, as_one, chain, draw_chain
 from experiments.speed_input import pil
 from models.backbone import Backbone
-from utils import runs
 from utils.arguments import make_parser, run
 
 RANKS = ("1", "5", "10", "20", "100")
@@ -67,7 +66,7 @@ train_prepare = train.prepare
 
 
 class PlainAdam(torch.optim.Adam):
-    def __init__(self, model, lr):
+    def __init__(self, model, lr, _):
         super().__init__([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
 
     def step(self, closure=None):
@@ -77,7 +76,7 @@ class PlainAdam(torch.optim.Adam):
 
 def plain_run(args):
     """train.main with plain parts inside -> the run's folder."""
-    with patch.object(runs, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
+    with patch.object(train, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
         return train.main(args)
 
 

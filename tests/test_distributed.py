@@ -24,7 +24,7 @@ import train
 from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
 from models.earthloc import EarthLoc, ModelConfig
-from utils import distributed
+from utils import distributed, loop
 from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint
 from utils.preemption import EXIT_CODE
@@ -106,13 +106,13 @@ def one_update(_, wrong=None):
         for module in model.modules():
             if isinstance(module, distributed.GlobalBatchNorm):
                 module.__class__ = torch.nn.BatchNorm2d
-    before, train.distributed = train.distributed, used
+    train.distributed = loop.distributed = used
     try:
         run = Run(model, make_optimizer(model, 1e-3))
         loss, *_ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
                                torch.device("cpu"), "fp32")
     finally:
-        train.distributed = before
+        train.distributed = loop.distributed = distributed
     gradients = torch.cat([each.grad.flatten() for each in model.parameters()])
     averages = torch.cat([each.double().flatten() for each in model.buffers()])
     return gradients.numpy(), float(loss), averages.numpy()

@@ -17,12 +17,13 @@ from PIL import Image
 import eval_geoclip
 import predict_geoclip
 import train_geoclip
+from augmentations.turns import turn_and_flip
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
+from datasets.photo_batches import Schedule, candidates_of
 from experiments import geoclip_demo
 from models.earthloc import EarthLoc, ModelConfig
 from models.weights import save_safetensors
-from train_geoclip import Schedule, candidates_of, turn_and_flip
 from utils import geo
 from utils.arguments import augmentation_of, run
 from utils.checkpoint import load_checkpoint
@@ -64,7 +65,7 @@ def test_a_run_leaves_its_outputs(trained, world):
     assert len(last["gallery"]) == 24 and len(last["queue"]) == 20
     for point in last["queue"].numpy():
         assert geo.distance_km(point, centers).min() < 1e-6  # real places, noise is added on use only
-    assert (trained / "info.log").read_text().count("validation within") == 2
+    assert (trained / "info.log").read_text().count("validation within") == 3  # before training, and after iterations 2 and 4
 
 
 def test_scalars_are_finite(trained):
@@ -240,12 +241,11 @@ def test_each_process_gets_its_share_and_all_know_the_whole():
     assert list(Schedule(103, 10, 25, 1, start=7)) == list(whole)[7:]
 
 
-def test_noise_is_the_same_in_every_process_and_new_each_iteration(world):
-    args = arguments(world)
+def test_noise_is_the_same_in_every_process_and_new_each_iteration():
     points, queue = np.zeros((4, 2)), np.full((6, 2), 10.0)
-    first = candidates_of(points, queue, args, 3)
-    assert np.array_equal(first, candidates_of(points, queue, args, 3))
-    assert not np.isclose(first, candidates_of(points, queue, args, 4)).any()
+    first = candidates_of(points, queue, 150.0, 1000.0, 0, 3)
+    assert np.array_equal(first, candidates_of(points, queue, 150.0, 1000.0, 0, 3))
+    assert not np.isclose(first, candidates_of(points, queue, 150.0, 1000.0, 0, 4)).any()
     assert geo.distance_km(first[:4], points).max() < 1 and 0 < geo.distance_km(first[4:], queue).max() < 6
 
 

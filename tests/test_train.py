@@ -130,7 +130,7 @@ def test_nan_loss_stops_before_the_update_and_says_when(world, monkeypatch, tmp_
             Breaks.calls += 1
             return super().forward(*inputs) * (float("nan") if Breaks.calls == 3 else 1)
 
-    monkeypatch.setattr(train, "make_loss", lambda args: Breaks())
+    monkeypatch.setattr(train, "make_loss", lambda *_: Breaks())
     weights = []
     hook = register_optimizer_step_post_hook(lambda optimizer, *_: weights.append(
         [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]))
