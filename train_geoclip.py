@@ -3,7 +3,8 @@ or, on an EarthLoc data set:  python train_geoclip.py @presets/geoclip_demo.args
 
 A signal (SIGTERM, SIGINT, SIGUSR1) stops it at the next iteration with exit code 75; --resume goes on with the same
 bits. Several GPUs: torchrun --nproc_per_node 4 train_geoclip.py …; --batch_size is that of all processes together, the
-queue is the same in all of them, and training is that of one process but for each process's own augmentation.
+queue is the same in all of them. Each process has its own draws of the augmentation, and the BatchNorm before the MLP of
+a backbone sees its process's share.
 Outputs go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.pt evaluates a checkpoint.
 """
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_resume import differences
 
 import eval_geoclip
 import predict_geoclip
@@ -27,6 +29,7 @@ from models.weights import save_safetensors
 from utils import geo
 from utils.arguments import augmentation_of, run
 from utils.checkpoint import load_checkpoint
+from utils.preemption import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["--image_encoder", "resnet18", "--weights", "none", "--cut_after", "layer2", "--image_size", "32",
@@ -76,15 +79,65 @@ def test_scalars_are_finite(trained):
     assert 0 < events.Scalars("loss")[0].value < 10
 
 
-def test_a_resumed_run_ends_with_the_same_weights(world, trained):
+def test_a_resumed_run_ends_with_the_same_bits(world, trained):
     stopped = train_geoclip.main(arguments(world, "--iterations", "3"))
     resumed = train_geoclip.main(arguments(world, "--resume", str(stopped / "last.pt")))
     expected, found = load_checkpoint(trained / "last.pt"), load_checkpoint(resumed / "last.pt")
-    assert found["iteration"] == 4 and torch.equal(found["queue"], expected["queue"])
-    for key, value in expected["model"].items():
-        assert torch.allclose(value.float(), found["model"][key].float(), rtol=1e-4, atol=1e-6), key
-    stale = load_checkpoint(stopped / "last.pt")["model"]
-    assert any(not torch.equal(stale[key], value) for key, value in found["model"].items())
+    assert found["iteration"] == 4 and differences(expected, found) == []
+    assert differences(load_checkpoint(stopped / "last.pt")["queue"], found["queue"]) != []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_it_and_auto_goes_on_with_the_same_bits(world, trained, monkeypatch, number):
+    def update(run, *rest):
+        result = original(run, *rest)
+        if run.iteration == 1:
+            os.kill(os.getpid(), number)
+        return result
+    original = train_geoclip.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train_geoclip, "update", update)
+        with pytest.raises(SystemExit) as stopped:
+            train_geoclip.main(arguments(world, "--resume", "auto"))
+    folder, = Path("logs/g").iterdir()
+    assert stopped.value.code == EXIT_CODE and "stopped before iteration 2 of 4" in (folder / "info.log").read_text()
+    assert load_checkpoint(folder / "last.pt")["iteration"] == 1 and not (folder / "done").exists()
+    resumed = train_geoclip.main(arguments(world, "--resume", "auto"))
+    for name in ("last.pt", "best.pt"):
+        assert differences(load_checkpoint(trained / name), load_checkpoint(resumed / name)) == []
+
+
+@pytest.fixture
+def infinite_gradient(monkeypatch):
+    """In iteration 2, the loss is finite and its gradient is not: sqrt has an infinite slope at 0."""
+    def update(run, *rest):
+        monkeypatch.setattr(train_geoclip, "gps_cross_entropy", lambda logits, *others: original(logits, *others) + (
+            (logits[0, 0] * 0).sqrt() if run.iteration == 2 else 0))
+        return step(run, *rest)
+    step, original = train_geoclip.update, train_geoclip.gps_cross_entropy
+    monkeypatch.setattr(train_geoclip, "update", update)
+
+
+def test_a_gradient_that_is_not_finite_overwrites_no_checkpoint(world, infinite_gradient):
+    with pytest.raises(RuntimeError, match="iteration 2: the gradient's norm is .*bad_batch_2.pt"):
+        train_geoclip.main(arguments(world, "--validate_every", "1"))
+    folder, = Path("logs/g").iterdir()
+    bad = load_checkpoint(folder / "bad_batch_2.pt")["model"]
+    assert bad["iteration"] == 2 and bad["views"].shape == (8, 3, 32, 32) and len(bad["paths"]) == 8
+    assert all(str(world.path) in path and Path(path).is_file() for path in bad["paths"])
+    for name in ("best.pt", "last.pt"):
+        state = load_checkpoint(folder / name)
+        assert state["iteration"] <= 2 and all(torch.isfinite(value).all() for value in state["model"].values())
+    assert load_checkpoint(folder / "last.pt")["iteration"] == 2 and not (folder / "done").exists()
+
+
+def test_a_skipped_update_leaves_only_a_number_and_the_queue(world, infinite_gradient):
+    folder = train_geoclip.main(arguments(world, "--iterations", "3", "--save_every", "1", "--max_skips", "1",
+                                          "--validate_every", "3"))
+    before, after = load_checkpoint(folder / "previous.pt"), load_checkpoint(folder / "last.pt")
+    assert (before["iteration"], after["iteration"]) == (2, 3) and (before["skipped"], after["skipped"]) == (0, 1)
+    assert differences(before["model"], after["model"]) == differences(before["optimizer"], after["optimizer"]) == []
+    assert torch.equal(before["queue"][8:], after["queue"][:-8])
 
 
 def test_it_learns_the_tiny_world(world):

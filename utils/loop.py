@@ -50,8 +50,8 @@ def guarded_update(run, lr, forward):
     BatchNorm's. The device decides that, so the host need not wait for it.
     """
     run.model.train()
-    averages = [each for module in run.model.modules() if isinstance(module, nn.BatchNorm2d) and module.training
-                for each in module.buffers()]
+    averages = [each for module in run.model.modules() for each in module.buffers(recurse=False)
+                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.training]
     before = [each.clone() for each in averages]
     loss, rest = forward()
     for group in run.optimizer.param_groups:
