@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORLD := data/demo_world
 TORCH_THREADS := OMP_NUM_THREADS=1
+# Tests run in an order of their own each time; make test SEED=… repeats one.
+SEED ?= $(shell date +%s)
 
 .PHONY: demo test test-slow clean
 
@@ -24,10 +26,10 @@ demo: $(VENV)/.installed
 	$(RUN) -m experiments.demo --dataset_path $(WORLD)
 
 test: $(VENV)/.installed-tests
-	$(TORCH_THREADS) $(RUN) -m pytest -q -m "not slow" tests
+	$(TORCH_THREADS) $(RUN) -m pytest -q -m "not slow" --randomly-seed=$(SEED) tests
 
 test-slow: $(VENV)/.installed-tests
-	$(TORCH_THREADS) $(RUN) -m pytest -q -m slow tests
+	$(TORCH_THREADS) $(RUN) -m pytest -q -m slow --randomly-seed=$(SEED) tests
 
 clean:
 	rm -rf logs data/demo_world

@@ -9,10 +9,10 @@ import torch
 
 from datasets.cache import cache_note
 from datasets.evaluation import load_evaluation_data
-from models.earthloc import build_model
-from models.weights import load_model
+from models.earthloc import build_model, load_model
 from utils import distributed, figures
 from utils.arguments import add_model_arguments, make_parser, model_config, positive, run, whole
+from utils.descriptors import model_fingerprint, tidy
 from utils.evaluation import describe_sets, score_sets, write_predictions, write_results
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
@@ -32,6 +32,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--descriptors", default="logs/descriptors",
                         help="folder where descriptors are kept, so that none is made twice; none: in memory only, "
                              "as always with several processes")
+    parser.add_argument("--forget_descriptors", action="store_true",
+                        help="remove what was kept there for other models than this one")
     parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
     parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +64,8 @@ def main(args):
         if note:
             logging.info(note)
         kept = None if args.descriptors == "none" or distributed.world() > 1 else args.descriptors
+        if kept:
+            tidy(kept, model_fingerprint(model, model.config.image_size, precision), args.forget_descriptors)
         descriptors, data = describe_sets(model, data, model.config.image_size, args.batch_size, args.num_workers,
                                           device, precision, ROTATIONS if args.tta == "4x90" else (0,),
                                           rotate=args.rotate, keep=kept)

@@ -12,12 +12,14 @@ import torch
 from datasets.evaluation import read_database
 from datasets.gps import check_points, find_images
 from datasets.images import read_image
-from models.weights import load_model
+from models.earthloc import load_model
 from utils import figures, geo
 from utils.arguments import make_parser, positive, run, whole
+from utils.descriptors import model_fingerprint, tidy
+from utils.files import printable
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
-from utils.predictions import readable_rows, write_predictions
+from utils.predictions import distances_to_footprints, readable_rows, write_predictions
 from utils.retrieval import ROTATIONS, describe, describe_kept, first_of_each, rotate, take
 from utils.search import search
 from utils.world_map import candidates_map
@@ -29,11 +31,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--resume", required=True, help="checkpoint of train.py, or released weights")
     parser.add_argument("--dataset_path", required=True, help="folder with database/; queries are not needed")
     parser.add_argument("--near", type=float, nargs=2, metavar=("LAT", "LON"),
-                        help="only images near this place, the point below the station; degrees")
+                        help="only images that show ground near this place, the point below the station; degrees")
     parser.add_argument("--near_km", type=float, default=2500, help="how near; astronauts see 2500 km (paper, eq. 1)")
     parser.add_argument("--top_k", type=positive, default=3, help="places for each photo")
     parser.add_argument("--descriptors", default="logs/descriptors",
                         help="folder where the database's descriptors are kept, so that none is made twice")
+    parser.add_argument("--forget_descriptors", action="store_true",
+                        help="remove what was kept there for other models than this one")
     parser.add_argument("--shown", type=whole, default=50, help="photos in the picture, and world maps")
     parser.add_argument("--log_dir", default="predict", help="results go to logs/LOG_DIR/date_time")
     parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
@@ -57,9 +61,10 @@ def main(args):
     model = load_model(args.resume).to(device).eval()
 
     common = (model.config.image_size, args.batch_size, args.num_workers, device, precision)
-    photos, failures = describe(model, paths, *common, label="describing photos")
+    photos, failures = describe(model, paths, *common, label="describing photos", upright=True)
     readable = readable_rows(paths, failures)
     photos, paths = photos[0, readable], [paths[row] for row in readable]
+    tidy(args.descriptors, model_fingerprint(model, model.config.image_size, precision), args.forget_descriptors)
     images, failures = describe_kept(args.descriptors, model, database.root, database.paths, *common, ROTATIONS,
                                      "world", wanted=rows)
     rows = np.setdiff1d(rows, [row for row, _ in failures])
@@ -78,7 +83,7 @@ def main(args):
         if k < args.shown:
             places = [(each["latitude"], each["longitude"]) for each in own]
             labels = [f"{each['score']:.3f}" for each in own]
-            figures.save(candidates_map(places, labels, path.name), folder / f"map_{k:04d}.jpg")
+            figures.save(candidates_map(places, labels, printable(path.name)), folder / f"map_{k:04d}.jpg")
     if args.shown:
         save_picture(folder / "predictions.jpg", paths[:args.shown], database, scores, found, rotations)
     logging.info(f"{len(paths)} photos, {len(rows)} database images; predictions, picture and maps are in {folder}")
@@ -90,11 +95,21 @@ def candidate_rows(database, args):
     rows, where = np.arange(len(database)), ""
     if args.near is not None:
         near = check_points([args.near], "--near")[0]
-        rows = np.flatnonzero(geo.distance_km(database.centers, near) <= args.near_km)
+        rows = rows_near(database, near, args.near_km)
         where = f" within {args.near_km:g} km of {args.near[0]:g}, {args.near[1]:g} (--near, --near_km)"
     if len(rows) < args.top_k:
         raise ValueError(f"--top_k {args.top_k}: the database has {len(rows)} images{where}")
     return rows
+
+
+def rows_near(database, point, km):
+    """Rows of the images whose footprint reaches into the circle of so many km around a point (lat, lon)."""
+    away = geo.distance_km(database.centers, point)
+    reach = geo.distance_km(database.footprints, database.centers[:, None]).max(axis=1)
+    rim = np.flatnonzero((away > km) & (away <= km + reach))  # few: the outlines of these only are looked at
+    near = away <= km
+    near[rim] = distances_to_footprints(database.footprints[rim], point) <= km
+    return np.flatnonzero(near)
 
 
 def locate(photos, images, rows, top_k):
@@ -111,7 +126,7 @@ def locate(photos, images, rows, top_k):
 
 def as_predictions(paths, database, scores, found, rotations):
     """-> a list of dicts, one a place, best first. score: cosine similarity. rotation: degrees counter-clockwise that
-    the image was turned to look like the photo, which is the compass azimuth of the photo's up direction."""
+    the image was turned to look like the photo, as a viewer shows it: the compass azimuth of the photo's up."""
     return [{"image": str(path), "rank": rank + 1, "latitude": round(float(lat), 6), "longitude": round(float(lon), 6),
              "score": round(float(scores[k, rank]), 6), "rotation": int(rotations[k, rank]),
              "database_image": database.paths[found[k, rank]], "area_km2": int(database.areas[found[k, rank]])}
@@ -125,9 +140,10 @@ def save_picture(file, paths, database, scores, found, rotations, size=160):
     for k, path in enumerate(paths):
         images = [rotate(read_image(database.root / database.paths[row], size), int(degrees))
                   for row, degrees in zip(found[k], rotations[k])]
-        cells.append([read_image(path, size), *images])
-        captions.append([path.name[:22], *(f"{lat:.1f} {lon:.1f} ({score:.2f})" for (lat, lon), score in zip(
-            database.centers[found[k]], scores[k]))])
+        cells.append([read_image(path, size, upright=True), *images])
+        captions.append([printable(path.name)[:22], *(
+            f"{lat:.1f} {lon:.1f} ({score:.2f})"
+            for (lat, lon), score in zip(database.centers[found[k]], scores[k]))])
     titles = ["photo", *(f"prediction {rank + 1}" for rank in range(found.shape[1]))]
     figures.save(figures.mosaic(cells, size, captions=captions, column_titles=titles), file)
 

@@ -12,6 +12,7 @@ from datasets.gps import check_points, find_images
 from eval_geoclip import add_model_flags, load_model_and_gallery
 from utils import figures
 from utils.arguments import make_parser, positive, run, whole
+from utils.files import printable
 from utils.geolocation import check_top_k, embed_photos, locate, nadir_bias
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import default_precision, require_device
@@ -53,7 +54,7 @@ def main(args):
         logging.info(f"{path}: {described}")
         if number < args.maps:
             labels = [f"{100 * share:.2f} %" for share in shares]
-            figures.save(candidates_map(found, labels, path.name), folder / f"map_{number:04d}.jpg")
+            figures.save(candidates_map(found, labels, printable(path.name)), folder / f"map_{number:04d}.jpg")
     logging.info(f"{len(paths)} photos, a gallery of {len(points)} places; predictions and maps are in {folder}")
     return predictions
 

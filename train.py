@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from augmentations.year_wise import GROUPS
-from datasets.batches import BatchLoader
+from datasets.batches import DRAWS, BatchLoader
 from datasets.cache import cache_note
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.metadata import DATABASE_YEAR
 from datasets.regions import RegionDataset, source_size
 from datasets.training import iteration_seed, neutral_pairs, note_unreadable, read_regions, serve_period
 from losses import LOSSES
-from models.earthloc import EarthLoc, ModelConfig, build_model
+from models.config import ModelConfig
+from models.earthloc import EarthLoc, build_model
 from utils import distributed, figures
 from utils.arguments import (add_augmentation_arguments, add_model_arguments, add_run_arguments, augmentation_of,
                              make_parser, model_config, positive, run as run_script, whole)
@@ -52,6 +53,8 @@ def parse_arguments(argv=None):
                          help="regions a batch, over all processes; each brings its four years")
     batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
     batches.add_argument("--num_clusters", type=positive, default=200)
+    batches.add_argument("--cluster_draw", choices=DRAWS, default="size",
+                         help="a batch's cluster: in proportion to its size, or any, equally likely (released code)")
     batches.add_argument("--recluster_every", type=positive, default=5000, help="iterations")
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     add_augmentation_arguments(augmentation, GROUPS)
@@ -95,7 +98,7 @@ def start(args, regions, loader, augment, folder, device, precision):
     """-> The Run to go on with, or a fresh one."""
     path, checkpoint = find_checkpoint(args.resume, args.log_dir, "model_config", "train.py")
     if checkpoint:
-        model = EarthLoc(ModelConfig(**checkpoint["model_config"]))
+        model = EarthLoc(ModelConfig.from_dict(checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     else:
         model = build_model(model_config(args), args.weights)
@@ -109,7 +112,7 @@ def start(args, regions, loader, augment, folder, device, precision):
         if args.fc_init == "whitening":
             whiten(model, loader, len(regions), augment, args.batch_size, args.seed, args.fc_std, args.fc_regulariser,
                    device, precision)
-    distributed.use_global_batchnorm(model)
+    run.network = distributed.wrap(model)
     if args.compile:
         model.compile()
     return run
@@ -124,7 +127,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     """
     def forward():
         with autocast(device, precision):
-            descriptors = run.model(views.contiguous(memory_format=torch.channels_last))
+            descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
         descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
         # Mining drops nan similarities: the loss would be a harmless 0.
         loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
@@ -187,7 +190,7 @@ def train(args, folder, device, stop):
         if since == 0 or served is None:
             with stop.at_once():
                 served = serve_period(loader, run.memory["clusters"], args.batch_size, run.iteration,
-                                      args.recluster_every, args.iterations, args.seed, mine)
+                                      args.recluster_every, args.iterations, args.seed, mine, args.cluster_draw)
             meter.restart()
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)

@@ -21,7 +21,7 @@ from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import Photos, distinct_points, photos_of_dataset, read_photos
 from datasets.photo_batches import Schedule, candidates_of, draws_of, note_unreadable
 from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_queue, neutral_mask
-from models.geoclip import IMAGE_ENCODERS, GeoCLIP, GeoClipConfig, build_geoclip
+from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
                                                       "default: 1.15 × the encoder's size")
     data.add_argument("--num_workers", type=whole, default=4)
     model = parser.add_argument_group("model")
-    model.add_argument("--image_encoder", choices=IMAGE_ENCODERS, default="clip")
+    model.add_argument("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
     model.add_argument("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
     model.add_argument("--weights", default="imagenet", help="of a backbone: imagenet, none, or a file (a classifier's "
                                                              "or EarthLoc's state dict); CLIP brings its own")
@@ -118,7 +118,7 @@ def start(args, training, gallery, folder, device):
               content=partial(checkpoint_of, gallery=gallery))
     if checkpoint:
         go_on(run, path, checkpoint, folder, vars(args))
-    distributed.use_global_batchnorm(model)
+    run.network = distributed.wrap(model)
     return run
 
 
@@ -149,7 +149,7 @@ def loss_of(model, views, points, candidates, own, readable, neutral_km, precisi
 def update(run, views, points, candidates, own, readable, neutral_km, lr, device, precision):
     """One step, as `loss_of` has it -> loss, norm of the gradient and share of hits of all processes, 0-d."""
     def forward():
-        loss, hits = loss_of(run.model, views, points, candidates, own, readable, neutral_km, precision)
+        loss, hits = loss_of(run.network, views, points, candidates, own, readable, neutral_km, precision)
         return distributed.gather(loss[None]).mean(), distributed.gather(hits[None]).mean()
     loss, norm, hits = guarded_update(run, lr, forward)
     run.model.clamp_scale_()

@@ -16,38 +16,42 @@ MIDDLE_GREY = 0.42
 ALL = slice(None)
 
 
-def uniform(low, high, count, generator, rows=ALL):
-    """(count, 1, 1, 1) uniform draws, of which `rows` are returned: here and below, the others are drawn only."""
-    return torch.rand(count, 1, 1, 1, generator=generator)[rows] * (high - low) + low
+def uniform(low, high, count, generator, rows=ALL, device="cpu"):
+    """(count, 1, 1, 1) uniform draws, of which `rows` are returned: here and below, the others are drawn only.
+
+    Drawn on the CPU, where the generator is; what is made of it is made on the device, which does not wait.
+    """
+    return torch.rand(count, 1, 1, 1, generator=generator)[rows].to(device, non_blocking=True) * (high - low) + low
 
 
-def fractal(count, size, generator, rows=ALL):
+def fractal(count, size, generator, rows=ALL, device="cpu"):
     """(count, 1, size, size) smooth random fields of mean 0 and spread 1, some rough, some soft."""
-    roughness = uniform(0.5, 0.9, count, generator, rows)
-    field = torch.zeros(len(roughness), 1, size, size)
+    roughness = uniform(0.5, 0.9, count, generator, rows, device)
+    field = torch.zeros(len(roughness), 1, size, size, device=device)
     for octave, cells in enumerate(each for each in CELLS if each <= size):
-        noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)[rows]
+        noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)[rows].to(device, non_blocking=True)
         field += roughness ** octave * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
     field -= field.mean(dim=(2, 3), keepdim=True)
     return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6) if len(field) else field  # torch warns at none
 
 
-def cloud_opacity(coverage, count, size, generator, rows=ALL):
+def cloud_opacity(coverage, count, size, generator, rows=ALL, device="cpu"):
     """(count, 1, size, size) in [0, 1): zero outside the clouds, which cover up to `coverage`, mostly less."""
-    field = fractal(count, size, generator, rows)
-    share = coverage * torch.rand(count, generator=generator)[rows] ** 2
+    field = fractal(count, size, generator, rows, device)
+    share = coverage * torch.rand(count, generator=generator)[rows].to(device, non_blocking=True) ** 2
     ordered = field.flatten(1).sort(dim=1, descending=True).values
     edge = ordered.gather(1, (share * (ordered.shape[1] - 1)).long()[:, None])
-    depth = uniform(0.5, 4, count, generator, rows) * (field - edge[:, :, None, None]).clamp(min=0)
-    return uniform(0.75, 1, count, generator, rows) * (1 - torch.exp(-depth))
+    depth = uniform(0.5, 4, count, generator, rows, device) * (field - edge[:, :, None, None]).clamp(min=0)
+    return uniform(0.75, 1, count, generator, rows, device) * (1 - torch.exp(-depth))
 
 
-def haze_opacity(haze, count, size, generator, rows=ALL):
+def haze_opacity(haze, count, size, generator, rows=ALL, device="cpu"):
     """(count, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
-    places = torch.linspace(-1, 1, size)
-    angle = uniform(0, 2 * torch.pi, count, generator, rows)
+    places = torch.linspace(-1, 1, size, device=device)
+    angle = uniform(0, 2 * torch.pi, count, generator, rows, device)
     slope = (torch.cos(angle) * places + torch.sin(angle) * places[:, None]) / 2 ** 0.5  # in [-1, 1]
-    return uniform(0, haze, count, generator, rows) * (1 + uniform(0, 1, count, generator, rows) * slope) / 2
+    thickest, spread = (uniform(0, high, count, generator, rows, device) for high in (haze, 1))
+    return thickest * (1 + spread * slope) / 2
 
 
 def expose(images, strength):
@@ -72,14 +76,15 @@ def add_weather(images, clouds, haze, exposure, generator, here=None):
     count, size, device = len(here), images.shape[-1], images.device
     chosen = torch.randint(2, (count, 1, 1, 1), generator=generator).flatten().bool()
     rows = torch.nonzero(here & chosen).flatten()  # among all
-    own = torch.nonzero(chosen[here]).flatten().to(device)  # among the images
+    own = torch.nonzero(chosen[here]).flatten().to(device, non_blocking=True)  # among the images
     photos = images[own]
     if haze:
-        opacity = haze_opacity(haze, count, size, generator, rows).to(device)
-        photos = photos + opacity * (torch.tensor(HAZE_COLOUR, device=device)[:, None, None] - photos)
+        opacity = haze_opacity(haze, count, size, generator, rows, device)
+        colour = torch.tensor(HAZE_COLOUR).to(device, non_blocking=True)
+        photos = photos + opacity * (colour[:, None, None] - photos)
     if clouds:
-        opacity = cloud_opacity(clouds, count, size, generator, rows).to(device)
+        opacity = cloud_opacity(clouds, count, size, generator, rows, device)
         photos = photos + opacity * (1 - photos)
     if exposure:
-        photos = expose(photos, uniform(0, exposure, count, generator, rows).to(device))
+        photos = expose(photos, uniform(0, exposure, count, generator, rows, device))
     return images.index_copy(0, own, photos)

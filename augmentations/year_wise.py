@@ -46,7 +46,7 @@ class Augmentation:
     group: str = "year"
     rotation: float = 45.0
     perspective: float = 0.5
-    min_crop: float = 0.7
+    min_crop: float = 1.0
     aspect: float = 1.0
     brightness: float = 0.9
     contrast: float = 0.9
@@ -97,8 +97,9 @@ class Augmentation:
         """images uint8 (N, 3, H, W) -> float32 (N, 3, size, size), one draw for all but the weather. here (M,): which
         of the images that share it these are; where there are none, the draws are made all the same."""
         draw = self.draw(generator)
-        views = jitter(warp(images, draw, self.size), draw) if len(images) else torch.empty(0, 3, self.size, self.size)
-        return add_weather(views.to(images.device), self.clouds, self.haze, self.exposure, generator, here)
+        views = (jitter(warp(images, draw, self.size), draw) if len(images)
+                 else torch.empty(0, 3, self.size, self.size, device=images.device))
+        return add_weather(views, self.clouds, self.haze, self.exposure, generator, here)
 
     def draw(self, generator):
         """-> a Draw."""
@@ -159,14 +160,17 @@ def samples_per_pixel(quad, source, size):
 
 
 def jitter(images, draw):
-    """Colour jitter with torchvision's maths, in the draw's order. (N, 3, H, W) in [0, 1] -> the same."""
+    """Colour jitter with torchvision's maths, in the draw's order. (N, 3, H, W) in [0, 1] -> the same.
+
+    kornia gets tensors: a float it would send to a GPU as a tensor, and wait for that.
+    """
     for step in draw.order:
         if step == 0 and draw.brightness != 1:
             images = (images * draw.brightness).clamp(0, 1)
         elif step == 1 and draw.contrast != 1:
-            images = enhance.adjust_contrast_with_mean_subtraction(images, draw.contrast)
+            images = enhance.adjust_contrast_with_mean_subtraction(images, torch.tensor(draw.contrast))
         elif step == 2 and draw.saturation != 1:
-            images = enhance.adjust_saturation_with_gray_subtraction(images, draw.saturation)
+            images = enhance.adjust_saturation_with_gray_subtraction(images, torch.tensor(draw.saturation))
         elif step == 3 and draw.hue != 0:
             images = adjust_hue(images, draw.hue)
     return images

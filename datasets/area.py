@@ -68,7 +68,7 @@ def check_years(years):
 
 def image_paths(region, years):
     """(zoom, row, col) -> grid.image_path of each year; numbers are computed once, which counts at 175,000 regions."""
-    fields = grid.image_path(*region, years[0]).split("@")  # database/{year}_{zoom}/{tens}/, 16 fields, .jpg
+    fields = grid.image_path(*region, years[0]).split("@")  # database/{year}_{zoom}/{tens}/, 14 fields, .jpg
     folder, tens = fields[0].split("/")[0], fields[0].split("/")[2]
     return ["@".join([f"{folder}/{year:04d}_{region[0]:02d}/{tens}/", *fields[1:10], f"{year:04d}", *fields[11:]])
             for year in years]

@@ -8,20 +8,25 @@ from utils.preemption import ignore_signals, iterate
 
 SPARES = 8  # regions that may take the place of one that cannot be read
 PREFETCH = 2  # batches that a worker is ahead
+DRAWS = ("size", "uniform")
 
 
-def schedule(clusters, batch_size, count, seed):
+def schedule(clusters, batch_size, count, seed, draw="size"):
     """The region rows of `count` batches, each from one cluster -> (count, batch_size) int. Paper, sec. 4.2.
 
     clusters: list of arrays of rows, each at least batch_size long. seed: anything numpy.random.default_rng takes; the
-    schedule depends on nothing else. In a pass, each cluster is shuffled and cut into batches, so large ones come up
-    more often and a region at most once; then the pass is shuffled so that no two batches in a row share a cluster.
+    schedule depends on nothing else. draw "size": in a pass, each cluster is shuffled and cut into batches, so large
+    ones come up more often and a region at most once; then the pass is shuffled so that no two batches in a row share a
+    cluster. "uniform", as in the released code: each batch is of any cluster, all equally likely, whatever came before.
     """
     small = [len(each) for each in clusters if len(each) < batch_size]
     if small or not clusters:
         raise ValueError(f"--batch_size {batch_size}: a cluster has only {min(small, default=0)} regions; "
                          f"use a smaller --batch_size or fewer --num_clusters")
     rng = np.random.default_rng(seed)
+    if draw == "uniform":
+        chosen = rng.integers(len(clusters), size=count)
+        return np.array([rng.choice(clusters[each], batch_size, replace=False) for each in chosen], dtype=np.int64)
     batches, last = [], -1
     while len(batches) < count:
         cuts = [_cut(rng.permutation(members), batch_size) for members in clusters]

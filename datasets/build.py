@@ -8,10 +8,7 @@ holds what the world was made from: a second run continues where the first one s
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import multiprocessing
-import os
 import sys
 from pathlib import Path
 
@@ -20,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import demo_world, grid, own, raster, tiles
+from datasets import demo_world, earth, grid, own, raster, tiles
 from datasets.camera import Camera
-from datasets.images import read_image, save_jpeg
+from datasets.images import read_image, read_pixels, save_jpeg
 from datasets.metadata import DATABASE_YEAR, YEARS, Catalogue
+from datasets.plan import fingerprint, read_plan, write_plan
 from utils import geo
 
 VERSION = 1  # raise when the same parameters begin to give other pictures
@@ -70,16 +68,15 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
     parameters = {
         "version": VERSION, "seed": seed, "num_queries": num_queries, "zooms": sorted(set(zooms)),
         "image_size": image_size,
-        "mosaics": {str(year): _fingerprint(mosaics[year]) for year in YEARS},
-        "query_mosaic": _fingerprint(query_mosaic), "photos": photos,
+        "mosaics": {str(year): fingerprint(mosaics[year]) for year in YEARS},
+        "query_mosaic": fingerprint(query_mosaic), "photos": photos,
     }
-    plan = _read_plan(output, parameters)
+    plan = read_plan(output, parameters)
     if plan is None:
         for path in {*mosaics.values(), query_mosaic}:
             read_mosaic(path)  # an unusable file says so now, not halfway
         plan = _make_plan(parameters)
-        output.mkdir(parents=True, exist_ok=True)
-        _write(output / "world.json", json.dumps(plan).encode())
+        write_plan(output, plan)
 
     queries = [demo_world.Query(index, group, Camera(**{**camera, "nadir": tuple(camera["nadir"]),
                                                         "sensor_mm": tuple(camera["sensor_mm"])}), date)
@@ -96,34 +93,6 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
 
     _finish(output, jobs, changed=bool(missing))
     return len(missing)
-
-
-def _fingerprint(path):
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such mosaic; give an equirectangular picture of the whole Earth")
-    return {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-
-
-def _read_plan(output, parameters):
-    """The folder's plan, None where there is none yet; ValueError where it belongs to another world."""
-    path = output / "world.json"
-    if not path.exists():
-        if (output / "database").exists() or (output / "queries").exists():
-            raise ValueError(f"{output}: holds a data set that is no demo world (it has no world.json); "
-                             f"choose another folder")
-        return None
-    try:
-        plan = json.loads(path.read_text())
-        found = plan["parameters"]
-        plan["queries"], plan["regions"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete the folder {output} and build again") from error
-    different = [f"{key}: {found.get(key)} there, {parameters.get(key)} now"
-                 for key in sorted({*found, *parameters}) if found.get(key) != parameters.get(key)]
-    if different:
-        raise ValueError(f"{output}: holds a world of other parameters ({'; '.join(different)}); "
-                         f"build into another folder, or delete this one first")
-    return plan
 
 
 def _make_plan(parameters):
@@ -186,14 +155,6 @@ def _run(jobs, setup, num_workers):
         yield from pool.imap_unordered(_work, jobs, chunksize=16)
 
 
-def _write(path, data):
-    """Bytes -> file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def _finish(output, jobs, changed):
     """Writes the intersections file and the contact sheet where they are missing or older than the images."""
     from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections
@@ -245,8 +206,8 @@ def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
 
 
 def _paste(sheet, path, place, size):
-    with Image.open(path) as image:
-        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), place)
+    image = Image.fromarray(read_pixels(path).numpy())
+    sheet.paste(image.resize(size, Image.Resampling.LANCZOS), place)
 
 
 def _year_and_file(text):
@@ -274,7 +235,7 @@ def parse_arguments(arguments=None):
                       help="full: queries as an astronaut would take them; hazy: without clouds; clear: without air, "
                            "camera and clouds, for telling what makes them hard")
     demo.set_defaults(command_main=demo_main)
-    for source in (tiles, raster, own):
+    for source in (earth, tiles, raster, own):
         source.add_command(commands, argparse.ArgumentDefaultsHelpFormatter)
     return parser.parse_args(arguments)
 

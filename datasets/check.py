@@ -4,7 +4,6 @@ PATH is a data set's folder, or a text file of names, one a line. Exit code 0: f
 """
 
 import hashlib
-import io
 import json
 import os
 import sys
@@ -13,16 +12,20 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 from tqdm import tqdm
 
 from datasets.check_names import (NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names)
-from datasets.images import MAX_PIXELS
+from datasets.images import decode, read_bytes
 from datasets.metadata import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from utils.arguments import make_parser, positive, run, whole
 
 IMAGES = (".jpg", ".jpeg")
+NEARLY = 3  # levels of 255, in each band: what compression makes of one colour
+FLAT = {"one": ("images of one colour", PROBLEM),
+        "extreme": ("images that are black or white but for 1 % (ruined by a conversion?)", PROBLEM),
+        "nearly": ("images of one colour but for 1 % (sea with an islet?)", NOTE)}
 
 
 def list_folder(root):
@@ -56,19 +59,24 @@ def list_file(path):
 
 
 def look_at(path):
-    """Image file -> ((width, height), digest of its bytes, is one colour), or a string that says what is wrong."""
+    """Image file -> ((width, height), digest of its bytes, key of FLAT or None), or a string: what is wrong."""
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}"
-            image.load()
-            extrema = image.getextrema()
-            bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
-            blank = all(high - low <= 3 for low, high in bands)
-            return image.size, hashlib.blake2b(data, digest_size=16).digest(), blank
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{error}" or type(error).__name__
+        content = read_bytes(path)
+        pixels = decode(content, path).numpy()
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"{path}: ")
+    return pixels.shape[1::-1], hashlib.blake2b(content, digest_size=16).digest(), flatness(pixels)
+
+
+def flatness(pixels):
+    """uint8 (H, W, 3) -> key of FLAT, or None where more than 1 % of the pixels are off the median by more than 3."""
+    if all(np.ptp(pixels[..., band]) <= NEARLY for band in range(3)):
+        return "one"
+    some = pixels[::-(-len(pixels) // 128), ::-(-pixels.shape[1] // 128)].reshape(-1, 3)  # 16,384 at most
+    median = np.median(some, axis=0)
+    if (np.abs(some - median) <= NEARLY).all(axis=1).mean() < 0.99:
+        return None
+    return "extreme" if (median <= NEARLY).all() or (median >= 255 - NEARLY).all() else "nearly"
 
 
 def check_images(root, database, queries, size=None, num_workers=2):
@@ -85,22 +93,22 @@ def check_images(root, database, queries, size=None, num_workers=2):
                 bar.update()
     sizes = Counter(result[0] for result in seen[:len(database)] if not isinstance(result, str))
     expected = (size, size) if size else max(sizes, key=sizes.get) if sizes else None
-    unreadable, wrong_size, blank, same, digests = [], [], [], [], {}
+    unreadable, wrong_size, same, digests, flat = [], [], [], {}, {key: [] for key in FLAT}
     for i, (path, result) in enumerate(zip(paths, seen)):
         if isinstance(result, str):
             unreadable.append(f"{path}: {result}")
             continue
-        (width, height), digest, one_colour = result
+        (width, height), digest, flatness_key = result
         if i < len(database) and ((width, height) != expected or width != height):
             wrong_size.append(f"{path}: {width} × {height}")
-        if one_colour:
-            blank.append(path)
-        elif digests.setdefault(digest, path) != path:
+        if flatness_key:
+            flat[flatness_key].append(path)
+        if flatness_key != "one" and digests.setdefault(digest, path) != path:
             same.append(f"{path}: as {digests[digest]}")
     wanted = f"{expected[0]} × {expected[1]}" if expected else ""
     return [Finding("images that cannot be read", PROBLEM, unreadable),
             Finding(f"database images that are not {wanted} and square", PROBLEM, wrong_size),
-            Finding("images of one colour", PROBLEM, blank),
+            *[Finding(what, level, flat[key]) for key, (what, level) in FLAT.items()],
             Finding("images with the very bytes of another", PROBLEM, same),
             ], {f"{width} × {height}": number for (width, height), number in sizes.most_common()}
 

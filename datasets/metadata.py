@@ -12,7 +12,7 @@ from utils.strings import Strings, base_names
 YEARS = (2018, 2019, 2020, 2021)
 DATABASE_YEAR = 2021  # the year that evaluation searches and clustering describes (paper, sec. 4.2 and 5.1.2)
 
-# The 16 fields between the "@" of a name (data set's README): 8 corner coordinates, then these.
+# The 14 fields between the "@" of a name, 16 with what is before and after: 8 corner coordinates, then these.
 CORNER_FIELDS = tuple(f"{axis}{corner}" for corner in range(1, 5) for axis in ("lat", "lon"))
 FIELDS = CORNER_FIELDS + ("image_id", "timestamp", "nadir_lat", "nadir_lon", "sq_km_area", "orientation")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from datasets import grid
 from datasets.check_names import corner_orientations, crossing
-from datasets.images import save_jpeg
+from datasets.images import read_header, read_pixels, save_jpeg
 from datasets.metadata import CORNER_FIELDS, DATABASE_YEAR, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, degenerate, intersections_table, ring, save_intersections
 from utils import geo
@@ -172,20 +172,23 @@ def source_of(row, folder, is_query):
         raise row.error("path", "is empty")
     path = (folder / text).absolute()
     try:
-        with Image.open(path) as image:
-            size, is_jpeg = image.size, image.format == "JPEG"
+        size, kind = read_header(path)
     except FileNotFoundError:
         raise row.error("path", f"{path} does not exist (paths are relative to the list's folder)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise row.error("path", f"{path} cannot be read as an image ({error})") from None
+    except ValueError as error:
+        raise row.error("path", error) from None
     if not is_query and size[0] != size[1]:
         raise row.error("path", f"{path} is {size[0]} × {size[1]} pixels; database images are square and north-up")
-    return path, is_jpeg
+    return path, kind == "JPEG"
 
 
 def plan_image(row, folder, is_query):
     """Row -> (its file, whether that is a JPEG, path in the data set)."""
     source, is_jpeg = source_of(row, folder, is_query)
+    for column in ("azimuth", "orientation"):
+        if not is_query and row.number(column, 0.0) % 360:
+            raise row.error(column, f"is {row.columns[column]}; database images are north-up: leave it out or 0, turn "
+                                    f"the picture first, or build it from a GeoTIFF (datasets.build raster)")
     corners, date = footprint_of(row), date_of(row, is_query)
     corners = np.round(corners, 6 if is_query else 5) + 0.0  # no -0.0
     center = geo.centers(corners)
@@ -233,12 +236,10 @@ def plan_images(rows, folder, is_query):
 
 
 def place(source, is_jpeg, target, link):
-    """Puts the image there, whole or not at all. What is no JPEG becomes one."""
+    """Puts the image there, whole or not at all. What is no JPEG becomes one, as read_image reads it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not is_jpeg:
-        with Image.open(source) as image:
-            save_jpeg(target, image.convert("RGB"), 95)
-        return
+        return save_jpeg(target, Image.fromarray(read_pixels(source).numpy()), 95)
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     os.symlink(source, temporary) if link else shutil.copyfile(source, temporary)
@@ -266,7 +267,8 @@ def add_command(commands, formatter):
         "own", help="your own images, from a CSV or GeoJSON list", formatter_class=formatter,
         description="Columns (GeoJSON: properties and geometry): path, date; lat1 lon1 … lat4 lon4 around the image, "
         "or lat lon size_km (or width_km height_km, and azimuth of the image's up); and if known nadir_lat nadir_lon "
-        "orientation id zoom. A database image's date can be a year; one id for the years of a region.")
+        "orientation id zoom. A database image is north-up, its date can be a year; one id for the years of a region. "
+        "What is no JPEG becomes one: transparency over black, 65,535 of 16 bits white; other depths are refused.")
     parser.add_argument("output", type=Path, help="folder of the data set; can hold one already")
     parser.add_argument("--list", required=True, type=Path, metavar="FILE", help=".csv, .geojson or .json")
     parser.add_argument("--as", required=True, choices=("queries", "database"), dest="kind")

@@ -64,6 +64,7 @@ class Regions:
 def source_size(image_size):
     """Pixels a side at which images are loaded for augmented views of image_size: at least 1.6 times as many, and a
     power of two, because JPEG decoders halve for nothing and what is left to resize costs. Not above the public 1,024.
+    A view shows 0.71 of a side (experiments/chain.py), so few are upsampled: 3.5 % at 320 px from 512.
     """
     least = -(-8 * image_size // 5)
     return min(1 << (least - 1).bit_length(), max(1024, image_size))

@@ -5,9 +5,12 @@ import random
 import re
 import threading
 import time
+from contextlib import contextmanager
 
 import urllib3
 from PIL import Image
+
+from datasets.images import open_image, to_rgb
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
@@ -54,13 +57,10 @@ def tile_url(template, year, zoom, row, col):
 def open_tile(data, size):
     """Bytes -> RGB picture of size × size. Raises TileError where they hold no such image, or not all of it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             if image.size != (size, size):
                 raise TileError(f"is {image.width} × {image.height} pixels, not {size} × {size}")
-            if "A" in image.mode or "transparency" in image.info:  # transparent is where the server has nothing: black
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image)  # transparent, so black, is where the server has nothing
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TileError(f"is no whole image ({error})") from None
 
@@ -68,6 +68,13 @@ def open_tile(data, size):
 def is_blank(tile, tolerance=3):
     """RGB picture -> whether it is one colour but for compression."""
     return all(high - low <= tolerance for low, high in tile.getextrema())
+
+
+def black_tile(size):
+    """-> bytes of a PNG."""
+    stream = io.BytesIO()
+    Image.new("RGB", (size, size)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 class RateLimit:
@@ -89,17 +96,22 @@ class RateLimit:
 
 
 class TileServer:
-    """Fetches tiles, from many threads, within the rate. error_tiles: pictures (bytes) that it sends for nothing."""
+    """Fetches tiles, from many threads, within the rate. error_tiles: pictures (bytes) that it sends for nothing.
+
+    blank_status: HTTP statuses that stand for a tile without ground; it comes as a black one. After a failure that is
+    no single tile's, `failure` is that, and no further request is made.
+    """
 
     def __init__(self, template, tile_size=256, rate=10.0, concurrency=8, retries=5, timeout=30.0, headers=None,
-                 error_tiles=()):
+                 error_tiles=(), blank_status=()):
         self.template, self.tile_size, self.retries = template, tile_size, retries
-        self.stop = threading.Event()
+        self.stop, self.failure = threading.Event(), None
         self.limit = RateLimit(rate, self.stop)
         headers = {"User-Agent": "EarthLoc datasets.build", **(headers or {})}
         self.http = urllib3.PoolManager(maxsize=concurrency, block=True, headers=headers,
                                         timeout=urllib3.Timeout(connect=timeout, read=timeout))
         self.error_tiles = {bytes(data) for data in error_tiles}
+        self.blank_status, self.blank = frozenset(blank_status), black_tile(tile_size)
         self.lock, self.requests, self.received, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0, 0
 
     def fetch(self, tile):
@@ -107,18 +119,33 @@ class TileServer:
 
         Raises TileError, or ServerError after many tiles in a row that could not be had.
         """
-        for attempt in range(self.retries + 1):
-            data, problem, delay, again = self._try(tile_url(self.template, *tile), attempt)
-            if data is not None:
+        with self._ends_all():
+            for attempt in range(self.retries + 1):
+                data, problem, delay, again = self._try(tile_url(self.template, *tile), attempt)
+                if self.stop.is_set() or not again:
+                    break
+                if attempt < self.retries:
+                    self.stop.wait(delay)
+            if problem:
+                self._count_failure(problem, answered=not again)
+            else:
                 with self.lock:
                     self.got, self.failed = self.got + 1, 0
-                return data
-            if not again or self.stop.is_set():
-                break
-            if attempt < self.retries:
-                self.stop.wait(delay)
-        self._count_failure(problem, answered=not again)
-        raise TileError(problem)
+            if data is None:
+                raise TileError(problem)
+            return data
+
+    @contextmanager
+    def _ends_all(self):
+        """What is raised within it, but for one tile's TileError, is kept, and nobody asks for anything after it."""
+        try:
+            yield
+        except TileError:
+            raise
+        except BaseException as error:
+            self.failure = self.failure or error
+            self.stop.set()
+            raise
 
     def _try(self, url, attempt):
         """One request -> (bytes or None, problem, seconds until the next try, whether one makes sense)."""
@@ -143,6 +170,8 @@ class TileServer:
             except TileError as error:
                 return None, str(error), delay, True
             return response.data, None, 0, False
+        if response.status in self.blank_status:
+            return self.blank, f"HTTP {response.status}", 0, False
         try:
             retry_after = urllib3.Retry().get_retry_after(response)
         except urllib3.exceptions.InvalidHeader:
@@ -153,7 +182,9 @@ class TileServer:
         return None, f"HTTP {response.status}", delay, response.status in RETRIED_STATUS
 
     def _count_failure(self, problem, answered):
-        with self.lock:
+        with self.lock, self._ends_all():  # within the lock: no other thread counts or asks on meanwhile
+            if self.stop.is_set():  # the end has a reason already
+                return
             if answered:
                 self.absent += 1
             else:

@@ -55,7 +55,8 @@ def stitch(tiles, tile_size, image_size):
 def fetch_regions(server, jobs, concurrency):
     """jobs: (path, year, region) of one year and zoom, sorted by rows -> yields (path, {tile: bytes or TileError}).
 
-    Each tile is asked for once, and kept until its last region is yielded: about four rows of tiles.
+    Each tile is asked for once, and kept until its last region is yielded: about four rows of tiles. Raises what ended
+    the server's fetches; regions that lack a tile because of it are not yielded.
     """
     uses = Counter(tile for _, year, region in jobs for tile in tiles_of(year, region))
     futures, window = {}, deque()
@@ -68,6 +69,8 @@ def fetch_regions(server, jobs, concurrency):
                 results[tile] = futures[tile].result()
             except TileError as error:
                 results[tile] = error
+        if server.failure and any(isinstance(each, TileError) for each in results.values()):
+            raise server.failure
         for tile in tiles:
             uses[tile] -= 1
             if not uses[tile]:
@@ -134,14 +137,16 @@ def describe_plan(jobs, total, rate, image_size, tile_kb):
 
 
 def build_tiles(output, template, regions, years, tile_size=256, image_size=1024, rate=10.0, concurrency=8, retries=5,
-                timeout=30.0, headers=None, error_tiles=(), max_blank=15, quality=90):
+                timeout=30.0, headers=None, error_tiles=(), max_blank=15, quality=90, blank_status=()):
     """Fetches what is missing -> (images made, images left out, requests). left_out.csv lists tiles that are no good.
 
-    max_blank: a region with more blank tiles of its 16 is left out. Raises ServerError where the server serves nothing.
+    max_blank: a region with more blank tiles of its 16 is left out. blank_status: HTTP statuses that count as a blank
+    tile. Raises ServerError where the server serves nothing.
     """
     output = Path(output)
     jobs, total = plan(output, regions, years)
-    server = TileServer(template, tile_size, rate, concurrency, retries, timeout, headers, error_tiles)
+    server = TileServer(template, tile_size, rate, concurrency, retries, timeout, headers, error_tiles,
+                        blank_status)
     problems, made, left_out = {}, 0, 0
     bar = tqdm(total=total, initial=total - len(jobs), desc="tiles", unit="image", smoothing=0.05, mininterval=0.5)
     try:
@@ -197,6 +202,9 @@ def add_command(commands, formatter):
     parser.add_argument("--error_tile", action="append", default=[], type=Path, metavar="FILE",
                         help="what the server sends where it has nothing, as it comes from it")
     parser.add_argument("--max_blank", type=int, default=15, help="one-coloured tiles of 16 that an image may have")
+    parser.add_argument("--blank_status", type=int, nargs="*", default=[], metavar="STATUS",
+                        help="HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers "
+                             "that have no tiles at sea")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG files")
     parser.add_argument("--tile_kb", type=float, default=12, help="size of a tile that --dry_run reckons with")
     parser.add_argument("--dry_run", action="store_true", help="say how many requests and GB, and ask for nothing")
@@ -212,6 +220,8 @@ def main(args):
             raise ValueError(f"--{name} {getattr(args, name)}: expected more than 0")
     if args.retries < 0 or not 1 <= args.quality <= 100:
         raise ValueError(f"--retries {args.retries} --quality {args.quality}: expected 0 or more, and 1 to 100")
+    if any(not 201 <= status <= 599 for status in args.blank_status):
+        raise ValueError(f"--blank_status {' '.join(map(str, args.blank_status))}: expected 201 to 599, such as 404")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"{args.output}: is a file; name a folder for the data set")
     wrong = [header for header in args.header if not re.match(r"[\w-]+:", header)]
@@ -225,6 +235,7 @@ def main(args):
         return describe_plan(jobs, total, args.rate, args.image_size, args.tile_kb)
     made, left_out, requests = build_tiles(
         args.output, template, regions, args.years, args.tile_size, args.image_size, args.rate, args.concurrency,
-        args.retries, args.timeout, headers, error_tiles, args.max_blank, args.quality)
+        args.retries, args.timeout, headers, error_tiles, args.max_blank, args.quality,
+        args.blank_status)
     return (f"{args.output}: {made:,} images made now with {requests:,} requests, {left_out:,} left out"
             + (f" (see {args.output / LEFT_OUT_FILE}; run again to try them again)" if left_out else ""))

@@ -39,13 +39,15 @@ def note_unreadable(errors, unreadable, regions, share):
                          f"--max_unreadable {share:g} allows; the last one: {list(unreadable.values())[-1]}")
 
 
-def serve_period(loader, clusters, batch_size, iteration, every, iterations, seed, part):
+def serve_period(loader, clusters, batch_size, iteration, every, iterations, seed, part, draw="size"):
     """-> The loader's batches from this iteration to the next clusters, which come `every` so many; of each the `part`.
+    draw: see `schedule`.
 
     Schedule and substitutes depend on the seed, the clusters and the iteration's number alone.
     """
     period, since = divmod(iteration, every)
-    batches = schedule(clusters, batch_size, min(every, iterations - period * every), [seed, 2, period])[since:]
+    batches = schedule(clusters, batch_size, min(every, iterations - period * every), [seed, 2, period],
+                       draw)[since:]
     return loader.serve(batches[:, part], lambda number: spares(
         batches[number], clusters, [seed, 5, iteration + number])[part])
 
@@ -57,5 +59,5 @@ def iteration_seed(seed, iteration):
 
 def neutral_pairs(footprints, places):
     """footprints (B, 4, 2) of the batch's regions, places (N,) in them -> (N, N) bool: other regions, same ground."""
-    shared = torch.from_numpy(share_ground(footprints, footprints)).to(places.device)
+    shared = torch.from_numpy(share_ground(footprints, footprints)).to(places.device, non_blocking=True)
     return shared[places][:, places] & (places[:, None] != places)

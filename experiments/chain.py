@@ -1,32 +1,41 @@
 """The straightforward augmentation, for comparison: torchvision's transforms, one after the other.
 
 resize → rotate → crop → perspective → crop → resize → colours, with a draw that can also be given to
-augmentations.year_wise as one homography.
+augmentations.year_wise as one homography. How much of an image a view shows in these chains and in ours:
+python -m experiments.chain
 """
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
+import shapely
 import torch
 from torchvision.transforms import functional as TF
 
-from augmentations.year_wise import Draw
+from augmentations.year_wise import Augmentation, Draw
+from datasets.regions import source_size
+from utils.arguments import make_parser
+from utils.arguments import run as run_script
 
 RESIZED = 2.5  # the released code loads images at 800 pixels for an output of 320
+CROPPED = 0.875  # and crops them to 700 after the rotation
 BILINEAR = TF.InterpolationMode.BILINEAR
 
 
 @dataclass(frozen=True)
 class ChainDraw:
-    """angle: degrees counter-clockwise. inner, last: sides of the two centre crops, pixels. ends (4, 2): where the
-    corners of the first crop go, (x, y) pixels. colours: brightness, contrast, saturation, hue. size: of the output."""
+    """angle: degrees counter-clockwise. inner, last: sides of the two crops, pixels; inner_at, last_at: their upper left
+    corners, (x, y). ends (4, 2): where the corners of the first crop go, (x, y) pixels. colours: brightness, contrast,
+    saturation, hue. size: of the output."""
 
     resized: int
     angle: float
     inner: int
+    inner_at: tuple
     ends: tuple
     last: int
+    last_at: tuple
     size: int
     colours: tuple
 
@@ -36,29 +45,42 @@ class ChainDraw:
         return (0, 0), (side, 0), (side, side), (0, side)
 
 
-def draw_chain(size, generator, rotation=45.0, distortion=0.5, colours=(0.9, 0.9, 0.9, 0.0)):
-    """-> a ChainDraw without black wedges: the crops keep what every angle and every perspective leaves."""
+def draw_chain(size, generator, rotation=45.0, distortion=0.5, colours=(0.9, 0.9, 0.9, 0.0), released=False):
+    """-> a ChainDraw without black wedges: the crops keep what every angle and every perspective leaves.
+
+    released: as in the released code instead, where the first crop lies anywhere and has one size, wedges or not, and
+    the last one is the middle of the upright rectangle that the perspective leaves.
+    """
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     resized = round(RESIZED * size)
     angle = uniform(-rotation, rotation)
     radians = abs(math.radians(angle))
-    inner = int(resized / (math.cos(radians) + math.sin(radians)))
+    inner = round(CROPPED * resized) if released else int(resized / (math.cos(radians) + math.sin(radians)))
     far, room = inner - 1, int(distortion * inner / 2)
     x, y = ([round(uniform(0, room)) for _ in range(4)] for _ in range(2))
     ends = (x[0], y[0]), (far - x[1], y[1]), (far - x[2], far - y[2]), (x[3], far - y[3])
     factors = [uniform(max(0.0, 1 - each), 1 + each) for each in colours[:3]] + [uniform(-colours[3], colours[3])]
-    return ChainDraw(resized, angle, inner, ends, inner - 2 * max(*x, *y), size, tuple(factors))
+    if released:
+        low = np.array([max(x[0], x[3]), max(y[0], y[1])])
+        sides = far - np.array([max(x[1], x[2]), max(y[2], y[3])]) - low
+        inner_at = tuple(round(uniform(0, resized - inner)) for _ in range(2))
+        last = int(sides.min())
+        last_at = tuple((low + (sides - last) // 2).tolist())
+    else:
+        margin = max(*x, *y)
+        inner_at, last_at, last = (round((resized - inner) / 2),) * 2, (margin, margin), inner - 2 * margin
+    return ChainDraw(resized, angle, inner, inner_at, ends, last, last_at, size, tuple(factors))
 
 
 def geometry(images, draw):
     """(N, 3, H, W) float -> (N, 3, size, size), each step resampling what the last one left."""
     images = TF.resize(images, [draw.resized, draw.resized], antialias=True)
     images = TF.rotate(images, draw.angle, BILINEAR)
-    images = TF.center_crop(images, [draw.inner, draw.inner])
+    images = TF.crop(images, *draw.inner_at[::-1], draw.inner, draw.inner)
     images = TF.perspective(images, draw.starts, draw.ends, BILINEAR)
-    images = TF.center_crop(images, [draw.last, draw.last])
+    images = TF.crop(images, *draw.last_at[::-1], draw.last, draw.last)
     return TF.resize(images, [draw.size, draw.size], antialias=True)
 
 
@@ -77,8 +99,7 @@ def chain(images, draw):
 
 def as_one(draw):
     """ChainDraw -> the same augmentation as a Draw of augmentations.year_wise."""
-    offset = (draw.inner - draw.last) // 2
-    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=np.float64) * draw.last + offset
+    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=np.float64) * draw.last + draw.last_at
     # torchvision's perspective takes pixel k for the place k, and samples at k + 0.5 by the same map.
     rows, right = [], []
     for (x, y), (u, v) in zip(draw.ends, draw.starts):
@@ -87,8 +108,44 @@ def as_one(draw):
     matrix = np.append(np.linalg.solve(np.array(rows, dtype=np.float64), np.array(right, dtype=np.float64)), 1)
     places = np.column_stack([corners, np.ones(4)]) @ matrix.reshape(3, 3).T
     places = places[:, :2] / places[:, 2:]
-    places += round((draw.resized - draw.inner) / 2)
+    places += draw.inner_at
     centred = places - draw.resized / 2
     radians = math.radians(draw.angle)
     turned = centred @ np.array([[math.cos(radians), math.sin(radians)], [-math.sin(radians), math.cos(radians)]])
     return Draw(torch.from_numpy(turned * 2 / draw.resized).float(), *draw.colours, order=(0, 1, 2, 3))
+
+
+def shown(draws, image_size, loaded):
+    """Draws -> (mean side that a view shows, as a share of the image's; share of views that are upsampled from `loaded`
+    pixels; mean IoU of two years' views, on the ground; share of views that reach beyond the image)."""
+    quads = shapely.polygons(np.stack([draw.quad.double().numpy() for draw in draws]))
+    sides = np.sqrt(shapely.area(quads)) / 2
+    first, second = quads[::2], quads[1::2]
+    overlaps = shapely.area(shapely.intersection(first, second)) / shapely.area(shapely.union(first, second))
+    beyond = [draw.quad.abs().max().item() > 1.01 for draw in draws]
+    return sides.mean(), (sides * loaded < image_size).mean(), overlaps.mean(), np.mean(beyond)
+
+
+def main(args):
+    generator = torch.Generator().manual_seed(args.seed)
+    size, loaded = args.image_size, args.source_size or source_size(args.image_size)
+    ways = {"the released chain": lambda: as_one(draw_chain(size, generator, released=True)),
+            "the chain without wedges": lambda: as_one(draw_chain(size, generator))}
+    for least in args.min_crop:
+        ways[f"one warp, --min_crop {least:g}"] = lambda least=least: Augmentation(size, min_crop=least).draw(generator)
+    print(f"{'to ' + str(size) + ' px from ' + str(loaded):28} {'side shown':>10} {'upsampled':>10} "
+          f"{'IoU of two years':>17} {'beyond the image':>17}")
+    for name, draw in ways.items():
+        side, upsampled, overlap, beyond = shown([draw() for _ in range(args.draws)], size, loaded)
+        print(f"{name:28} {side:10.3f} {upsampled:10.1%} {overlap:17.3f} {beyond:17.1%}")
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("--image_size", type=int, default=320)
+    parser.add_argument("--source_size", type=int, help="default: as in training")
+    parser.add_argument("--min_crop", type=float, nargs="+", default=[1.0, 0.7])
+    parser.add_argument("--draws", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    run_script(main, parser.parse_args())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from datasets.evaluation import VALIDATION, load_evaluation_data
-from models.weights import load_model
+from models.earthloc import load_model
 from utils import figures
 from utils.arguments import make_parser, run
 from utils.evaluation import evaluate
@@ -46,8 +46,8 @@ def main(args):
         ours = [sets[name]["1"] for name in names] + [sets["average"][k] for k in ("1", "10", "100")]
         print(f"| {iteration} | " + " | ".join(f"{value:.1f}" for value in ours) + " |")
     curves = {f"R@{k}": [(iteration, sets["average"][k]) for iteration, sets in rows] for k in ("1", "5", "10", "20")}
-    picture = figures.curve_figure(curves, y_title="average over the sets, %")
-    figures.save(picture, Path(args.figure or folder / "curve.png"))
+    figure = figures.curve_figure(curves, y_title="average over the sets, %")
+    figure.savefig(args.figure or folder / "curve.png", dpi=100)
 
 
 def parse_arguments(argv=None):

@@ -5,7 +5,8 @@ Half precision, shape and preprocessing inside; eval.py --resume and train.py --
 
 from pathlib import Path
 
-from models.weights import load_model, save_safetensors
+from models.earthloc import load_model
+from models.weights import save_safetensors
 from utils.arguments import make_parser, run
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
 from models.geoclip_weights import load_geoclip
-from models.weights import load_model
+from models.earthloc import load_model
 from utils import geo, retrieval
 from utils.arguments import make_parser, run
 from utils.geolocation import accuracy, embed_gallery, embed_photos, mean_point

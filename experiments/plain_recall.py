@@ -7,19 +7,17 @@ float32, no folded BatchNorm, plain Adam, and an evaluation in float32 with a fl
 is not done again.
 """
 
-import json
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-import eval as evaluation
 import train
 from augmentations.year_wise import jitter, warp
 from datasets.batches import BatchLoader
 from datasets.regions import RegionDataset
 from experiments.chain import RESIZED, as_one, chain, draw_chain
+from experiments.runs import trained_and_evaluated
 from experiments.speed_input import pil
 from models.backbone import Backbone
 from utils.arguments import make_parser, run
@@ -74,34 +72,23 @@ class PlainAdam(torch.optim.Adam):
         return super().step(closure)
 
 
-def plain_run(args):
-    """train.main with plain parts inside -> the run's folder."""
-    with patch.object(train, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
-        return train.main(args)
-
-
 def recalls(flags, name, plain):
     """Trains and evaluates, or reads what that left -> average recalls, in the order of RANKS."""
-    places = Path("logs", "plain_recall", f"{name}_eval")
-    if not list(places.glob("*/results.json")):
-        precision = ["--precision", "fp32"] if plain else []
-        args = train.parse_arguments([*flags, *precision, "--log_dir", f"plain_recall/{name}"])
-        search = ["--search", "flat", "--descriptors", "none"] if plain else []
-        with patch.object(train, "prepare", lambda args: prepare(args, plain)):
-            folder = plain_run(args) if plain else train.main(args)
-        evaluation.main(evaluation.parse_arguments([
-            "--resume", str(folder / "last.pt"), "--dataset_path", args.dataset_path, "--num_workers",
-            str(args.num_workers), "--device", args.device, "--log_dir", f"plain_recall/{name}_eval", *precision,
-            *search]))
-    newest = sorted(places.glob("*/results.json"))[-1]
-    average = json.loads(newest.read_text())["average"]["recalls"]
+    with patch.object(train, "prepare", lambda args: prepare(args, plain)):
+        if not plain:
+            average = trained_and_evaluated(name, flags)
+        else:  # plain parts in place of train.py's own
+            with patch.object(train, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
+                average = trained_and_evaluated(name, [*flags, "--precision", "fp32"], "--search", "flat",
+                                                "--descriptors", "none")
     return [average[rank] for rank in RANKS]
 
 
 def main(args):
     table = {}
     for way in ("plain", "fast"):
-        table[way] = np.array([recalls([*args.flags, "--seed", str(seed)], f"{way}_{seed}", way == "plain")
+        table[way] = np.array([recalls([*args.flags, "--seed", str(seed)], f"plain_recall/{way}_{seed}",
+                                       way == "plain")
                                for seed in args.seeds])
     print(f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}\n"
           f"{'':6} {'seed':>5} " + " ".join(f"{'R@' + rank:>6}" for rank in RANKS))

@@ -4,9 +4,7 @@ The pictures come from the demo world's mosaic. PSNR is against the same homogra
 sides take turns on the same thread, and its CPU time is counted, so that other jobs on the machine disturb little.
 """
 
-import time
 from pathlib import Path
-from statistics import median
 
 import torch
 from kornia import enhance
@@ -16,6 +14,7 @@ from augmentations.year_wise import Augmentation, adjust_hue, jitter, warp
 from datasets.images import read_image
 from datasets.regions import source_size
 from experiments.chain import as_one, chain, draw_chain, geometry
+from experiments.timing import seconds_on, take_turns
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 from utils.precision import require_device
@@ -62,28 +61,6 @@ def quality(size, draws=6):
     return {name: tuple(sum(column) / len(column) for column in zip(*rows)) for name, rows in found.items()}
 
 
-def seconds(function, device):
-    """CPU seconds on the CPU, elapsed ones on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-    began = time.process_time()
-    function()
-    return time.process_time() - began
-
-
-def compare(cases, device, repeats):
-    """{name: function} -> {name: median milliseconds}, the cases taking turns."""
-    times = {name: [] for name in cases}
-    for _ in range(repeats + 1):
-        for name, function in cases.items():
-            times[name].append(seconds(function, device) * 1000)
-    return {name: median(each[1:]) for name, each in times.items()}
-
-
 def main(args):
     torch.set_num_threads(1)
     device = require_device(args.device)
@@ -105,11 +82,11 @@ def main(args):
     draw = augment.draw(generator)
     cases |= {"warp alone": lambda: warp(loaded, draw, args.image_size), "colours alone": lambda: jitter(views, draw),
               "hue: kornia": lambda: enhance.adjust_hue(views, 0.3), "hue: ours": lambda: adjust_hue(views, 0.05)}
-    found = compare(cases, device, args.repeats)
+    found = take_turns(cases, args.repeats, seconds_on(device))
     title = f"one year of {args.batch_size} images at {args.image_size} px, {device}"
     print(f"\n{title:44} ms")
     for name, value in found.items():
-        print(f"{name:40} {value:8.2f}")
+        print(f"{name:40} {1000 * value:8.2f}")
     for hue in (0.0, 0.05):
         ratio = found[f"chain, hue {hue}"] / found[f"one warp, hue {hue}"]
         print(f"times faster than the chain, hue {hue}: {ratio:.1f}")

@@ -23,7 +23,7 @@ from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from datasets.evaluation import load_evaluation_data
-from models.weights import load_model
+from models.earthloc import load_model
 from utils.arguments import make_parser, run
 from utils.evaluation import describe_sets
 from utils.memory import GLIBC_KEEPS, keep_freed_blocks

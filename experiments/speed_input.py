@@ -10,7 +10,6 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import simplejpeg
@@ -24,6 +23,7 @@ from datasets.images import read_pixels, resize
 from datasets.metadata import YEARS
 from datasets.regions import RegionDataset, Regions
 from experiments.speed_augmentation import pictures
+from experiments.timing import take_turns
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
 
@@ -72,17 +72,6 @@ def decoders(image_size):
     return ways
 
 
-def turns(cases, repeats, clock):
-    """{name: function} -> {name: median seconds}, the first turn not counted."""
-    times = {name: [] for name in cases}
-    for _ in range(repeats + 1):
-        for name, function in cases.items():
-            began = clock()
-            function()
-            times[name].append(clock() - began)
-    return {name: median(each[1:]) for name, each in times.items()}
-
-
 class Decoding(RegionDataset):
     """Pixels stay in the worker, in one place that is used for all: what the same processes do if they only decode."""
 
@@ -106,7 +95,7 @@ def loader_rates(regions, size, workers, batches, repeats):
     schedule = np.arange(len(regions)).reshape(-1, 16)[np.arange(batches) % (len(regions) // 16)]
     with closing(BatchLoader(Decoding(regions, size), workers)) as bare, \
             closing(BatchLoader(RegionDataset(regions, size), workers)) as loader:
-        found = turns({name: lambda each=each: [None for _ in each.serve(schedule)]
+        found = take_turns({name: lambda each=each: [None for _ in each.serve(schedule)]
                        for name, each in (("bare", bare), ("loader", loader))}, repeats, time.perf_counter)
     return {name: schedule.size * 4 / each for name, each in found.items()}
 
@@ -129,7 +118,7 @@ def main(args):
                                                                   for path in paths]
             cases[f"ours: cached file to {size} px"] = lambda size=size: [
                 read_pixels(Path(folder, "cache", path), size) for path in paths]
-        found = turns(cases, args.repeats, time.process_time)
+        found = take_turns(cases, args.repeats, time.process_time)
         print(f"{np.mean([len(each) for each in contents]) / 1000:.0f} KB a file, {SIDE} px; cached: "
               f"{np.mean([len(each) for each in cached]) / 1000:.0f} KB\n{'one image, one core':40} ms")
         for name, each in found.items():

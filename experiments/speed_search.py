@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from datasets.evaluation import load_evaluation_data
-from models.gem import GeM
-from models.weights import load_model
+from experiments.timing import seconds_on, timed
+from models.aggregators import GeM
+from models.earthloc import load_model
 from utils.arguments import make_parser, run
 from utils.evaluation import describe_sets
 from utils.precision import default_precision, require_device
@@ -38,7 +39,7 @@ class Wide(torch.nn.Module):
         super().__init__()
         self.model, channels = model, model.backbone.out_channels
         cells = math.ceil((dim / channels) ** 0.5)
-        self.pool = GeM(channels, cells)
+        self.pool = GeM(channels, cells, cells, cells)
         self.image_size = max(model.config.image_size, cells * model.backbone.stride)  # no cell without features
         turn = torch.randn(self.pool.out_dim, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("turn", torch.linalg.qr(turn).Q)
@@ -74,7 +75,7 @@ def real_descriptors(args, device):
     found, data = describe_sets(model.to(device, memory_format=torch.channels_last), load_evaluation_data(
         args.dataset_path), size, device=device, precision=default_precision(device), keep=args.descriptors)
     layers, images, dim = found.database.shape
-    database = found.database.reshape(-1, dim).astype(np.float32)
+    database = np.asarray(found.database.reshape(-1, dim), dtype=np.float32)
     mean = database.mean(axis=0)
     position = np.full(len(data.database), -1)
     position[found.database_rows] = np.arange(images)
@@ -114,20 +115,6 @@ def spread(real, count, path, seed=0, block=2048):
     return made, around
 
 
-def timed(function):
-    """-> its result, and seconds on the clock."""
-    began = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - began
-
-
-def cpu_timed(function):
-    """-> its result, and CPU seconds of all threads: what other load on the machine disturbs less."""
-    began = time.process_time()
-    result = function()
-    return result, time.process_time() - began
-
-
 class FaissFlat:
     """The baseline: faiss's flat index, the whole database in float32 in memory."""
 
@@ -148,10 +135,9 @@ def bare_product(database, queries, dtype, device):
     turned = torch.from_numpy(queries).to(device, dtype)
 
     def product():
-        (turned @ block.T)[0, 0].item()  # waits for the device
+        return turned @ block.T
 
-    clock = timed if torch.device(device).type == "cuda" else cpu_timed
-    return min(clock(product)[1] for _ in range(3)) * len(database) / len(block)
+    return min(timed(product, seconds_on(device))[1] for _ in range(3)) * len(database) / len(block)
 
 
 def main(args):
@@ -185,7 +171,7 @@ def measure(database, labels, queries, right, singles, device):
         size = size or index.bytes_in_memory / rows
         index.search(queries[:2], 20)
         one = timed(lambda: [index.search(queries[q:q + 1], 20) for q in range(singles)])[1] / singles
-        (_, batch), cpu = cpu_timed(lambda: timed(lambda: index.search(many, 20)))
+        (_, batch), cpu = timed(lambda: timed(lambda: index.search(many, 20)), time.process_time)
         batch, cpu = batch / 1000, cpu / 1000
         limit = "" if dtype is None else f"{bare_product(database, many, dtype, device):.2f}"  # 1,000 queries: ms each
         best = index.search(queries, 20)[1][:, 0]

@@ -18,10 +18,11 @@ from datasets.batches import BatchLoader
 from datasets.cache import store
 from datasets.regions import RegionDataset, source_size
 from experiments.chain import RESIZED, chain, draw_chain
-from experiments.speed_augmentation import compare
 from experiments.speed_input import make_files, make_regions, pil
+from experiments.timing import seconds_on, take_turns
 from losses.multi_similarity import MultiSimilarityLoss
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from train import update
 from utils.arguments import make_parser
 from utils.arguments import run as run_script
@@ -134,7 +135,7 @@ def main(args):
                       (name, "step"): lambda step=step, views=views: step(views)}
         cases["ours, cached files", "input"] = ours(args, cached, labels, device, precision)[0]
         cases["bare forward and backward", "step"] = bare(args, views, device, precision)
-        found = compare(cases, device, args.repeats)
+        found = {case: 1000 * each for case, each in take_turns(cases, args.repeats, seconds_on(device)).items()}
     for name in ("ours, cached files", "ours, compiled"):
         for part in ("input", "augmentation", "step"):
             found.setdefault((name, part), found["ours", part])

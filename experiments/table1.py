@@ -1,10 +1,13 @@
-"""The paper's Table 1 and Table 2's row "Random choice", from file names alone: python -m experiments.table1 NAMES
+"""The paper's Table 1 and Table 2's naive rows, from file names alone: python -m experiments.table1 NAMES
 
 NAMES is a data set's folder, or a text file with one query name a line. The database is made of all regions that hold
 land (datasets/grid.py), or is that of --database, again a folder or a file of names. No picture is read.
 
 Random choice is exact: the expected recall of drawing N different images, from how many of each query's images are
 right. The paper's row is one draw; the column ± is the most by which one draw scatters (one standard deviation).
+
+Nadir: R@1 of the database image whose centre is nearest to the photo's nadir, as in eval.py's log, and the share of
+photos that show their nadir. Both are above the paper's row, whose definition is unknown.
 
 Amazon's recalls come out at twice the paper's, whatever the land rule (min_land 0 to 0.5: R@100 22.0 to 22.7). The
 column "implied" says why the paper's cell is to blame: it is the number of positives a query that its R@100 and its own
@@ -15,14 +18,15 @@ as everywhere (median 10,287 km², Toshka 10,316). Its row would fit a database 
 import time
 
 import numpy as np
+import shapely
 
 from datasets import grid
 from datasets.evaluation import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, select_set
 from datasets.metadata import DATABASE_YEAR, Catalogue
-from datasets.overlap import intersections
+from datasets.overlap import intersections, ring
 from utils import geo
 from utils.arguments import make_parser, run
-from utils.retrieval import random_choice_recall
+from utils.retrieval import nearest_to_nadir, random_choice_recall, recall_at
 
 ZOOMS = (9, 10, 11)
 RANKS = (1, 10, 100)
@@ -30,6 +34,7 @@ TABLE_1 = {"Texas": (6142, 34_000), "Alps": (2394, 53_000), "California": (3568,
            "Gobi Desert": (726, 54_000), "Amazon": (682, 19_000), "Toshka Lakes": (2164, 63_000)}
 RANDOM_CHOICE = {"Texas": (0.2, 1.7, 15.5), "Alps": (0.1, 1.1, 11.6), "California": (0.2, 2.3, 20.1),
                  "Gobi Desert": (0.1, 1.0, 13.2), "Amazon": (0.1, 1.1, 11.5), "Toshka Lakes": (0.2, 1.2, 9.1)}
+NADIR = {"Texas": 2.4, "Alps": 1.2, "California": 2.4, "Gobi Desert": 1.8, "Amazon": 3.1, "Toshka Lakes": 1.4}
 
 
 def compute_sets(queries, footprints):
@@ -80,6 +85,29 @@ def table_2(sets, ks=RANKS):
     return lines
 
 
+def nadir_recalls(queries, footprints, sets):
+    """-> {set: (R@1 of the image with its centre nearest to the nadir, share of photos that show their nadir)}, percent;
+    a set without queries is left out."""
+    centers, shown = geo.centers(footprints), nadir_inside(queries.footprints, queries.nadirs)
+    return {name: (recall_at(nearest_to_nadir(queries.nadirs[one.query_rows], centers[one.database_rows], 1),
+                             one.positives, (1,))[1], 100 * shown[one.query_rows].mean())
+            for name, (_, one) in sets.items() if len(one.query_rows)}
+
+
+def nadir_inside(footprints, nadirs):
+    """(N, 4, 2), (N, 2) degrees -> (N,) bool: the nadir lies in the footprint, whose corners may come in any order."""
+    corners = ring(footprints)
+    lon = corners[:, 0, 1] + geo.wrap_longitude(nadirs[:, 1] - corners[:, 0, 1])
+    return shapely.contains_xy(shapely.convex_hull(shapely.polygons(corners[..., ::-1])), lon, nadirs[:, 0])
+
+
+def nadir_lines(recalls):
+    """nadir_recalls' -> lines: beside the paper's row."""
+    lines = ["Table 2, row Nadir (R@1, percent)", f"{'':14}{'nearest centre':>16}{'nadir in photo':>16}{'paper':>7}"]
+    return lines + [f"{name:14}{nearest:16.1f}{shown:16.1f}{NADIR[name]:7.1f}"
+                    for name, (nearest, shown) in recalls.items()]
+
+
 def main(args):
     began = time.perf_counter()
     queries = Catalogue.read_source(args.names, "queries")
@@ -91,7 +119,8 @@ def main(args):
         said = f"all regions of zooms {', '.join(map(str, ZOOMS))} with land, centre within ±{args.max_latitude:g}"
     print(f"{len(queries):,} queries of {args.names}; database: {len(footprints):,} images ({said})")
     sets = compute_sets(queries, footprints)
-    print("\n" + "\n".join(table_1(sets)) + "\n\n" + "\n".join(table_2(sets)))
+    for lines in (table_1(sets), table_2(sets), nadir_lines(nadir_recalls(queries, footprints, sets))):
+        print("\n" + "\n".join(lines))
     print(f"\nDone in {time.perf_counter() - began:.0f} s")
     return sets
 

@@ -5,13 +5,10 @@ python -m experiments.table3 @presets/demo.args --seeds 0 1 2: all other flags a
 its last checkpoint evaluated on the six sets; a run whose results are there is not done again.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 
-import eval as evaluation
 import train
+from experiments.runs import trained_and_evaluated
 from utils.arguments import make_parser, run
 
 # What changes, the flags that make it so, and the paper's average R@1 and R@100.
@@ -25,24 +22,11 @@ ROWS = {
 }
 
 
-def average_recalls(name, flags):
-    """Trains and evaluates one run under logs/table3/name, or reads what it left -> {"1": average R@1, …}."""
-    done = sorted(Path("logs", "table3", f"{name}_eval").glob("*/results.json"))
-    if not done:
-        args = train.parse_arguments([*flags, "--log_dir", f"table3/{name}"])
-        folder = train.main(args)
-        evaluation.main(evaluation.parse_arguments([
-            "--resume", str(folder / "last.pt"), "--dataset_path", args.dataset_path, "--log_dir", f"table3/{name}_eval",
-            "--num_workers", str(args.num_workers), "--device", args.device, "--precision", args.precision]))
-        done = sorted(Path("logs", "table3", f"{name}_eval").glob("*/results.json"))
-    return json.loads(done[-1].read_text())["average"]["recalls"]
-
-
 def main(args):
     table = []
     for name in args.rows:
         title, flags, *paper = ROWS[name]
-        runs = [average_recalls(f"{name}_{seed}", [*args.flags, *flags.split(), "--seed", str(seed)])
+        runs = [trained_and_evaluated(f"table3/{name}_{seed}", [*args.flags, *flags.split(), "--seed", str(seed)])
                 for seed in args.seeds]
         ours = np.array([[recalls["1"], recalls["100"]] for recalls in runs])
         table.append((title, paper, ours))

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbone import BACKBONES, default_freeze, imagenet_state_dict, kept_and_frozen, stage_names
+from models.backbone import choose_stages, imagenet_state_dict, kept_and_frozen, stage_names
 from models.image_encoder import CLIP, BackboneEncoder, ClipEncoder
 from models.location_encoder import SIGMAS, LocationEncoder
+from models.weights import fit_backbone_, is_whole_model, read_state_dict
 
-IMAGE_ENCODERS = ("clip", *BACKBONES)
 MAX_LOGIT_SCALE = 100.0
 FROZEN_PREFIX = "image_encoder.clip."  # 1.2 GB that never change: not in our checkpoints
 
@@ -36,17 +36,17 @@ class GeoClipConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
-        if self.image_encoder not in IMAGE_ENCODERS:
-            raise ValueError(f"--image_encoder {self.image_encoder}: unknown; choose one of "
-                             f"{', '.join(IMAGE_ENCODERS)}")
         if not self.sigmas or min(self.sigmas) <= 0 or not all(map(math.isfinite, self.sigmas)):
             raise ValueError(f"--sigmas {self.sigmas}: give one or more positive numbers")
         if self.image_encoder == "clip":
             if self.image_size is not None:
                 raise ValueError("--image_size: CLIP's own preprocessing sets the size; leave it out")
             return
-        kept_and_frozen(self.image_encoder, self.cut_after or stage_names(self.image_encoder)[-1],
-                        self.freeze_until or "none")
+        try:
+            last = stage_names(self.image_encoder)[-1]
+        except ValueError as error:
+            raise ValueError(f"--image_encoder {self.image_encoder}: neither clip nor a backbone ({error})") from None
+        kept_and_frozen(self.image_encoder, self.cut_after or last, self.freeze_until or "none")
         for field in ("image_size", "gem_grid"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)}: must be at least 1")
@@ -55,15 +55,8 @@ class GeoClipConfig:
         """The same config with every None filled in. Nothing that was never pre-trained is frozen."""
         if self.image_encoder == "clip":
             return self
-        if not pretrained and self.freeze_until not in (None, "none"):
-            raise ValueError(f"--freeze_until {self.freeze_until} with --weights none would freeze stages that were "
-                             "never trained: leave it out")
-        names = stage_names(self.image_encoder)
-        cut_after = self.cut_after or names[-1]
-        freeze_until = self.freeze_until
-        if freeze_until is None:
-            deepest = min(names.index(default_freeze(self.image_encoder)), names.index(cut_after))
-            freeze_until = names[deepest] if pretrained else "none"
+        cut_after, freeze_until = choose_stages(
+            self.image_encoder, self.cut_after or stage_names(self.image_encoder)[-1], self.freeze_until, pretrained)
         return replace(self, cut_after=cut_after, freeze_until=freeze_until, image_size=self.image_size or 128)
 
 
@@ -134,8 +127,6 @@ def build_geoclip(config: GeoClipConfig, weights: str | Path = "imagenet") -> Ge
 
     The CLIP encoder comes with its own. RuntimeError or ValueError where weights can't be had or don't fit.
     """
-    from models.weights import fit_backbone_, is_whole_model, read_state_dict
-
     if config.image_encoder == "clip":
         return GeoCLIP(config)
     model = GeoCLIP(config.with_defaults(pretrained=str(weights) != "none"))

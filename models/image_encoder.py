@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from models.aggregators import GeM
 from models.backbone import Backbone
-from models.gem import GeM
 from models.location_encoder import EMBEDDING_DIM
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -64,7 +64,8 @@ class BackboneEncoder(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.backbone = Backbone(name, cut_after, freeze_until)
-        self.aggregator = GeM(self.backbone.out_channels, gem_grid)
+        size = self.backbone.feature_size(image_size)
+        self.aggregator = GeM(self.backbone.out_channels, size, size, gem_grid)
         self.norm = nn.BatchNorm1d(self.aggregator.out_dim)
         self.mlp = make_mlp(self.aggregator.out_dim)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).reshape(1, 3, 1, 1), persistent=False)

@@ -13,20 +13,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.backbone import LITE0_STAGES, RESNET_STAGES, RESNETS, Backbone, channels_and_stride, lite0_to_timm
-from models.earthloc import EarthLoc, ModelConfig
+from models.backbone import LITE0, RESNETS, Backbone, lite0_to_timm, outline, stages_of, stride_of
+from models.config import ModelConfig
 
-# Blocks of layer1 .. layer4.
-RESNET_BLOCKS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
-}
 CHECKPOINT_KEYS = ("model", "state_dict", "model_state_dict")
+COUNTER = "num_batches_tracked"
 LISTED = 20  # names listed of each kind of misfit
 
 
@@ -39,23 +32,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return _read(Path(path))[0]
 
 
-def load_model(path: str | Path) -> EarthLoc:
-    """A whole model from a file, with no flags: its shape is read from the file, see `read_config`. Errors as there."""
+def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """State dict and config of a whole model's file. The config is what `save_safetensors` stored, or what a checkpoint
+    has under "model_config"; of a foreign file it is inferred, see `infer_config`. Errors as `read_state_dict`."""
     state, config = _read(Path(path))
-    config = config or infer_config(state)
-    model = EarthLoc(config)
-    fit_model_(model, state, str(path))
-    return model
+    return state, config or infer_config(state)
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config stored in a file by `save_safetensors` or under a checkpoint's key "model_config" (a dict of the
-    fields of ModelConfig); else inferred from the shapes, see `infer_config`. Errors as `read_state_dict`."""
-    state, config = _read(Path(path))
-    return config or infer_config(state)
+    """The config of a whole model's file, see `read_model`."""
+    return read_model(path)[1]
 
 
-def save_safetensors(model: EarthLoc, path: str | Path, half: bool = True) -> None:
+def save_safetensors(model: nn.Module, path: str | Path, half: bool = True) -> None:
     """Writes state dict and config to a .safetensors file that `load_model` reads. `half`: matrices and kernels in
     float16; vectors (biases, BatchNorm statistics) stay in float32: they are small and some must cancel a mean."""
     state = {
@@ -95,8 +84,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f'{path}: expected a state dict (names -> tensors), bare or under the key "model"')
     try:
-        config = config and ModelConfig(**config)
-    except (TypeError, ValueError) as error:
+        config = config and ModelConfig.from_dict(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: bad model_config ({error})") from error
     return our_names(state, str(path)), config
 
@@ -145,7 +134,7 @@ def is_whole_model(state: dict[str, Tensor]) -> bool:
     return any(key.startswith(("backbone.", "aggregator.")) for key in state)
 
 
-def load_weights(model: EarthLoc, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a whole model's state dict (see `read_state_dict`) strictly.
 
     ValueError lists what is missing, unexpected or of another shape, and the flags with which it would fit.
@@ -153,7 +142,7 @@ def load_weights(model: EarthLoc, path: str | Path) -> None:
     fit_model_(model, read_state_dict(path), str(path))
 
 
-def fit_model_(model: EarthLoc, state: dict[str, Tensor], source: str) -> None:
+def fit_model_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """As `load_weights`, from a state dict already read; `source` is named in errors."""
     state = our_names(state, source)
     misfits = _misfits(model.state_dict(), state)
@@ -163,23 +152,19 @@ def fit_model_(model: EarthLoc, state: dict[str, Tensor], source: str) -> None:
 
 
 def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:
-    """Loads a classifier's state dict into a backbone: torchvision's names (ResNets), timm's or EfficientNet-PyTorch's
-    (EfficientNet-Lite0). The classifier and the stages that are cut off are ignored; otherwise strict, ValueError."""
+    """Loads a classifier's state dict into a backbone, by timm's names (of a ResNet torchvision's, too) or, for
+    efficientnet_lite0, EfficientNet-PyTorch's. The classifier and the stages that are cut off are ignored; otherwise
+    strict, ValueError."""
     fit_backbone_(backbone, read_state_dict(path), str(path))
 
 
 def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
     """As `load_backbone_weights`, from a state dict already read; `source` is named in errors."""
-    if backbone.name in RESNETS:
-        parts, head = RESNET_STAGES, ["fc"]
-    else:
-        parts, head = LITE0_STAGES, ["conv_head", "bn2", "classifier"]
-        if "_conv_stem.weight" in state:
-            state = lite0_to_timm(state)
-    cut_off = [part for stage, names in parts.items() if stage not in backbone.stages for part in names]
-    unused = tuple(f"{part}." for part in cut_off + head)
+    if backbone.name == LITE0 and "_conv_stem.weight" in state:
+        state = lite0_to_timm(state)
     own = backbone.model.state_dict()
-    state = {key: value for key, value in state.items() if not key.startswith(unused)}
+    unused = outline(backbone.name).state_dict().keys() - own.keys()
+    state = {key: value for key, value in state.items() if key not in unused}
     misfits = _misfits(own, state)
     if misfits:
         raise ValueError("\n".join([
@@ -193,7 +178,7 @@ def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
 def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
     """One line for each kind of difference between two state dicts; [] if they fit."""
     # Counters that older files lack: with a fixed momentum BatchNorm never reads them.
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    missing = [key for key in own if key not in given and not key.endswith(COUNTER)]
     unexpected = [key for key in given if key not in own]
     shapes = [
         f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
@@ -208,70 +193,71 @@ def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def _copy(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
+def _copy(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(module.state_dict() | state)
 
 
-def _flags_that_fit(model: EarthLoc, state: dict[str, Tensor]) -> str:
-    own = asdict(model.config)
+def _flags_that_fit(model: nn.Module, state: dict[str, Tensor]) -> str:
+    own = _flags(model.config)
     try:
-        fitting = asdict(infer_config(state).with_defaults(pretrained=True))
+        fitting = _flags(infer_config(state).with_defaults(pretrained=True))
     except ValueError:
         return "Is it an EarthLoc checkpoint? Check --backbone, --cut_after, --aggregator, --descriptor_dim."
-    if fitting["aggregator"] == "gem":
-        fitting["image_size"] = own["image_size"]  # any size fits
-    of_one_aggregator = {"mixvpr": ("mix_depth", "mix_channels", "out_rows"), "gem": ("gem_grid",)}
-    if all(c["mix_channels"] == c["descriptor_dim"] // c["out_rows"] for c in (own, fitting)):
-        fitting["mix_channels"] = own["mix_channels"]  # it follows from the others
-    others = [field for name, fields in of_one_aggregator.items() if name != fitting["aggregator"] for field in fields]
-    flags = [
-        f"--{field} {value}"
-        for field, value in fitting.items()
-        if value != own[field] and field not in ("freeze_until", *others)
-    ]
+    ignored = ["freeze_until", "frozen_batchnorm"] + ["image_size"] * (fitting["aggregator"] == "gem")  # any size fits
+    flags = [f"--{flag} {value}" for flag, value in fitting.items()
+             if flag not in ignored and value is not None and value != own.get(flag)]
     return f"It would fit with {' '.join(flags)}" if flags else "No flag makes it fit."
 
 
+def _flags(config: ModelConfig) -> dict:
+    fields = asdict(config)
+    return fields | fields.pop("aggregator_settings")
+
+
 def infer_config(state: dict[str, Tensor]) -> ModelConfig:
-    """The config of a bare state dict of a whole model, read from its names and shapes, so that it needs no flags.
+    """The config of a foreign file, a bare state dict of a whole model, read from its names and shapes: a ResNet or
+    efficientnet_lite0 with MixVPR or GeM, so that it needs no flags.
 
     Not in it are `freeze_until`, and `image_size` with the aggregator "gem", which fits every size: both are left at
-    their defaults. ValueError if it is not the state dict of an EarthLoc model.
+    their defaults. ValueError if it is not the state dict of such a model.
     """
     state = our_names(state)
     try:
         backbone, cut_after = _infer_backbone(state)
-        channels, stride = channels_and_stride(backbone, cut_after)
         descriptor_dim, features = state["fc.weight"].shape
+        shape = {"backbone": backbone, "cut_after": cut_after, "descriptor_dim": descriptor_dim}
         if "aggregator.p" in state:
-            grid = math.isqrt(features // channels)
-            return ModelConfig(backbone, cut_after, aggregator="gem", descriptor_dim=descriptor_dim, gem_grid=grid)
+            grid = math.isqrt(features // stages_of(backbone)[cut_after].channels)
+            return ModelConfig(**shape, aggregator="gem", aggregator_settings={"gem_grid": grid})
         out_rows, positions = state["aggregator.row_proj.weight"].shape
         depths = {key.split(".")[2] for key in state if key.startswith("aggregator.mix.")}
-        return ModelConfig(
-            backbone,
-            cut_after,
-            descriptor_dim=descriptor_dim,
-            image_size=math.isqrt(positions) * stride,
-            mix_depth=len(depths),
-            mix_channels=state["aggregator.channel_proj.weight"].shape[0],
-            out_rows=out_rows,
-        )
+        channels = state["aggregator.channel_proj.weight"].shape[0]
+        settings = {"mix_depth": len(depths), "out_rows": out_rows}
+        if channels * out_rows != descriptor_dim:
+            settings["mix_channels"] = channels
+        return ModelConfig(**shape, image_size=math.isqrt(positions) * stride_of(backbone, cut_after),
+                           aggregator_settings=settings)
     except KeyError as error:
         raise ValueError(f"not the state dict of an EarthLoc model: it has no {error.args[0]}") from error
 
 
 def _infer_backbone(state: dict[str, Tensor]) -> tuple[str, str]:
     """Name and last stage of the backbone of a whole model's state dict. Depths that agree up to the cut: the first."""
-    names = [key.split(".")[2:] for key in state if key.startswith("backbone.model.")]
-    if "backbone.model.conv_stem.weight" in state:
-        groups = {int(name[1]) for name in names if name[0] == "blocks"}
-        return "efficientnet_lite0", f"blocks{max(groups)}" if groups else "stem"
-    state["backbone.model.conv1.weight"]  # its absence is the error to report
-    blocks = [len({name[1] for name in names if name[0] == f"layer{i}"}) for i in (1, 2, 3, 4)]
-    kept = sum(1 for count in blocks if count)
-    bottleneck = "backbone.model.layer1.0.conv3.weight" in state
-    for name, depths in RESNET_BLOCKS.items():
-        if depths[:kept] == tuple(blocks[:kept]) and bottleneck == (name not in ("resnet18", "resnet34")):
-            return name, f"layer{kept}" if kept else "conv1"
-    raise ValueError(f"not a known ResNet: it has {blocks} blocks in layer1 .. layer4")
+    prefix = "backbone.model."
+    given = {key.removeprefix(prefix): value.shape for key, value in state.items()
+             if key.startswith(prefix) and not key.endswith(COUNTER)}
+    if not given:
+        raise KeyError(f"{prefix}conv1.weight")
+    for name in (*RESNETS, LITE0):
+        whole = {key: value.shape for key, value in outline(name).state_dict().items()}
+        own, last = {}, None
+        for stage, (parts, _, _) in stages_of(name).items():
+            inside = tuple(f"{part}." for part in parts)
+            if any(key.startswith(inside) for key in given):
+                last = stage
+                own |= {key: shape for key, shape in whole.items()
+                        if key.startswith(inside) and not key.endswith(COUNTER)}
+        if own == given:
+            return name, last
+    raise ValueError("its backbone is no ResNet and no efficientnet_lite0, whole up to a stage; a model of another "
+                     "backbone is read from a file with its config, as train.py and experiments/export.py write it")

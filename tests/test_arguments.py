@@ -1,5 +1,6 @@
 """Flags files, and the model's flags."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import eval
 import train
 import train_geoclip
 from augmentations.year_wise import Augmentation
-from models.earthloc import ModelConfig
+from losses.multi_similarity import MultiSimilarityLoss
+from models.config import ModelConfig
 from utils.arguments import augmentation_of, model_config, run
+from utils.settings import chosen_settings, settings_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESETS = sorted((REPOSITORY / "presets").glob("*.args"))
@@ -42,13 +45,23 @@ def test_augmentation_flags_reach_the_augmentation():
 def test_the_papers_preset_is_the_default_recipe():
     paper, default = vars(train.parse_arguments(["@presets/paper.args"])), vars(train.parse_arguments([]))
     # Spelled out where the default is None, which means the same.
-    assert {key for key in paper if paper[key] != default[key]} <= {"log_dir", "cut_after", "freeze_until"}
+    spelled = {"log_dir", "cut_after", "freeze_until", *settings_of(MultiSimilarityLoss)}
+    assert {key for key in paper if paper[key] != default[key]} <= spelled
+    paper, default = (chosen_settings(argparse.Namespace(**each), MultiSimilarityLoss) for each in (paper, default))
+    assert paper == default == {"alpha": 1, "beta": 50, "base": 0, "epsilon": 0.1, "neutral_filter": "before"}
+
+
+def test_the_demo_alone_zooms_in():
+    for preset, least in (("paper", 1.0), ("released", 1.0), ("demo", 0.7), ("demo_long", 0.7)):
+        assert train.parse_arguments([f"@presets/{preset}.args"]).min_crop == least
+    assert Augmentation(32).min_crop == 1.0  # what the other ways to get one have
 
 
 def test_a_preset_can_build_on_another_and_later_flags_win():
     released = train.parse_arguments(["@presets/released.args", "--lr", "0.5"])
     assert (released.batch_size, released.iterations, released.num_clusters) == (96, 10_000, 50)
     assert (released.descriptor_dim, released.lr, released.log_dir) == (4096, 0.5, "released")
+    assert (released.cluster_draw, released.neutral_filter) == ("uniform", "after")
 
 
 def test_comments_quotes_and_empty_lines(tmp_path):

@@ -9,12 +9,13 @@ import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.backbone import (
-    BACKBONES,
+    LITE0,
     LITE0_PACKAGE,
     LITE_MEAN,
     LITE_STD,
     RESNETS,
     Backbone,
+    choose_stages,
     imagenet_state_dict,
     lite0_to_timm,
     lite0_weights_file,
@@ -23,7 +24,13 @@ from models.backbone import (
 
 torch.set_num_threads(1)
 
-CUTS = [(name, stage) for name in BACKBONES for stage in stage_names(name)]
+CUTS = {
+    **{name: ("conv1", "layer1", "layer2", "layer3", "layer4") for name in RESNETS},
+    LITE0: ("stem", *(f"blocks{i}" for i in range(7))),
+    "convnext_atto": ("stem", *(f"stages{i}" for i in range(4))),
+    "vit_tiny_patch16_224": ("stem", *(f"blocks{i}" for i in range(12))),
+    "vit_small_patch14_dinov2": ("stem", *(f"blocks{i}" for i in range(12))),
+}
 
 
 def lite0_classifier():
@@ -46,31 +53,67 @@ def sample_pictures():
     return (torch.cat(pictures) - LITE_MEAN[0]) / LITE_STD[0]
 
 
-@pytest.mark.parametrize("name, stage", CUTS)
-def test_out_channels_and_stride_are_those_of_the_features(name, stage):
+@pytest.mark.parametrize("name", CUTS)
+def test_stages_have_the_names_that_readers_know(name):
+    assert stage_names(name) == CUTS[name]
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_features_have_the_shape_that_timm_lists(name):
+    timm = pytest.importorskip("timm")
     with torch.device("meta"):  # shapes only, so that even ResNet-152 takes no time
-        backbone = Backbone(name, cut_after=stage)
-        for size in (96, 75):
-            features = backbone(torch.empty(2, 3, size, size + 32))
-            expected = (2, backbone.out_channels, -(-size // backbone.stride), -(-(size + 32) // backbone.stride))
-            assert features.shape == expected
-            assert backbone.feature_size(size) == features.shape[2]
+        listed = {each["module"].replace(".", ""): each for each in timm.create_model(
+            {LITE0: "tf_efficientnet_lite0"}.get(name, name)).feature_info}
+        for stage in (CUTS[name][-1], CUTS[name][3]):
+            backbone = Backbone(name, cut_after=stage)
+            assert (backbone.out_channels, backbone.stride) == (listed[stage]["num_chs"], listed[stage]["reduction"])
+            size = 75 if "vit" not in name else 5 * backbone.stride
+            shape = backbone(torch.empty(2, 3, size, size + 2 * backbone.stride)).shape
+            assert shape == (2, backbone.out_channels, backbone.feature_size(size), backbone.feature_size(size) + 2)
+            assert shape[2] in (size // backbone.stride, -(-size // backbone.stride))
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_resnet_has_torchvisions_names_up_to_the_cut(name):
-    with torch.device("meta"):
-        ours = Backbone(name, cut_after="layer2").state_dict()
-        theirs = torchvision.models.get_model(name).state_dict()
-    kept = ("conv1.", "bn1.", "layer1.", "layer2.")
-    assert list(ours) == [f"model.{key}" for key in theirs if key.startswith(kept)]
-
-
-@pytest.mark.parametrize("name, stride, channels", [("resnet50", 16, 1024), ("efficientnet_lite0", 16, 112)])
-def test_default_cut_is_at_stride_16(name, stride, channels):
+@pytest.mark.parametrize("name, cut, freeze, stride, channels", [
+    ("resnet50", "layer3", "layer2", 16, 1024), ("efficientnet_lite0", "blocks4", "blocks2", 16, 112),
+    ("convnext_atto", "stages2", "stages1", 16, 160), ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384)])
+def test_default_cut_is_at_stride_16_and_what_is_before_stride_16_is_frozen(name, cut, freeze, stride, channels):
     with torch.device("meta"):
         backbone = Backbone(name)
-    assert (backbone.stride, backbone.out_channels) == (stride, channels)
+    assert (backbone.stages[-1], backbone.stride, backbone.out_channels) == (cut, stride, channels)
+    assert choose_stages(name, None, None, pretrained=True) == (cut, freeze)
+    assert choose_stages(name, None, None, pretrained=False) == (cut, "none")
+    second = CUTS[name][1]
+    assert choose_stages(name, second, None, pretrained=True) == (second, "stem" if "vit" in name else second)
+
+
+def test_features_of_a_vit_are_the_tokens_of_the_whole_network():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=12).eval()
+    ours = Backbone("vit_tiny_patch16_224", "blocks3", "blocks1").eval()
+    state = {key: value for key, value in theirs.state_dict().items() if key in ours.model.state_dict()}
+    del state["pos_embed"]  # of another size
+    ours.model.load_state_dict(state, strict=False)
+    images = torch.randn(2, 3, 64, 64)
+    tokens = theirs.patch_embed(images)
+    side = tokens.shape[1] ** 0.5
+    assert side == ours.feature_size(64) == 4
+    tokens = torch.cat([theirs.cls_token.expand(2, -1, -1), tokens], dim=1)
+    table = ours.model.pos_embed[0]
+    grid = F.interpolate(table[1:].T.reshape(1, -1, 14, 14), (4, 4), mode="bicubic", antialias=True)
+    tokens = tokens + torch.cat([table[:1], grid[0].flatten(1).T])
+    for block in theirs.blocks[:4]:
+        tokens = block(tokens)
+    tokens = theirs.norm(tokens)
+    features, token = ours.features_and_token(images)
+    torch.testing.assert_close(features, tokens[:, 1:].transpose(1, 2).reshape(2, 192, 4, 4))
+    torch.testing.assert_close(token, tokens[:, 0])
+    assert torch.equal(ours(images), features)
+
+
+def test_the_token_of_a_cnn_is_the_mean_of_its_features():
+    backbone = Backbone("resnet18", "layer1").eval()
+    features, token = backbone.features_and_token(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(token, torch.stack([each.flatten(1).mean(1) for each in features]))
 
 
 def test_features_are_those_of_torchvisions_own_forward():
@@ -88,23 +131,48 @@ def test_features_are_those_of_torchvisions_own_forward():
         ("resnet18", "layer3", "layer1", ("conv1", "bn1", "layer1")),
         ("resnet18", "layer1", "conv1", ("conv1", "bn1")),
         ("efficientnet_lite0", "blocks2", "blocks1", ("conv_stem", "bn1", "blocks.0", "blocks.1")),
+        ("convnext_atto", "stages1", "stages0", ("stem", "stages.0")),
+        ("vit_tiny_patch16_224", "blocks1", "blocks0", ("patch_embed", "cls_token", "pos_embed", "blocks.0")),
     ],
 )
-def test_a_training_step_moves_nothing_that_is_frozen_and_everything_else(name, cut, freeze, frozen):
+@pytest.mark.parametrize("frozen_batchnorm", ["fixed", "adapt"])
+def test_a_training_step_moves_nothing_that_is_frozen_and_everything_else(name, cut, freeze, frozen, frozen_batchnorm):
     torch.manual_seed(0)
-    backbone = Backbone(name, cut_after=cut, freeze_until=freeze)
+    backbone = Backbone(name, cut, freeze, frozen_batchnorm).double()  # ConvNeXt begins with steps of 1e-6
     backbone.eval()
     backbone.train()  # as a training loop does after each validation
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
-    (backbone(torch.randn(4, 3, 64, 64)) * torch.randn(backbone.out_channels, 1, 1)).square().mean().backward()
+    (backbone(torch.randn(4, 3, 64, 64).double()) * torch.randn(backbone.out_channels, 1, 1)).square().mean().backward()
     optimizer.step()
     for key, value in backbone.model.state_dict().items():
-        is_frozen = key.startswith(tuple(f"{part}." for part in frozen))
-        assert torch.equal(value, before[key]) == is_frozen, key
+        is_frozen = f"{key}.".startswith(tuple(f"{part}." for part in frozen))
+        adapts = frozen_batchnorm == "adapt" and ("running_" in key or "num_batches" in key)
+        assert torch.equal(value, before[key]) == (is_frozen and not adapts), key
     for key, parameter in backbone.model.named_parameters():
-        is_frozen = key.startswith(tuple(f"{part}." for part in frozen))
+        is_frozen = f"{key}.".startswith(tuple(f"{part}." for part in frozen))
         assert (parameter.grad is None) == is_frozen and parameter.requires_grad != is_frozen, key
+
+
+@pytest.mark.parametrize("frozen_batchnorm", ["fixed", "adapt"])
+def test_frozen_batchnorm_normalises_by_its_averages_or_by_the_batch(frozen_batchnorm):
+    torch.manual_seed(0)
+    backbone = Backbone("resnet18", "conv1", "conv1", frozen_batchnorm).double()
+    norm = backbone.model.bn1
+    norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    x = F.conv2d(images, backbone.model.conv1.weight, stride=2, padding=3)
+    means = {"fixed": norm.running_mean.clone(), "adapt": x.mean((0, 2, 3))}
+    variances = {"fixed": norm.running_var.clone(), "adapt": x.var((0, 2, 3), correction=0)}
+    averages = {"fixed": means["fixed"], "adapt": 0.9 * means["fixed"] + 0.1 * means["adapt"]}
+
+    def expected(mean, variance):
+        scaled = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+        return F.max_pool2d(scaled.relu(), 3, stride=2, padding=1)
+    found = backbone.train()(images)
+    torch.testing.assert_close(found, expected(means[frozen_batchnorm], variances[frozen_batchnorm]))
+    torch.testing.assert_close(norm.running_mean, averages[frozen_batchnorm])
+    torch.testing.assert_close(backbone.eval()(images), expected(norm.running_mean, norm.running_var))
 
 
 def test_frozen_stages_build_no_graph():
@@ -122,6 +190,7 @@ def test_frozen_stages_build_no_graph():
         ("resnet18", "none", "none", ["--cut_after none"]),
         ("resnet18", "layer2", "blocks1", ["--freeze_until blocks1"]),
         ("resnet18", "layer2", "layer3", ["--freeze_until layer3", "--cut_after layer2"]),
+        ("vit_tiny_patch16_224", "stem", "none", ["--cut_after stem", "blocks0"]),
     ],
 )
 def test_bad_stage_is_an_error_that_names_the_flag(name, cut, freeze, words):
@@ -130,14 +199,23 @@ def test_bad_stage_is_an_error_that_names_the_flag(name, cut, freeze, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_failed_download_names_the_flags_that_need_none(monkeypatch, tmp_path):
+def test_failed_download_names_the_flags_that_need_none(monkeypatch):
     def refuse(*args, **kwargs):
         raise URLError("no network")
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    for where in ("hf", "url"):
+        monkeypatch.setattr(f"timm.models._builder.load_state_dict_from_{where}", refuse)
     with pytest.raises(RuntimeError, match="could not be downloaded.*no network.*--weights none.*--weights FILE"):
         imagenet_state_dict("resnet18")
+
+
+def test_a_download_draws_nothing_from_the_run(monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *args, **kwargs: None)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert "layer4.1.bn2.weight" in imagenet_state_dict("resnet18")
+    assert torch.equal(torch.rand(2), expected)
 
 
 def test_missing_lite0_package_names_the_remedy(monkeypatch):

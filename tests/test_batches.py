@@ -2,11 +2,13 @@
 
 import multiprocessing
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import train
 from datasets.batches import BatchLoader, random_clusters, schedule, spread
 from datasets.images import read_image
 from datasets.regions import RegionDataset, Regions
@@ -132,6 +134,37 @@ def test_the_schedule_is_a_function_of_the_seed():
     assert np.array_equal(first[:20], schedule(CLUSTERS, 4, 20, 7))
 
 
+def shares(draw, count=4000):
+    """How often each cluster comes up in a schedule of batches of 4 -> (4,)."""
+    owner = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(CLUSTERS)])
+    return np.bincount(owner[schedule(CLUSTERS, 4, count, 0, draw)[:, 0]], minlength=4) / count
+
+
+def test_clusters_are_drawn_by_size_or_all_alike():
+    # A pass holds 2, 1, 5 and 1 batches, of which the third cluster gives 4, as many as the others together.
+    assert shares("size") == pytest.approx([2 / 8, 1 / 8, 4 / 8, 1 / 8], abs=0.01)
+    assert shares("uniform") == pytest.approx([1 / 4] * 4, abs=0.03)  # a spread of 0.007 for each
+
+
+def test_a_uniform_draw_takes_regions_of_one_cluster_each_once_whatever_came_before():
+    owner = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(CLUSTERS)])
+    batches = schedule(CLUSTERS, 4, 1000, 0, "uniform")
+    assert batches.shape == (1000, 4) and set(batches.ravel().tolist()) == set(range(44))
+    assert all(len(set(batch)) == 4 and len(set(owner[batch])) == 1 for batch in batches.tolist())
+    clusters = owner[batches[:, 0]]
+    assert 0.2 < (clusters[1:] == clusters[:-1]).mean() < 0.3  # independent: a quarter
+    assert np.array_equal(batches, schedule(CLUSTERS, 4, 1000, 0, "uniform"))
+    assert not np.array_equal(batches, schedule(CLUSTERS, 4, 1000, 1, "uniform"))
+
+
+@pytest.mark.parametrize("draw", ["size", "uniform"])
+def test_cluster_draw_reaches_the_schedule_of_training(draw):
+    args = train.parse_arguments(["--cluster_draw", draw, "--batch_size", "4", "--iterations", "30", "--seed", "3"])
+    run = SimpleNamespace(iteration=0, clusters=CLUSTERS)
+    served = train.serve(run, SimpleNamespace(serve=lambda batches, spares: batches), args, slice(1, 3))
+    assert np.array_equal(served, schedule(CLUSTERS, 4, 30, [3, 2, 0], draw)[:, 1:3])
+
+
 def test_every_region_comes_up():
     assert set(schedule(CLUSTERS, 4, 200, 0).ravel().tolist()) == set(range(44))
 
@@ -142,8 +175,9 @@ def test_one_cluster_still_makes_batches():
 
 
 def test_a_cluster_smaller_than_a_batch_is_an_error():
-    with pytest.raises(ValueError, match="--batch_size 5.*only 4"):
-        schedule(CLUSTERS, 5, 10, 0)
+    for draw in ("size", "uniform"):
+        with pytest.raises(ValueError, match="--batch_size 5.*only 4"):
+            schedule(CLUSTERS, 5, 10, 0, draw)
 
 
 def test_spread_keeps_all_positions_and_separates_equal_labels():

@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,11 @@ import torch
 from PIL import Image
 
 import eval as evaluation_script
+import predict
+from datasets.evaluation import load_evaluation_data, read_database
+from models.earthloc import ModelConfig, build_model
 from utils import descriptors, retrieval
+from utils.checkpoint import save_checkpoint
 
 COMMON = dict(image_size=16, batch_size=2, progress=False, rotations=(0, 90))
 
@@ -61,7 +68,10 @@ def keep(root, names, model, folder=None, **more):
 
 
 def stored(root):
-    return sorted((root.parent / "kept").iterdir())
+    """The files of vectors, each with its marks beside it."""
+    files = sorted((root.parent / "kept").iterdir())
+    assert files[1::2] == [path.with_suffix(".marks") for path in files[::2]]
+    return files[::2]
 
 
 def same(kept, expected):
@@ -82,7 +92,7 @@ def test_kept_is_float16_of_what_describe_returns_and_nothing_is_described_twice
     assert np.array_equal(first, second, equal_nan=True) and failed == [5]
     assert again.images == ONE + 2 * 1  # the broken image is tried again, no other
     header = json.loads(stored(root)[0].open("rb").read(4096))
-    assert header["images"] == 9 and header["dim"] == 6 and header["layers"] == 2
+    assert header["dim"] == 6 and header["rotations"] == [0, 90]
 
 
 def test_a_run_that_fails_in_the_middle_goes_on_where_it_was(root):
@@ -112,11 +122,12 @@ def test_a_killed_run_goes_on_where_it_was(root):
     folder = root.parent / "kept"
     code = subprocess.run([sys.executable, "-c", KILLED, root, folder], capture_output=True, text=True)
     assert code.returncode == -signal.SIGKILL, code.stderr
-    (name,) = folder.iterdir()
+    left = sorted(folder.iterdir())
+    assert [path.suffix for path in left] == [".f16", ".marks"]
     # The class's name is in the fingerprint: this test's model is to find the killed one's file.
     model = type("Dies", (Counting,), {})()
     values, _ = keep(root, paths(), model)
-    assert [each.name for each in folder.iterdir()] == [name.name]
+    assert sorted(folder.iterdir()) == left
     assert same(values, plain(root, paths())) and model.images == ONE + 2 * 4  # 0 … 4 were kept, 5 is no image
 
 
@@ -124,10 +135,11 @@ def test_descriptors_without_their_mark_or_with_another_checksum_are_not_trusted
     names = paths(5)
     first, _ = keep(root, names, Counting())
     (path,) = stored(root)
-    file = descriptors.DescriptorFile(path, descriptors.image_fingerprints(root, names), (2, 5, 6))
-    file.values[1, 3, 2] += 1  # a bit that flipped
-    file.marks["image"][0] = 0  # killed between the descriptors and their mark
-    file.values.flush(), file.marks.flush()
+    marks = np.memmap(path.with_suffix(".marks"), descriptors.MARK, "r+", 4096)
+    vectors = np.memmap(path, np.float16, "r+", 4096).reshape(-1, 6)
+    vectors[int(marks["first"][3] + marks["step"][3]), 2] += 1  # the second rotation: a bit that flipped
+    marks["image"][0] = 0  # killed between the descriptors and their mark
+    vectors.flush(), marks.flush()
     model = Counting()
     second, _ = keep(root, names, model)
     assert np.array_equal(first, second) and model.images == ONE + 2 * 2
@@ -167,11 +179,10 @@ def test_the_fingerprint_counts_all_that_changes_a_descriptor():
     buffered = Counting()
     buffered.register_buffer("mean", torch.zeros(1), persistent=False)
     prints = [descriptors.model_fingerprint(*each) for each in (
-        (model, 16, "fp32", (0,)), (changed, 16, "fp32", (0,)), (buffered, 16, "fp32", (0,)),
-        (model, 32, "fp32", (0,)), (model, 16, "bf16", (0,)), (model, 16, "fp32", (0, 90)))]
+        (model, 16, "fp32"), (changed, 16, "fp32"), (buffered, 16, "fp32"), (model, 32, "fp32"), (model, 16, "bf16"))]
     assert len(set(prints)) == len(prints)
-    assert descriptors.model_fingerprint(Counting(), 16, "fp32", (0,)) == prints[0]
-    assert descriptors.model_fingerprint(Counting().bfloat16(), 16, "fp32", (0,)) != prints[0]
+    assert descriptors.model_fingerprint(Counting(), 16, "fp32") == prints[0]
+    assert descriptors.model_fingerprint(Counting().bfloat16(), 16, "fp32") != prints[0]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other model"])
@@ -211,6 +222,156 @@ def test_a_diverged_model_is_not_kept(root):
     assert again.images == ONE + 2 * 3
 
 
+def test_lists_that_overlap_share_a_file_and_each_finds_its_own(root):
+    names = [name for name in paths() if name != "5.png"]
+    for some, fresh in ((names[:4], 4), (names[6:1:-1], 3), (names, 1), (names[3:5], 0)):
+        model = Counting()
+        values, _ = keep(root, some, model)
+        assert same(values, plain(root, some)) and model.images == ONE + 2 * fresh
+    (path,) = stored(root)
+    assert path.stat().st_size == 4096 + 8 * 2 * 6 * 2  # no image twice
+    assert path.with_suffix(".marks").stat().st_size == 4096 + 8 * 32
+
+
+def test_only_the_wanted_are_looked_at(root, monkeypatch):
+    looked = []
+    checksums, stat = descriptors._checksums, os.stat
+    names = [name for name in paths() if name != "5.png"]
+    keep(root, names[:6], Counting())
+    monkeypatch.setattr(descriptors, "_checksums",
+                        lambda values, rows: looked.append(len(rows)) or checksums(values, rows))
+    monkeypatch.setattr(descriptors.os, "stat", lambda path, *more, **other: (
+        looked.append(Path(path).name) if str(path).endswith("png") else None) or stat(path, *more, **other))
+    model = Counting()
+    values, _ = retrieval.describe_kept(root.parent / "kept", model, root, names, **COMMON, wanted=[1, 4, 7])
+    assert {each for each in looked if isinstance(each, str)} == {"1.png", "4.png", "8.png"}
+    assert [each for each in looked if isinstance(each, int)] == [2, 1]  # two of the file, and a new one
+    assert model.images == ONE + 2 and values.shape == (2, 8, 6)
+    assert same(values[:, [1, 4, 7]], plain(root, ["1.png", "4.png", "8.png"]))
+    with pytest.raises(IndexError):
+        values[:, 0]
+
+
+def test_room_that_a_killed_run_left_is_used_by_the_next(root):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        keep(root, paths(4), Counting(fail_after=ONE + 2 * 2))
+    (path,) = stored(root)
+    size = path.stat().st_size
+    values, _ = keep(root, ["7.png", "8.png"], Counting())
+    assert same(values, plain(root, ["7.png", "8.png"])) and path.stat().st_size == size
+    model = Counting()
+    values, _ = keep(root, paths(5), model)
+    assert same(values, plain(root, paths(5))) and model.images == ONE + 2 * 3
+    assert path.stat().st_size == 4096 + 7 * 2 * 6 * 2
+
+
+def test_marks_that_point_to_the_same_vectors_are_not_trusted(root, caplog):
+    caplog.set_level(logging.INFO)
+    first, _ = keep(root, paths(4), Counting())
+    (path,) = stored(root)
+    np.memmap(path.with_suffix(".marks"), descriptors.MARK, "r+", 4096)["first"][2] -= 1
+    model = Counting()
+    assert np.array_equal(keep(root, paths(4), model)[0], first) and model.images == ONE + 2 * 4
+    assert "described anew" in caplog.text
+
+
+WAITS = """
+import logging, os, sys, time
+sys.path.insert(0, os.getcwd())
+from pathlib import Path
+from tests.test_descriptors import COMMON, Counting
+from utils import retrieval
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+root, folder, gate, *names = sys.argv[1:]
+class Slow(Counting):
+    def forward(self, images):
+        if gate != "none" and self.images == 5:
+            print("in the middle", flush=True)
+            sys.stdin.readline()
+        return super().forward(images)
+model = Slow()
+retrieval.describe_kept(folder, model, root, names, **COMMON, commit_every=0)
+print("described", (model.images - 1) // 2, flush=True)
+"""
+
+
+def test_two_processes_one_file(root):
+    """The second waits until the first is through, and then describes only what that one did not."""
+    folder = root.parent / "kept"
+
+    def start(gate, *names):
+        return subprocess.Popen([sys.executable, "-c", WAITS, root, folder, gate, *names], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with start("gate", *paths(5)) as first:
+        assert "0 of 5 images are described" in first.stdout.readline()
+        assert first.stdout.readline() == "in the middle\n"
+        with start("none", "4.png", "6.png", "2.png") as second:
+            assert "another process describes with the same model, waiting" in second.stdout.readline()
+            assert not select.select([second.stdout], [], [], 1)[0]  # whatever its speed: it says nothing until then
+            assert first.communicate("go\n")[0] == "described 5\n"
+            assert "2 of 3 images are described" in second.stdout.readline()
+            assert second.stdout.readline() == "described 1\n"
+    model = type("Slow", (Counting,), {})()
+    values, _ = keep(root, [*paths(5), "6.png"], model)
+    assert same(values, plain(root, [*paths(5), "6.png"])) and model.images == ONE
+
+
+def test_files_of_other_models_are_listed_and_removed_if_asked(root, caplog):
+    caplog.set_level(logging.INFO)
+    folder = root.parent / "kept"
+    for seed in (0, 1, 2):
+        keep(root, paths(3), Counting(seed))
+    mine, other, busy = (descriptors.model_fingerprint(Counting(seed), 16, "fp32") for seed in (0, 1, 2))
+    ours = {seed: folder / descriptors.file_name(root, each, (0, 90)) for seed, each in enumerate((mine, other, busy))}
+    earlier = json.dumps({"format": "earthloc descriptors 1", "model": mine}).encode().ljust(4096)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    alive, dead, old = (folder / name for name in (f"a.f16.{os.getpid()}.tmp", f"a.f16.{ended.pid}.tmp", "a.f16"))
+    for path in (alive, dead):
+        path.write_bytes(earlier)
+    old.write_bytes(earlier.replace(mine.encode(), other.encode()))
+    foreign = [folder / "notes.f16", folder / "notes.txt", folder / "b.marks", folder / f"b.f16.{ended.pid}.tmp"]
+    for path in foreign:
+        path.write_text('{"format": "mine"}')
+    (root / "elsewhere.f16").write_bytes(earlier.replace(mine.encode(), other.encode()))
+    (folder / "link.f16").symlink_to(root / "elsewhere.f16")
+    everything = set(folder.iterdir())
+
+    descriptors.tidy(folder, mine)
+    assert set(folder.iterdir()) == everything - {dead}
+    assert f"removed 1 files (0.00 GB) left behind by a run that was killed: {dead}" in caplog.text
+    assert f"{folder}: 5 files (0.00 GB) of other models; --forget_descriptors removes them" in caplog.text
+    with descriptors._locked(ours[2].with_suffix(".marks")):
+        descriptors.tidy(folder, mine, forget=True)
+    gone = {dead, old, ours[1], ours[1].with_suffix(".marks")}
+    assert set(folder.iterdir()) == everything - gone
+    assert all(str(path) in caplog.text for path in gone) and "kept, another process describes into" in caplog.text
+    descriptors.tidy(folder / "none", mine, forget=True)
+    model = Counting()
+    keep(root, paths(3), model)
+    assert model.images == ONE
+
+
+@pytest.mark.parametrize("kind", retrieval.SEARCHES)
+def test_the_searches_read_kept_descriptors_where_they_lie(kind, tmp_path, monkeypatch):
+    """Rows of a memory map in any order give what a copy of them gives; the map is never read whole."""
+    rng = np.random.default_rng(0)
+    vectors = np.memmap(tmp_path / "vectors", np.float16, "w+", shape=(9000, 8))
+    vectors[:] = rng.normal(size=vectors.shape)
+    index = rng.permutation(9000)[:8000].reshape(2, 4000)
+    kept = descriptors.Rows(vectors, index)
+    assert kept.shape == (2, 4000, 8) and kept.ndim == 3 and len(kept) == 2
+    flat, copied = kept.reshape(8000, 8), vectors[index].reshape(8000, 8)
+    assert np.shares_memory(flat.vectors, vectors) and np.array_equal(np.asarray(flat, dtype=np.float32), copied)
+    queries, rows = rng.normal(size=(5, 8)).astype(np.float32), rng.permutation(8000)[:6000]
+    expected = [retrieval.make_search(kind, copied).search(queries, 30, each) for each in (None, rows)]
+    monkeypatch.setattr(descriptors.Rows, "__array__", None)
+    search = retrieval.make_search(kind, flat)
+    for each, right in zip((None, rows), expected):
+        found = search.search(queries, 30, each)
+        assert np.array_equal(found[0], right[0]) and np.array_equal(found[1], right[1])
+
+
 FLAGS = ["--device", "cpu", "--precision", "fp32", "--num_workers", "0", "--weights", "none", "--backbone", "resnet18",
          "--aggregator", "gem", "--descriptor_dim", "16", "--image_size", "32"]
 
@@ -234,4 +395,55 @@ def test_eval_keeps_its_descriptors_and_scores_the_same(world, tmp_path, monkeyp
     assert recalls() == (in_memory, 0)
     assert recalls("--search", "flat") == (in_memory, 0)
     assert recalls("--rotate", "queries", "--descriptors", str(tmp_path / "other"))[1] == images
-    assert {path.suffix for path in (tmp_path / "logs" / "descriptors").iterdir()} == {".f16"}
+    assert {path.suffix for path in (tmp_path / "logs" / "descriptors").iterdir()} == {".f16", ".marks"}
+
+
+def test_eval_and_predict_describe_nothing_twice(world, tmp_path, monkeypatch):
+    """Each after the other, though eval wants the sets' images and predict those near a point."""
+    monkeypatch.chdir(tmp_path)
+    model = build_model(ModelConfig("resnet18", cut_after="layer1", aggregator="gem", descriptor_dim=16, image_size=32),
+                        "none")
+    save_checkpoint("model.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
+    read, files = retrieval.read_image, []
+    monkeypatch.setattr(retrieval, "read_image", lambda path, *more: files.append(str(path)) or read(path, *more))
+    database, data = read_database(world.path), load_evaluation_data(world.path)
+    photo = world.path / data.queries.paths[0]
+
+    def described(script, *more):
+        files.clear()
+        inputs = [str(photo)] if script is predict else []
+        script.main(script.parse_arguments([*inputs, "--resume", "model.pt", "--dataset_path", str(world.path),
+                                            "--num_workers", "0", "--device", "cpu", *map(str, more)]))
+        return sum("database" in Path(path).relative_to(world.path).parts for path in files)
+
+    everything = len(data.database_rows)
+    assert everything == len(database)
+    for tta in ((), ("--tta", "none", "--rotate", "queries")):
+        folder = ("--descriptors", tmp_path / f"kept{len(tta)}")
+        near = ("--near", *database.centers[0], "--near_km", 1000)
+        first = described(predict, *folder, *near)
+        assert 3 <= first < everything
+        assert described(evaluation_script, *folder, *tta) == everything - (0 if tta else first)
+        assert described(predict, *folder) == (everything - first if tta else 0)
+        assert described(evaluation_script, *folder, *tta) == 0
+    other = ("--descriptors", tmp_path / "other")
+    assert described(evaluation_script, *other) == everything
+    assert described(predict, *other) == described(predict, *other, *near) == 0
+    assert {path.suffix for path in (tmp_path / "other").iterdir()} == {".f16", ".marks"}
+
+
+def test_the_scripts_forget_descriptors_of_other_models(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--dataset_path", str(world.path), *FLAGS]
+    for more in (["--seed", "0"], ["--seed", "1"]):
+        evaluation_script.main(evaluation_script.parse_arguments([*common, *more]))
+    folder = tmp_path / "logs" / "descriptors"
+    both = set(folder.iterdir())
+    evaluation_script.main(evaluation_script.parse_arguments([*common, "--seed", "1", "--forget_descriptors"]))
+    assert len(both) == 8 and len(set(folder.iterdir())) == 4 and set(folder.iterdir()) < both
+    model = build_model(ModelConfig("resnet18", aggregator="gem", descriptor_dim=16, image_size=32), "none")
+    save_checkpoint("model.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
+    photo = next((world.path / "queries").iterdir())
+    predict.main(predict.parse_arguments([str(photo), "--resume", "model.pt", "--dataset_path", str(world.path),
+                                          "--num_workers", "0", "--device", "cpu", "--forget_descriptors"]))
+    assert len(set(folder.iterdir())) == 2 and not set(folder.iterdir()) & both

@@ -1,4 +1,5 @@
-"""What would go wrong on a GPU, seen without one: tensors on two devices, and looks from the host, which wait.
+"""What would go wrong on a GPU, seen without one: tensors and generators on two devices, looks from the host, which
+wait, and uploads for which it waits.
 
 torch's fake tensors say that they are on a GPU and hold nothing: operations on them only tell shapes, types and devices,
 and raise where the devices are mixed. What runs on the CPU is real.
@@ -20,7 +21,8 @@ import train_geoclip
 from augmentations.year_wise import GROUPS, Augmentation
 from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from models.geoclip import GeoCLIP, GeoClipConfig
 from models.image_encoder import BackboneEncoder
 from utils.clustering import kmeans
@@ -34,11 +36,12 @@ aten = torch.ops.aten
 
 
 class PretendGPU(TorchDispatchMode):
-    """`looks`: operations for which the host waits. What it sees is all zeros, or True."""
+    """`looks`: operations for which the host waits; what it sees is all zeros, or True, and masks let all pass.
+    `uploads`: copies from the host that are not non_blocking, so that it waits for those, too."""
 
     def __init__(self):
         super().__init__()
-        self.looks = []
+        self.looks, self.uploads = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,7 +59,18 @@ class PretendGPU(TorchDispatchMode):
         if function is aten.bincount.default:
             self.looks.append("bincount")
             return torch.zeros(args[2], dtype=torch.long, device=GPU)
+        if function is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
+            self.looks.append("nonzero")
+            args = args[0], [each if each is None or each.dtype != torch.bool else torch.arange(len(each), device=GPU)
+                             for each in args[1]]
         result = function(*args, **kwargs)
+        for each in leaves:
+            if isinstance(each, torch.Generator) and each.device.type != result.device.type:
+                raise RuntimeError(f"Expected a generator for {result.device} but found one for {each.device}")
+        if function in (aten._to_copy.default, aten.copy_.default) and result.device == GPU:
+            source, *flag = args if function is aten._to_copy.default else args[1:]
+            if source.device.type == "cpu" and not (kwargs.get("non_blocking") or any(flag)):
+                self.uploads.append(function)
         if isinstance(result, FakeTensor) and result.device.type == "cpu":
             if not kwargs.get("non_blocking"):
                 self.looks.append("copy")
@@ -66,12 +80,22 @@ class PretendGPU(TorchDispatchMode):
 
 
 @pytest.fixture
-def looks():
+def gpu():
     pretend = PretendGPU()
     with patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False), \
             patch.object(torch.cuda, "is_bf16_supported", lambda *_: True), \
             FakeTensorMode(allow_non_fake_inputs=True), pretend:
-        yield pretend.looks
+        yield pretend
+
+
+@pytest.fixture
+def looks(gpu):
+    return gpu.looks
+
+
+@pytest.fixture
+def uploads(gpu):
+    return gpu.uploads
 
 
 def to_gpu(model):
@@ -106,26 +130,54 @@ def test_mistakes_are_noticed(looks):
     on_gpu.cpu()
     torch.nonzero(on_gpu)
     assert bool(on_gpu.isfinite().all()) and looks == ["item", "copy", "nonzero", "item"]
+    assert on_gpu[torch.ones(3, dtype=torch.bool).to(GPU)].shape == (3, 3) and looks.pop() == "nonzero"
+
+
+def test_generators_of_another_device_are_noticed(looks):
+    elsewhere = torch.Generator()
+    assert torch.rand(3, generator=elsewhere).shape == (3,)
+    for mistake in (lambda: torch.randn(3, device=GPU, generator=elsewhere),
+                    lambda: torch.randperm(3, device=GPU, generator=elsewhere),
+                    lambda: torch.ones(3, device=GPU).uniform_(generator=elsewhere)):
+        with pytest.raises(RuntimeError, match="generator for cuda:0 but found one for cpu"):
+            mistake()
+
+
+def test_uploads_that_block_are_noticed(uploads):
+    on_gpu, on_cpu = torch.ones(3, device=GPU), torch.ones(3)
+    for count, mistake in enumerate((lambda: on_cpu.to(GPU), lambda: torch.as_tensor(0.5, device=GPU),
+                                     lambda: torch.tensor([1, 2], device=GPU), lambda: on_gpu.copy_(on_cpu),
+                                     lambda: on_gpu[[0, 1]]), 1):
+        mistake()
+        assert len(uploads) == count
+    for fine in (lambda: on_cpu.to(GPU, non_blocking=True), lambda: on_gpu.copy_(on_cpu, non_blocking=True),
+                 lambda: torch.full((3,), 0.5, device=GPU), lambda: on_gpu * 0.5, lambda: on_gpu.double(),
+                 lambda: on_gpu.clone().copy_(on_gpu), lambda: torch.arange(3, device=GPU), lambda: on_gpu.cpu()):
+        fine()
+    assert len(uploads) == 5
 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("weather", [{}, {"hue": 0.05, "clouds": 0.5, "haze": 0.5, "exposure": 1.0}])
-def test_augmentation_stays_on_the_gpu(looks, group, weather):
-    images = torch.zeros(3, 4, 3, 64, 64, dtype=torch.uint8).to(GPU)
-    views = Augmentation(48, group, **weather)(images, torch.Generator().manual_seed(0))
-    assert views.shape == (3, 4, 3, 48, 48) and views.dtype == torch.float32 and views.device == GPU
-    assert not looks
+def test_augmentation_stays_on_the_gpu(looks, uploads, group, weather):
+    images = torch.zeros(3, 4, 3, 64, 64, dtype=torch.uint8).to(GPU, non_blocking=True)
+    augment = Augmentation(48, group, **weather)
+    for rows in (None, slice(1, 3)):
+        views = augment(images[rows or slice(None)], torch.Generator().manual_seed(0), rows, 3)
+        assert views.shape[1:] == (4, 3, 48, 48) and views.dtype == torch.float32 and views.device == GPU
+    assert not looks and not uploads
 
 
 @pytest.mark.parametrize("backbone, freeze", [("resnet18", "layer2"), ("efficientnet_lite0", "blocks2")])
 @pytest.mark.parametrize("aggregator, loss_fn", [("mixvpr", MultiSimilarityLoss()), ("gem", ContrastiveLoss(0.5))])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_step_does_not_wait_for_the_gpu(looks, backbone, freeze, aggregator, loss_fn, precision):
+def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggregator, loss_fn, precision):
     model = to_gpu(EarthLoc(ModelConfig(backbone, freeze_until=freeze, aggregator=aggregator, descriptor_dim=32,
                                         image_size=48)))
     run = Run(model, make_optimizer(model, 1e-3))
     labels = torch.arange(3, device=GPU).repeat_interleave(4)
-    views = torch.rand(3, 4, 3, 48, 48).to(GPU)
+    views = torch.rand(3, 4, 3, 48, 48).to(GPU, non_blocking=True)
+    uploads.clear()  # the model's
     kinds = []
     handle = model.backbone.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
@@ -137,9 +189,8 @@ def test_a_step_does_not_wait_for_the_gpu(looks, backbone, freeze, aggregator, l
     assert set(kinds) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert run.iteration == 2 and loss.device == norm.device == descriptors.device == GPU
     assert all(state["exp_avg"].device == GPU for state in run.optimizer.state.values())
-    assert not looks
     loss_fn.mined_shares(descriptors, labels, neutral)
-    assert not looks  # until they are logged
+    assert not looks and not uploads  # until they are logged
 
 
 def test_a_look_at_an_outcome_is_at_a_copy_that_was_under_way(looks):
@@ -160,6 +211,14 @@ def test_description_does_not_wait_for_the_gpu(looks, backbone):
             described = model(images)
         assert described.shape == (2, 32) and described.dtype == torch.float32 and described.device == GPU
     assert not looks
+
+
+def test_whitening_computes_on_the_gpu(looks):
+    """At 4,096-d the features' rank never reaches the last rows, which are drawn."""
+    model = to_gpu(EarthLoc(ModelConfig("resnet18", image_size=48, descriptor_dim=4096)))
+    features = model.train().aggregate(torch.rand(16, 3, 48, 48).to(GPU))
+    assert model.whiten_(features, generator=torch.Generator().manual_seed(0)) == 16
+    assert model.fc.weight.device == model.fc.bias.device == GPU and model.fc.weight.shape == (4096, 4096)
 
 
 def test_geoclip_computes_on_the_gpu(looks):

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.earthloc import EarthLoc, ModelConfig, build_model
+from models.config import ModelConfig
+from models.earthloc import EarthLoc, build_model
 
 torch.set_num_threads(1)
 
-TINY = ModelConfig("resnet18", descriptor_dim=32, image_size=64, mix_depth=2)
-TINY_GEM = replace(TINY, aggregator="gem", gem_grid=2)
+TINY = ModelConfig("resnet18", descriptor_dim=32, image_size=64, aggregator_settings={"mix_depth": 2})
+TINY_GEM = replace(TINY, aggregator="gem", aggregator_settings={"gem_grid": 2})
 TINY_LITE = ModelConfig("efficientnet_lite0", cut_after="blocks2", descriptor_dim=16, image_size=64)
 
 
@@ -106,22 +107,28 @@ def test_config_with_its_defaults_filled_in_builds_the_same_model():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"backbone": "vgg"}, ["--backbone vgg", "resnet18"]),
+        ({"backbone": "resnet19"}, ["--backbone resnet19", "resnet18"]),
+        ({"backbone": "no_such"}, ["--backbone no_such", "resnet50"]),
+        ({"backbone": "swin_tiny_patch4_window7_224"}, ["--backbone swin_tiny", "neither a ViT nor a CNN"]),
+        ({"frozen_batchnorm": "off"}, ["--frozen_batchnorm off", "fixed, adapt"]),
         ({"cut_after": "layer9"}, ["--cut_after layer9"]),
         ({"freeze_until": "layer4"}, ["--freeze_until layer4", "--cut_after layer3"]),
         ({"aggregator": "salad"}, ["--aggregator salad", "mixvpr, gem"]),
         ({"descriptor_dim": 0}, ["--descriptor_dim 0"]),
         ({"descriptor_dim": 30}, ["--descriptor_dim 30", "--out_rows 4", "--mix_channels"]),
         ({"image_size": -1}, ["--image_size -1"]),
-        ({"mix_channels": 0}, ["--mix_channels 0"]),
-        ({"mix_depth": -1}, ["--mix_depth -1"]),
-        ({"gem_grid": 0}, ["--gem_grid 0"]),
-        ({"aggregator": "gem", "gem_grid": 5}, ["--gem_grid 5", "--image_size 64"]),
+        ({"aggregator_settings": {"mix_channels": 0}}, ["--mix_channels 0"]),
+        ({"aggregator_settings": {"mix_depth": -1}}, ["--mix_depth -1"]),
+        ({"aggregator_settings": {"out_rows": 0}}, ["--out_rows 0"]),
+        ({"aggregator_settings": {"gem_grid": 2, "power": 1}}, ["--gem_grid, --power", "--aggregator mixvpr"]),
+        ({"aggregator": "gem", "aggregator_settings": {"gem_grid": 0}}, ["--gem_grid 0"]),
+        ({"aggregator": "gem", "aggregator_settings": {"gem_grid": 5}}, ["--gem_grid 5", "4 x 4", "--image_size"]),
+        ({"backbone": "vit_tiny_patch16_224", "image_size": 40}, ["--image_size 40", "multiple of 16", "32 or 48"]),
     ],
 )
 def test_bad_config_is_an_error_that_names_the_flag(change, words):
-    with pytest.raises(ValueError) as error:
-        replace(TINY, **change)
+    with pytest.raises(ValueError) as error, torch.device("meta"):
+        EarthLoc(replace(TINY, **change))
     assert all(word in str(error.value) for word in words)
 
 
@@ -153,7 +160,8 @@ def test_whitened_features_have_zero_mean_and_identity_covariance():
 
 @pytest.mark.parametrize("power, regulariser, std", [(1.0, 0.1, 1.0), (0.5, 0.01, 1.0), (0.0, 0.0, 0.02)])
 def test_variances_after_whitening_are_those_of_the_formula(power, regulariser, std):
-    model, features = tiny(replace(TINY, descriptor_dim=8, mix_channels=8)), skewed_features(500, 32)
+    model = tiny(replace(TINY, descriptor_dim=8, aggregator_settings={"mix_channels": 8}))
+    features = skewed_features(500, 32)
     assert model.whiten_(features, power, regulariser, std) == 8
     variances = np.sort(np.linalg.eigvalsh(np.cov(features.double().numpy().T)))[::-1]
     expected = std**2 * variances[:8] / (variances[:8] + regulariser * variances.mean()) ** power
@@ -175,7 +183,7 @@ def test_rows_beyond_the_rank_say_nothing_of_the_features_and_still_learn():
 
 
 def test_more_rows_than_features_are_filled():
-    model = tiny(replace(TINY, descriptor_dim=48, mix_channels=8))
+    model = tiny(replace(TINY, descriptor_dim=48, aggregator_settings={"mix_channels": 8}))
     assert model.whiten_(skewed_features(100, 32)) == 32
     assert torch.isfinite(model.fc.weight).all() and (model.fc.weight.norm(dim=1) > 0).all()
 

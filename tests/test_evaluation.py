@@ -127,11 +127,24 @@ def test_empty_sets_are_skipped_with_a_line_and_left_out_queries_counted():
     assert data.query_rows.tolist() == [0, 1, 3] and data.database_rows.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_validation_set_has_radii_of_its_own():
+    """One degree on a meridian is 111.2 km: queries at 489 and 512 km, images at 1,190 and 1,212 km and closer."""
+    queries = catalogue(["queries/" + query_name(i, 30, -95, (30 - south, -95)) for i, south in enumerate((4.4, 4.6))])
+    database = catalogue([database_path(i, 30 + north, -95) for i, north in enumerate((0, 10.7, 10.9, 40))])
+    listed = {name: [(path, 0.3) for path in database.paths] for name in queries.names}
+    data = sets.make_evaluation_data(queries, database, listed)
+    members = {one.name: (one.query_rows.tolist(), one.database_rows.tolist()) for one in data.sets}
+    assert members[sets.VALIDATION] == ([0], [0, 1]) and members["Texas"] == ([0, 1], [0, 1, 2, 3])
+    assert sets.VALIDATION not in [one.name for one in sets.make_evaluation_data(queries, database, listed, False).sets]
+
+
 def test_unreadable_images_leave_and_take_their_queries_along():
     data = make_texas().without([1], [4])
     assert [(one.name, one.query_rows.tolist()) for one in data.sets] == [("Texas", [0]), (sets.VALIDATION, [0])]
     assert all(4 not in one.database_rows for one in data.sets)
     assert any(note.startswith("California: skipped") for note in data.notes)
+    # Query 2 never had a positive, query 3 lost its only one; the unreadable query 1 is no longer counted.
+    assert [one.left_out.tolist() for one in data.sets] == [[2, 3], [2]]
 
 
 def hand_made():
@@ -157,7 +170,7 @@ def test_score_by_hand():
     # Expected by chance with 5 images: 1, 2 and 1 positives.
     assert texas.random_choice[1] == pytest.approx(100 * (1 / 5 + 2 / 5 + 1 / 5) / 3)
     # Nearest centres: image 0 lies at the nadir (30, -95) of queries 0 and 1, and nearest to (30, -105) of query 3.
-    assert texas.nadir[1] == pytest.approx(200 / 3)
+    assert texas.nearest_to_nadir[1] == pytest.approx(200 / 3)
     assert result.average() == pytest.approx({k: (texas.recalls[k] + result["California"].recalls[k]) / 2
                                               for k in (1, 2, 5)})
 
@@ -177,7 +190,8 @@ def test_lines_have_the_form_users_parse():
                     "R@1: 58.4, R@5: 71.0, R@10: 76.8, R@20: 80.9, R@100: 89.4")
     lines = evaluation.score_sets(*hand_made()).lines()
     assert lines[0].startswith("Recalls on Texas           < Texas - #q: 3; #db: 5 >: R@1: 66.7, ")
-    assert any(text.startswith("Recalls on average         < 2 sets - #q: 4; #db: 5 >: R@1: ") for text in lines)
+    for title in ("Recalls", "Distinct", "Nearest centre to the nadir", "Random  "):
+        assert any(text.startswith(f"{title} on average         < 2 sets - #q: 4; #db: 5 >: R@1: ") for text in lines)
 
 
 def test_files_hold_every_prediction_and_its_distance(tmp_path):
@@ -186,6 +200,7 @@ def test_files_hold_every_prediction_and_its_distance(tmp_path):
     evaluation.write_predictions(tmp_path / "predictions.csv", result, depth=3)
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["sets"]["Texas"]["recalls"]["1"] == pytest.approx(200 / 3)
+    assert stored["sets"]["Texas"]["nearest_to_nadir"]["1"] == pytest.approx(200 / 3)
     assert stored["average"]["over"] == ["Texas", "California"]
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 3 * (3 + 1 + 2)
@@ -225,7 +240,10 @@ def test_from_files_to_recalls_with_unreadable_images(tmp_path):
     assert len(texas.set.database_rows) == 4 and texas.database_images[0, -1] == -1
     assert (found, texas.rotations[0, 0], texas.recalls[1]) == (data.database.paths[1], 90, 100)
     assert sum(note.startswith("left out: ") for note in result.notes) == 2
-    assert figures.evaluation_figure(result, queries_per_set=2, size=32).width > 4 * 32
+    # The one query of the one set: its first prediction is drawn as it matched, so that both look the same.
+    sheet = np.asarray(figures.evaluation_figure(result, queries_per_set=2, size=128), dtype=np.float64)
+    query, first, second = (sheet[32:32 + 108, 10 + 138 * column:][:, :128] for column in range(3))
+    assert np.abs(query - first).mean() < 3 < 20 < np.abs(query - second).mean()
 
     plain = evaluation.evaluate(Quadrants(), sets.load_evaluation_data(tmp_path), 32, rotations=(0,), progress=False)
     assert plain["Texas"].orientation is None and not any("Distinct" in line for line in plain.lines())

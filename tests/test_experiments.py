@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import train
 from experiments import curve, export, plain_recall, table3
-from models.weights import load_model
+from models.earthloc import load_model
 
 TINY = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer2", "--aggregator", "gem",
         "--descriptor_dim", "32", "--image_size", "32", "--num_workers", "0", "--device", "cpu", "--precision", "fp32",

@@ -29,7 +29,7 @@ def plain(backbone, images):
         return backbone._run(images, backbone.frozen)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0", "regnety_002"])
 @pytest.mark.parametrize("deepest", [0, -1])
 def test_folded_stages_compute_the_same(name, deepest):
     backbone = scrambled(name, stage_names(name)[:4][deepest]).double()
@@ -95,8 +95,27 @@ def test_folding_is_done_once_and_leaves_the_state_alone():
     assert not torch.allclose(other(images), backbone(images))
 
 
-def test_a_batchnorm_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="8 channels after a convolution of 4"):
-        fold_batchnorm([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(8)])
+class PreActivated(nn.Module):
+    """A BatchNorm that is registered after a convolution and takes something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second, self.after = (
+            nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.after(self.second(self.norm(x.relu())))
+
+
+def test_a_batchnorm_that_takes_no_convolutions_output_stays():
+    torch.manual_seed(0)
+    parts = [nn.Identity(), PreActivated().eval()]
+    for norm in (parts[1].norm, parts[1].after):
+        norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    folded, images = fold_batchnorm(parts), torch.randn(2, 3, 5, 5)
+    assert isinstance(folded[1].norm, nn.BatchNorm2d) and isinstance(folded[1].after, nn.Identity)
+    torch.testing.assert_close(folded(images), parts[1](images))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in folded.modules())
     alone = fold_batchnorm([nn.BatchNorm2d(3)])
     assert isinstance(alone[0], nn.BatchNorm2d)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.gem import GeM
+from models.aggregators import GeM
 
 torch.set_num_threads(1)
 
@@ -23,20 +23,20 @@ def test_output_is_that_of_plain_loops(grid, p):
         for b in range(2)
     ])
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    model = GeM(4, grid, p=p).double()
+    model = GeM(4, 6, 6, grid, p=p).double()
     assert model.out_dim == expected.shape[1]
     np.testing.assert_allclose(model(x).detach().numpy(), expected, atol=1e-9)
 
 
 def test_p_learns_and_the_gradient_is_finite_where_features_are_zero():
-    model = GeM(4)
+    model = GeM(4, 3, 3)
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     (model(x * (x > 0)) * torch.randn(4)).sum().backward()
     assert model.p.grad.abs() > 0 and torch.isfinite(model.p.grad) and torch.isfinite(x.grad).all()
 
 
 def test_power_is_computed_in_float32_under_autocast():
-    model = GeM(4)
+    model = GeM(4, 8, 8)
     x = torch.rand(2, 4, 8, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
@@ -45,4 +45,4 @@ def test_power_is_computed_in_float32_under_autocast():
 
 def test_grid_finer_than_the_features_is_an_error_that_names_the_flags():
     with pytest.raises(ValueError, match="--gem_grid.*--image_size"):
-        GeM(4, grid=3)(torch.rand(1, 4, 2, 8))
+        GeM(4, 8, 8, gem_grid=3)(torch.rand(1, 4, 2, 8))

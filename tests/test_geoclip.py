@@ -139,7 +139,8 @@ def test_weights_of_another_shape(tmp_path):
 
 
 def test_backbone_of_a_trained_earthloc(tmp_path):
-    from models.earthloc import EarthLoc, ModelConfig
+    from models.config import ModelConfig
+    from models.earthloc import EarthLoc
 
     earthloc = EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 16, 32))
     torch.save(earthloc.state_dict(), tmp_path / "earthloc.pt")

@@ -24,7 +24,8 @@ from datasets.evaluation import VALIDATION, load_evaluation_data
 from datasets.gps import photos_of_dataset
 from datasets.photo_batches import Schedule, candidates_of
 from experiments import geoclip_demo
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from models.weights import save_safetensors
 from utils import geo
 from utils.arguments import augmentation_of, run

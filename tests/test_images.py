@@ -2,14 +2,18 @@
 
 import io
 import os
+import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
 
 from datasets import images
-from datasets.images import decode_any, decode_jpeg, read_image, read_pixels, resize
+from datasets.images import decode_any, decode_jpeg, read_header, read_image, read_pixels, resize
 
 
 def save(path, array, mode=None, **how):
@@ -41,9 +45,83 @@ def test_transparent_pixels_are_black(tmp_path):
     assert (read[:, :, :2] == 255).all() and (read[:, :, 2:] == 0).all()
 
 
-def test_sixteen_bit_grey_is_scaled(tmp_path):
-    read = read_image(save(tmp_path / "a.png", np.full((4, 4), 257 * 100, dtype=np.uint16)))
-    assert read.shape == (3, 4, 4) and (read == 100).all()
+def geotiff(path, array, **how):
+    """(bands, H, W) of any type -> TIFF, in kinds that PIL cannot write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1], width=array.shape[2],
+                           dtype=array.dtype, **how) as file:
+            file.write(array)
+    return path
+
+
+def test_every_palette_entry_that_is_transparent_is_black(tmp_path):
+    picture = Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 8).reshape(4, 6), "P")
+    picture.putpalette([10, 20, 30, 200, 100, 50, 90, 90, 90])
+    picture.save(tmp_path / "a.png", transparency=bytes([255, 0, 255]))
+    expected = np.array([[10, 20, 30], [0, 0, 0], [90, 90, 90]])[np.repeat(np.arange(3), 8)].reshape(4, 6, 3)
+    assert np.array_equal(read_pixels(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "premultiplied.tif"])
+def test_half_transparent_pixels_are_half_as_bright(tmp_path, kind):
+    pixels = np.full((4, 4, 4), 200, dtype=np.uint8)
+    pixels[..., 3] = [0, 64, 128, 255]
+    expected = np.round(200 / 255 * pixels[..., 3:]).repeat(3, axis=2)
+    if kind.endswith("tif"):
+        pixels[..., :3] = expected
+        geotiff(tmp_path / kind, pixels.transpose(2, 0, 1), photometric="RGB", alpha="premultiplied")
+    else:
+        Image.fromarray(pixels).convert(kind.split(".")[0]).save(tmp_path / kind)
+    assert np.abs(read_pixels(tmp_path / kind).numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm", "jp2"])
+def test_of_sixteen_bits_65535_is_white(tmp_path, suffix):
+    values = np.concatenate([np.arange(0, 65536, 97), [65535 - 128, 65535]]).astype(np.uint16)
+    values = np.resize(values, (26, 26))
+    how = {"irreversible": False} if suffix == "jp2" else {}
+    read = read_image(save(tmp_path / f"a.{suffix}", values, **how))
+    assert np.array_equal(read, np.round(values / 65535 * 255)[None].repeat(3, axis=0))
+
+
+@pytest.mark.parametrize("interleave, compress", [("pixel", "none"), ("pixel", "lzw"), ("band", "none")])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_of_sixteen_bits_that_are_twelve_nothing_is_guessed(tmp_path, bands, interleave, compress):
+    how = {"interleave": interleave, "compress": compress, **({"photometric": "RGB"} if bands == 3 else {})}
+    values = np.arange(64 * bands, dtype=np.uint16).reshape(bands, 8, 8) * (4095 // (64 * bands))
+    planes = interleave == "band"  # which PIL would read as noise
+    with pytest.raises(ValueError, match="a.tif: .*" + ("INTERLEAVE=PIXEL" if planes else "-scale 0 4095")):
+        read_image(geotiff(tmp_path / "a.tif", values, **how))
+    values *= 17
+    if planes:
+        with pytest.raises(ValueError, match="INTERLEAVE=PIXEL"):
+            read_image(geotiff(tmp_path / "b.tif", values, **how))
+    else:
+        read = read_image(geotiff(tmp_path / "b.tif", values, **how)).numpy()
+        assert np.abs(read - np.round(values / 257)).max() <= bands // 2  # colours are cut, grey is rounded
+        assert not read_image(geotiff(tmp_path / "c.tif", values * 0, **how)).any()  # black may be black
+
+
+def test_twelve_bits_in_a_file_that_says_so(tmp_path):
+    values = np.linspace(0, 4095, 64).astype(np.uint16).reshape(1, 8, 8)
+    read = read_image(geotiff(tmp_path / "a.tif", values, nbits=12))
+    assert np.array_equal(read, np.round(values / 4095 * 255).repeat(3, axis=0))
+    assert read_image(geotiff(tmp_path / "b.tif", values // 64, nbits=12)).max() == 4  # dark, and rightly so
+
+
+@pytest.mark.parametrize("dtype, message", [("float32", "floating point"), ("int16", "signed"), ("int32", "32 bits"),
+                                            ("uint32", "32 bits")])
+def test_values_of_which_nothing_says_what_is_white_are_refused(tmp_path, dtype, message):
+    with pytest.raises(ValueError, match=f"a.tif: .*{message}.*-scale LOW HIGH"):
+        read_image(geotiff(tmp_path / "a.tif", np.full((1, 8, 8), 100, dtype)), 8)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "webp", "png"])
+def test_of_several_frames_the_first_is_read(tmp_path, suffix):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    assert np.abs(read_pixels(tmp_path / f"a.{suffix}").numpy().astype(int) - [255, 0, 0]).max() <= 3
 
 
 def test_not_square_is_squashed_and_antialiased(tmp_path):
@@ -53,11 +131,51 @@ def test_not_square_is_squashed_and_antialiased(tmp_path):
     assert read.shape == (3, 16, 16) and (read[:, :, 2:-2].float() - 127.5).abs().max() < 12
 
 
-def test_exif_rotation_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (3, 20, 40)
+# What EXIF's orientations say: (the side of the picture that the stored rows begin at, and the columns).
+ORIENTATIONS = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
+                5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
+
+
+def stored_as(shown, orientation):
+    """(H, W, 3) as shown -> stored so that its first row and its first column are the sides that EXIF says."""
+    rows, columns = ORIENTATIONS[orientation].split()
+    stored = shown[::-1] if "bottom" in (rows, columns) else shown
+    stored = stored[:, ::-1] if "right" in (rows, columns) else stored
+    return np.ascontiguousarray(stored.transpose(1, 0, 2) if rows in ("left", "right") else stored)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "cmyk.jpg"])
+def test_upright_is_what_a_viewer_shows_and_otherwise_pixels_are_as_stored(tmp_path, orientation, suffix):
+    corners = np.array([[[250, 20, 20], [20, 250, 20], [20, 20, 250]], [[250, 250, 20], [20, 20, 20], [250] * 3]])
+    shown = np.kron(corners.astype(np.uint8), np.ones((32, 32, 1), dtype=np.uint8))
+    stored, exif = stored_as(shown, orientation), Image.Exif()
+    exif[0x0112] = orientation
+    how = {"lossless": True} if suffix == "webp" else {"quality": 95, "subsampling": 0} if "jpg" in suffix else {}
+    picture = Image.fromarray(stored).convert("CMYK" if "cmyk" in suffix else "RGB")
+    picture.save(tmp_path / f"a.{suffix}", exif=exif, **how)
+    for size in (None, 32):
+        for upright, expected in ((True, shown), (False, stored)):
+            read = read_image(tmp_path / f"a.{suffix}", size, upright=upright).permute(1, 2, 0).numpy().astype(int)
+            into = torch.zeros(32, 32, 3, dtype=torch.uint8) if size else None
+            pixels = read_pixels(tmp_path / f"a.{suffix}", size, into, upright)
+            assert np.array_equal(pixels, read) and (into is None or np.array_equal(into, read))
+            height, width = expected.shape[:2]
+            assert read.shape == ((size, size, 3) if size else expected.shape)
+            rows, columns = (np.arange(16, side, 32) for side in (height, width))  # the middles of the squares
+            there = read[np.ix_(rows * read.shape[0] // height, columns * read.shape[1] // width)]
+            assert np.abs(there - expected[np.ix_(rows, columns)].astype(int)).max() <= 12
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", 0, 9])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_an_orientation_without_sense_changes_nothing(tmp_path, exif):
+    if not isinstance(exif, bytes):
+        value, exif = exif, Image.Exif()
+        exif[0x0112] = value
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_pixels(tmp_path / "a.png", upright=True), pixels)
 
 
 def test_a_truncated_file_is_named(tmp_path):
@@ -79,8 +197,39 @@ def test_missing_and_huge_files_are_named(tmp_path, monkeypatch):
         read_image(tmp_path / "b.jpg")
     save(tmp_path / "a.png", np.zeros((11, 10, 3), dtype=np.uint8))
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    with pytest.raises(ValueError, match="a.png: 10 × 11"):
+    with pytest.raises(ValueError, match="a.png: .*10 × 11 pixels, more than 100"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_header_of_300_megapixels_is_refused_before_its_pixels(tmp_path, kind):
+    picture = io.BytesIO()
+    Image.new("RGB", (1234, 4321)).save(picture, kind)
+    content, order = picture.getvalue(), "little" if kind == "TIFF" else "big"
+    for side, huge in ((1234, 15_000), (4321, 20_000)):
+        width = 2 if kind in ("JPEG", "TIFF") else 4
+        content = content.replace(side.to_bytes(width, order), huge.to_bytes(width, order), 1)
+    if kind == "PNG":
+        content = content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+    (tmp_path / "a.jpg").write_bytes(content)
+    for read in (read_image, read_header):
+        with pytest.raises(ValueError, match="a.jpg: .*300000000 pixels.*exceeds"):
+            read(tmp_path / "a.jpg")
+
+
+def test_pictures_are_opened_in_one_place():
+    """Where MAX_PIXELS and FORMATS hold. The world map's background is a file of this repository."""
+    root = Path(__file__).parents[1]
+    found = {path.name for folder in ("", "datasets/**/", "utils/**/", "models/**/", "figures/**/")
+             for path in root.glob(f"{folder}*.py") if "Image.open(" in path.read_text()}
+    assert found == {"images.py", "world_map.py"}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_picture_of_one_pixel_shows_no_ground(tmp_path, suffix):
+    Image.new("RGB", (1, 1)).save(tmp_path / f"a.{suffix}")
+    with pytest.raises(ValueError, match=f"a.{suffix}: .*1 × 1 pixels, too small"):
+        read_image(tmp_path / f"a.{suffix}", 32)
 
 
 def jpeg(path, height, width, mode="RGB", **how):
@@ -98,7 +247,7 @@ def jpeg(path, height, width, mode="RGB", **how):
 @pytest.mark.parametrize("size", [None, 64, 32, 17, 8])
 def test_the_fast_decoder_gives_pils_pixels(tmp_path, height, width, how, size):
     content = jpeg(tmp_path / "a.jpg", height, width, **how)
-    assert np.array_equal(decode_jpeg(content, size), decode_any(content, "a.jpg", size))
+    assert np.array_equal(decode_jpeg(content, size), decode_any(content, size))
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: content[:3], lambda content: b"",

@@ -120,6 +120,52 @@ def test_a_grid_region_gets_the_public_name(tmp_path):
     assert found.nadir == pytest.approx(expected.nadir, abs=1.1e-5)  # the mean of rounded corners
 
 
+def place(tmp_path, name, kind, **columns):
+    """One image of a list -> the exit code, and the folder of the data set."""
+    row = {"path": name, "date": "2021", "lat": "10", "lon": "20", "size_km": "80", **columns}
+    write_csv(tmp_path / "list.csv", [{**row, "date": "2021-01-01"} if kind == "queries" else row])
+    output = tmp_path / "out"
+    return build.main(["own", str(output), "--list", str(tmp_path / "list.csv"), "--as", kind]), output
+
+
+@pytest.mark.parametrize("kind", ["queries", "database"])
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "CMYK"])
+def test_a_picture_of_any_kind_is_placed_as_it_is_read(tmp_path, kind, mode):
+    shade = np.kron(np.array([[40, 90], [140, 220]]), np.ones((32, 32)))
+    if mode == "I;16":
+        picture = Image.fromarray((shade * 257).astype(np.uint16))
+    elif mode == "RGBA":  # white, and only as opaque as the shade
+        picture = Image.fromarray(np.dstack([np.full((64, 64, 3), 255), shade]).astype(np.uint8))
+    else:
+        picture = Image.fromarray(shade.astype(np.uint8)).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+    picture.save(tmp_path / "a.tif", "TIFF")
+    code, output = place(tmp_path, "a.tif", kind)
+    path, = output.rglob("*.jpg")
+    with Image.open(path) as image:
+        assert code == 0 and (image.format, image.mode) == ("JPEG", "RGB")
+        assert np.abs(np.asarray(image) - shade[..., None]).max() <= 8
+
+
+def test_depths_that_are_no_picture_are_refused_and_nothing_is_written(tmp_path, capsys):
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(tmp_path / "a.tif")
+    code, output = place(tmp_path, "a.tif", "queries")
+    assert code == 1 and not output.exists()
+    assert re.search("line 2, column path: .*a.tif: .*floating point", capsys.readouterr().err)
+    Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(tmp_path / "a.tif")  # its header does not tell
+    code, output = place(tmp_path, "a.tif", "queries")
+    assert code == 1 and not list(output.rglob("*.*")) and "a.tif: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["azimuth", "orientation"])
+def test_database_images_that_are_not_north_up_are_refused(tmp_path, capsys, column):
+    picture(tmp_path / "a.jpg", 1)
+    code, output = place(tmp_path, "a.jpg", "database", **{column: "30"})
+    assert code == 1 and not output.exists()
+    assert f"line 2, column {column}: is 30; database images are north-up" in capsys.readouterr().err
+    for kind, value in (("database", "360"), ("database", ""), ("queries", "30")):
+        assert place(tmp_path, "a.jpg", kind, **{column: value})[0] == 0
+
+
 GOOD = {"path": "x.jpg", "date": "2020-01-01", "lat": "1", "lon": "2", "size_km": "50"}
 BOX = dict(zip(CORNERS, "0 0 2 0 2 2 0 2".split()))
 

@@ -2,16 +2,19 @@
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import predict
 from datasets.evaluation import read_database
-from models.earthloc import ModelConfig, build_model
+from datasets.metadata import ImageName
+from models.config import ModelConfig
+from models.earthloc import build_model
 from utils.checkpoint import save_checkpoint
 
 
@@ -46,17 +49,77 @@ def test_a_database_image_and_its_turned_copy_are_found_at_their_place(go, world
     with Image.open(still) as image:
         image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png")
     shutil.copy(still, tmp_path / "still.jpg")
-    predictions = go(tmp_path / "still.jpg", tmp_path / "turned.png", "--top_k", 2)
+    # And one that is stored another way than a viewer shows it: its EXIF orientation 6 asks for a quarter clockwise.
+    with Image.open(still) as image:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "viewed.png", exif=exif)
+    with Image.open(tmp_path / "viewed.png") as viewed, Image.open(tmp_path / "turned.png") as turned:
+        assert np.array_equal(ImageOps.exif_transpose(viewed), turned)
+    predictions = go(tmp_path / "still.jpg", tmp_path / "turned.png", tmp_path / "viewed.png", "--top_k", 2)
     assert [(each["image"].rsplit("/")[-1], each["rank"]) for each in predictions] == [
-        ("still.jpg", 1), ("still.jpg", 2), ("turned.png", 1), ("turned.png", 2)]
-    for first, rotation in ((predictions[0], 0), (predictions[2], 90)):
+        ("still.jpg", 1), ("still.jpg", 2), ("turned.png", 1), ("turned.png", 2), ("viewed.png", 1), ("viewed.png", 2)]
+    for first, rotation in ((predictions[0], 0), (predictions[2], 90), (predictions[4], 90)):
         assert first["database_image"] == database.paths[row]
         assert first["rotation"] == rotation
         assert first["score"] == pytest.approx(1, abs=1e-3)
         np.testing.assert_allclose((first["latitude"], first["longitude"]), database.centers[row], atol=1e-5)
-    for first, second in (predictions[:2], predictions[2:]):
+    for first, second in (predictions[:2], predictions[2:4], predictions[4:]):
         assert first["database_image"] != second["database_image"]
         assert first["score"] >= second["score"]
+    # In the picture, photos and what was found for them look the same: all upright, the image turned as it matched.
+    picture, = (tmp_path / "logs").rglob("predictions.jpg")
+    with Image.open(picture) as image:
+        sheet = np.asarray(image, dtype=np.float64)
+    for row in range(3):
+        photo, found, second = (sheet[26 + 164 * row:, 4 + 164 * column:][:140, :160] for column in range(3))
+        assert np.abs(photo - found).mean() < 10 < 20 < np.abs(photo - second).mean()
+
+
+def test_places_are_the_best_images_among_the_rows_each_in_its_best_rotation():
+    """Against plain loops. Few dimensions: an image often has two of the best scores, and the best row is often out."""
+    rng = np.random.default_rng(0)
+    photos, images = rng.normal(size=(9, 3)), rng.normal(size=(4, 30, 3))
+    photos, images = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in (photos, images))
+    rows = np.sort(rng.choice(30, 12, replace=False))
+    scores, found, rotations = predict.locate(photos.astype(np.float32), images.astype(np.float32), rows, 5)
+    for photo, given in zip(photos, zip(scores, found, rotations)):
+        best = sorted(((max((float(photo @ images[turn, row]), 90 * turn) for turn in range(4)), row)
+                       for row in rows.tolist()), reverse=True)[:5]
+        for ((score, rotation), row), (a, b, c) in zip(best, zip(*given), strict=True):
+            assert (a, b, c) == (pytest.approx(score, abs=1e-5), row, rotation)
+
+
+def test_every_prediction_says_its_own_image_and_area(world):
+    database = read_database(world.path)
+    first, last = int(np.argmin(database.areas)), int(np.argmax(database.areas))
+    predictions = predict.as_predictions(["a", "b"], database, np.ones((2, 2)), np.array([[first, last], [last, first]]),
+                                         np.array([[0, 90], [180, 270]]))
+    assert [(each["image"], each["rank"], each["rotation"]) for each in predictions] == [
+        ("a", 1, 0), ("a", 2, 90), ("b", 1, 180), ("b", 2, 270)]
+    for each, row in zip(predictions, (first, last, last, first)):
+        name = ImageName.parse(each["database_image"])
+        assert each["database_image"] == database.paths[row] and each["area_km2"] == name.area
+        np.testing.assert_allclose((each["latitude"], each["longitude"]), name.nadir, atol=0.02)
+    assert len({each["area_km2"] for each in predictions}) == 2
+
+
+def test_a_file_name_with_a_stray_byte_is_in_all_files(go, world, tmp_path, capfd):
+    photo = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    try:
+        shutil.copy(world.path / read_database(world.path).paths[0], photo)
+    except OSError:
+        pytest.skip("this file system knows no such names")
+    assert go(photo, "--top_k", 1)[0]["image"] == photo
+    folder, = (tmp_path / "logs" / "predict").iterdir()
+    assert [each["image"] for each in json.loads((folder / "predictions.json").read_text())] == [photo]
+    collection = json.loads((folder / "predictions.geojson").read_text())
+    assert [each["properties"]["image"] for each in collection["features"]] == [photo]
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        assert [each["image"] for each in csv.DictReader(file)] == [f"{tmp_path}/caf\\udce9.jpg"]
+    told, failed = capfd.readouterr()
+    assert r"caf\udce9.jpg: " in told and r"caf\udce9.jpg: " in (folder / "info.log").read_text()
+    assert "Traceback" not in failed and (folder / "map_0000.jpg").exists() and (folder / "predictions.jpg").exists()
 
 
 def test_files_hold_what_is_returned(go, world, tmp_path):
@@ -80,11 +143,20 @@ def test_files_hold_what_is_returned(go, world, tmp_path):
 def test_near_leaves_out_what_is_far_and_describes_it_only_when_asked(go, world, capsys):
     database = read_database(world.path)
     lat, lon = database.centers[0]
-    predictions = go(world.path / database.paths[-1], "--top_k", 1, "--near", lat, lon, "--near_km", 10)
-    assert [each["database_image"] for each in predictions] == [database.paths[0]]
+    # Regions overlap by half, so some have the place on their edge or corner: the circle reaches into them.
+    boxes = [(each[:, 0].min(), each[:, 0].max(), each[:, 1].min(), each[:, 1].max()) for each in database.footprints]
+    shown = [row for row, (south, north, west, east) in enumerate(boxes)
+             if south - 0.01 < lat < north + 0.01 and west - 0.01 < lon < east + 0.01]
+    predictions = go(world.path / database.paths[shown[-1]], "--top_k", len(shown), "--near", lat, lon, "--near_km", 2)
+    assert 1 < len(shown) < 9 and predictions[0]["database_image"] == database.paths[shown[-1]]
+    assert sorted(each["database_image"] for each in predictions) == [database.paths[row] for row in shown]
+    with pytest.raises(ValueError, match=f"the database has {len(shown)} images"):
+        go(world.path / database.paths[0], "--top_k", len(shown) + 1, "--near", lat, lon, "--near_km", 2)
     capsys.readouterr()
     assert go(world.path / database.paths[-1], "--top_k", 1)[0]["database_image"] == database.paths[-1]
-    assert f"1 of {len(database)} images are described, {len(database) - 1} are not yet" in capsys.readouterr().out
+    described = len(shown)
+    assert (f"{described} of {len(database)} images are described, {len(database) - described} are not yet"
+            in capsys.readouterr().out)
     capsys.readouterr()
     go(world.path / database.paths[-1])
     assert f"{len(database)} of {len(database)} images are described\n" in capsys.readouterr().out

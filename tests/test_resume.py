@@ -1,8 +1,10 @@
 """A run that was stopped and resumed ends with the same bits as one that never stopped; signals come when they like."""
 
+import itertools
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,10 @@ import pytest
 import torch
 
 import train
+import utils.clustering
+import utils.evaluation
+from datasets.batches import Batches
+from utils import reclustering
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.preemption import EXIT_CODE, Stop, Stopped
 from utils.runs import Run
@@ -79,24 +85,26 @@ def same_end(expected, found):
             + [f"loss of {step}" for step, value in again.items() if logged[step] != value])
 
 
-def signal_at(monkeypatch, name, iteration, after=True, number=signal.SIGTERM):
-    """The signal comes during train.<name> in that iteration: at its end or at its start."""
-    original = getattr(train, name)
+# Where a run can be stopped: each is called once an iteration, validation, clustering, file, …
+SEAMS = {"update": (train, "update"), "validate": (train, "validate"), "score": (utils.evaluation, "score_set"),
+         "cluster": (train, "make_clusters"), "describe": (reclustering, "describe"),
+         "k-means": (utils.clustering, "faiss_kmeans"), "load": (Batches, "__getitem__"), "save": (torch, "save")}
 
-    def patched(first, *rest, **more):
-        here = first.iteration if isinstance(first, Run) else iteration
-        if here == iteration and not after:
-            os.kill(os.getpid(), number)
-        result = original(first, *rest, **more)
-        if here == iteration and after:
-            os.kill(os.getpid(), number)
+
+def signal_at(monkeypatch, name, call, after=True, number=signal.SIGTERM):
+    """The signal comes at the end, or at the start, of that call of SEAMS[name]: 0 is the first one (of "update" in a
+    fresh run: the iteration)."""
+    original, calls = getattr(*SEAMS[name]), itertools.count()
+
+    def patched(*values, **more):
+        here = next(calls) == call
+        if here and not after:
+            signal.raise_signal(number)
+        result = original(*values, **more)
+        if here and after:
+            signal.raise_signal(number)
         return result
-    def patched_clusters(model, regions, period, *rest):  # it knows its period only
-        if 4 * period == iteration:
-            os.kill(os.getpid(), number)
-        return original(model, regions, period, *rest)
-
-    monkeypatch.setattr(train, name, patched_clusters if name == "make_clusters" else patched)
+    monkeypatch.setattr(*SEAMS[name], patched)
 
 
 @pytest.fixture(autouse=True)
@@ -123,23 +131,41 @@ def test_the_same_run_twice(world, undisturbed):
     assert set(losses(undisturbed)) == set(range(1, 11))
 
 
-# Before the number's next iteration: in the middle of a period, before and in validation, before, in and after
-# clustering, both at once, before the last validation.
-POINTS = [("update", 1, True), ("validate", 3, True), ("update", 3, True), ("make_clusters", 4, None),
+# (seam, call, at its end, iteration that is left off at). Files that are saved: the initial weights, best.pt and last.pt
+# after the third iteration, …
+POINTS = [("update", 1, True, 2), ("score", 1, True, 3), ("save", 1, False, 3), ("cluster", 1, False, 4),
           *(pytest.param(*point, marks=pytest.mark.slow) for point in [
-              ("update", 0, False), ("update", 2, True), ("update", 4, True), ("update", 9, True)])]
+              ("validate", 0, False, 0), ("score", 0, False, 0), ("cluster", 0, True, 0), ("load", 0, True, 0),
+              ("update", 0, True, 1), ("load", 1, False, 1), ("update", 1, False, 2), ("update", 2, True, 3),
+              ("validate", 1, False, 3), ("validate", 1, True, 3), ("save", 1, True, 3), ("save", 2, True, 3),
+              ("describe", 0, True, 4), ("k-means", 0, False, 4), ("cluster", 1, True, 4), ("update", 5, True, 6),
+              ("k-means", 1, True, 8), ("load", 9, True, 9), ("update", 9, True, 10), ("validate", 4, False, 10)])]
 
 
-@pytest.mark.parametrize("name, iteration, after", POINTS)
-def test_stopped_anywhere_it_ends_with_the_same_bits(world, undisturbed, monkeypatch, name, iteration, after):
+@pytest.mark.parametrize("name, call, after, iteration", POINTS)
+def test_stopped_anywhere_it_ends_with_the_same_bits(world, undisturbed, monkeypatch, name, call, after, iteration):
     with monkeypatch.context() as patch:
-        signal_at(patch, name, iteration, after)
+        signal_at(patch, name, call, after)
         stopped = go(world)
-    state = load_checkpoint(stopped / "last.pt")
-    assert state["iteration"] == iteration + (name == "update") and not (stopped / "done").exists()
+    assert load_checkpoint(stopped / "last.pt")["iteration"] == iteration and not (stopped / "done").exists()
     resumed = go(world, "--resume", stopped)
     assert same_end(undisturbed, resumed) == []
     assert set(losses(stopped)) | set(losses(resumed)) == set(range(1, 11)) and (resumed / "done").exists()
+
+
+def test_stopped_again_and_again(world, undisturbed, monkeypatch):
+    """Each run goes on where the one before left off; calls are counted anew in each."""
+    folder, reached = "auto", []
+    for name, call, after in [("validate", 0, False), ("score", 0, False), ("load", 0, False), ("load", 1, True),
+                              ("update", 0, True), ("validate", 0, True), ("update", 0, True), ("describe", 0, False),
+                              ("k-means", 0, True), ("update", 0, True), ("save", 0, False), ("update", 3, False)]:
+        with monkeypatch.context() as patch:
+            signal_at(patch, name, call, after)
+            folder = go(world, "--resume", folder)
+        assert not (folder / "done").exists()
+        reached.append(load_checkpoint(folder / "last.pt")["iteration"])
+    assert reached == [0, 0, 0, 1, 2, 3, 4, 4, 4, 5, 6, 10]
+    assert same_end(undisturbed, go(world, "--resume", folder)) == []
 
 
 @pytest.mark.parametrize("before, after", [(2, 2), (0, 1)])
@@ -195,7 +221,7 @@ def test_each_signal_stops_with_a_line_that_says_how_to_go_on(world, monkeypatch
 
 
 def test_a_signal_before_the_first_iteration(world, monkeypatch):
-    monkeypatch.setattr(train, "read_regions", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "read_regions", lambda *_: signal.raise_signal(signal.SIGTERM))
     stopped = go(world)
     assert "stopped before the first iteration" in (stopped / "info.log").read_text()
     assert not (stopped / "last.pt").exists()
@@ -240,41 +266,44 @@ def test_save_every(world, monkeypatch):
     assert [each for each in saved if each[0] == "last.pt"] == [("last.pt", k) for k in (2, 3, 4, 5)]
 
 
-def test_stopped_twenty_times_at_random_moments(world, undisturbed, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_stopped_up_to_twenty_times_at_random_moments(world, undisturbed):
     """Threads send the signals. Those that come after a run's end meet the handler that was there before: none."""
-    update = train.update
-    # No machine is so fast that the run would end before it is stopped a few times.
-    monkeypatch.setattr(train, "update", lambda *inputs: (time.sleep(0.1), update(*inputs))[1])
-    moments, kills, reached = random.Random(0), 0, []
+    moments = random.Random(0)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        while True:
+        for kill in range(21):
             timer = threading.Timer(moments.uniform(0.05, 0.6), os.kill, (os.getpid(), signal.SIGTERM))
-            if kills < 20:
+            if kill < 20:
                 timer.start()
             folder = go(world, "--resume", "auto")
             timer.cancel()
             if (folder / "done").exists():
                 break
-            kills += 1
-            reached.append(load_checkpoint(folder / "last.pt")["iteration"] if (folder / "last.pt").exists() else None)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert kills >= 5 and same_end(undisturbed, folder) == [], (kills, reached)
+    assert same_end(undisturbed, folder) == []
 
 
 def test_a_signal_is_a_wish_until_it_is_looked_at():
+    before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.01)
+        signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(Stopped, match="SIGUSR1"):
             stop.check()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_system_without_sigusr1_can_import_it(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    names = runpy.run_path(str(ROOT / "utils" / "preemption.py"))
+    assert names["SIGNALS"] == (signal.SIGTERM, signal.SIGINT)
 
 
 def test_a_signal_while_a_checkpoint_is_read_does_not_make_it_damaged(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.ones(1)}, "iteration": 1})
-    monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     with Stop() as stop, pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
         load_checkpoint(tmp_path / "last.pt")
 
@@ -284,10 +313,8 @@ def test_the_second_signal_ends_the_process_at_once(number):
     child = os.fork()
     if not child:
         with Stop():
-            os.kill(os.getpid(), number)
-            time.sleep(0.05)
-            os.kill(os.getpid(), number)
-            time.sleep(60)
+            signal.raise_signal(number)
+            signal.raise_signal(number)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
@@ -302,46 +329,25 @@ def launch(world, *more, workers=2):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_process_group_killed_twenty_times(world, undisturbed):
-    """Whole groups, workers too, get real signals at random moments: 20 of them over ten iterations."""
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), (signal.SIGKILL,)])
+def test_a_process_group_gets_up_to_twenty_signals(world, undisturbed, numbers):
+    """Whole groups, workers too, at random moments. kill -9 loses what was done since the last checkpoint, no more."""
     moments, kills = random.Random(1), 0
-    while True:
-        process = launch(world, "--resume", "auto")
+    while not list(Path("logs/r").glob("*/done")):
+        process = launch(world, "--resume", "auto", "--save_every", 1)
+        sent = moments.choice(numbers)
         if kills < 20:
             for line in process.stdout:  # imports and the like are over
                 if "The outputs are in" in line:
                     break
             time.sleep(moments.uniform(0, 0.5))
-            os.killpg(process.pid, moments.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode in (0, EXIT_CODE), output
-        if process.returncode == 0:
-            break
-        assert "stopped before" in output
-        kills += 1
-    folder = max(path.parent for path in Path("logs/r").glob("*/done"))
-    assert kills >= 15 and same_end(undisturbed, folder.absolute()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_killed_hard_twenty_times(world, undisturbed):
-    """kill -9 at random moments: what was done since the last checkpoint is done again, nothing else is lost."""
-    moments, kills = random.Random(2), 0
-    while True:
-        process = launch(world, "--resume", "auto", "--save_every", 1)
-        for line in process.stdout:
-            if "The outputs are in" in line:
-                break
-        if kills < 20:
-            time.sleep(moments.uniform(0, 0.4))
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=120)
-        if process.returncode == 0:
-            break
-        kills += 1
-    folder = max(path.parent for path in Path("logs/r").glob("*/done"))
-    assert kills >= 5 and same_end(undisturbed, folder.absolute()) == []
+            os.killpg(process.pid, sent)
+            kills += 1
+        output = process.communicate()[0]
+        # What comes after the run's last moment, while Python ends, meets no handler any more.
+        assert process.returncode in (0, EXIT_CODE, -sent), output
+    folder, = (path.parent for path in Path("logs/r").glob("*/done"))
+    assert same_end(undisturbed, folder.absolute()) == []
 
 
 @pytest.mark.slow

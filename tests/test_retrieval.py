@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import retrieval
+from utils import geo, retrieval
 from utils.retrieval import recall_at
 
 
@@ -87,6 +87,14 @@ def test_nearest_to_nadir_crosses_the_antimeridian():
     centers = np.array([(0, 0), (0, -179), (0, 170), (80, 180)])
     assert retrieval.nearest_to_nadir([(0, 179.5)], centers, 3).tolist() == [[1, 2, 3]]
     assert retrieval.nearest_to_nadir([(0, 179.5)], centers, 6).tolist() == [[1, 2, 3, 0, -1, -1]]
+
+
+def test_nearest_to_nadir_of_more_nadirs_than_a_block():
+    rng = np.random.default_rng(5)
+    nadirs = np.stack([rng.uniform(-52, 52, 1100), rng.uniform(-180, 180, 1100)], axis=1)
+    centers = np.stack([rng.uniform(-60, 60, 40), rng.uniform(-180, 180, 40)], axis=1)
+    expected = np.argsort(geo.distance_km(nadirs[:, None], centers), axis=1)[:, :7]
+    assert np.array_equal(retrieval.nearest_to_nadir(nadirs, centers, 7), expected)
 
 
 def test_rotate_turns_counter_clockwise():

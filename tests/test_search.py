@@ -209,3 +209,41 @@ def test_compressed_is_built_the_same_way_twice(compressed):
     database, queries, index = compressed
     again = CompressedSearch(database, dim=24, lists=32, probes=12, exact_below=500)
     assert np.array_equal(index.search(queries, 20)[1], again.search(queries, 20)[1])
+
+
+@pytest.mark.parametrize("kind", searches.SEARCHES)
+def test_any_k_and_dimension_will_do(kind):
+    """A dimension that is odd, or 1; k up to more than there are; nobody gets a neighbour that is not there."""
+    for dim in (1, 3, 17):
+        database, queries = photos(5100, dim, 4, dim, np.float32)
+        index = make_search(kind, database)
+        for k in (1, 2000, 5100, 5101):
+            scores, indices = index.search(queries, k)
+            assert scores.shape == indices.shape == (4, k) and indices.max() < 5100
+            there = indices >= 0
+            assert all(len(set(row[row >= 0])) == (row >= 0).sum() >= min(k, 5100) for row in indices)
+            products = np.einsum("qkd,qd->qk", database[np.maximum(indices, 0)].astype(np.float64), queries)
+            assert scores[there] == pytest.approx(products[there], abs=1e-6) and np.isneginf(scores[~there]).all()
+        for other in (queries[:, :-1], np.pad(queries, ((0, 0), (0, 1))), queries[0]):
+            with pytest.raises(ValueError, match=f"queries of shape .*: the database's descriptors have {dim} values"):
+                index.search(other, 3)
+
+
+def test_compressed_learns_from_few_and_says_when_there_are_too_few():
+    database, queries = photos(6000, 16, 4)
+    database[40:] = np.nan
+    rows = np.arange(40)
+    agree(make_search("compressed", database).search(queries, 5, rows), expected(database, queries, 5, rows))
+    index = CompressedSearch(database, exact_below=0, rescored=20, probes=1000)
+    agree(index.search(queries, 5, rows), expected(database, queries, 5, rows))
+    database[10:] = np.nan
+    with pytest.raises(ValueError, match="--search compressed: only 10 .* finite.*--search exact"):
+        make_search("compressed", database)
+
+
+def test_a_database_that_does_not_fit_names_the_other_searches(monkeypatch):
+    def empty(*shape, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(ValueError, match="--search exact: 0.00 GB .* do not fit on cpu; --search flat and compressed"):
+        ExactSearch(photos(100)[0])

@@ -12,7 +12,8 @@ import torch
 
 from datasets.evaluation import load_evaluation_data
 from experiments import speed_augmentation, speed_describe, speed_kmeans, speed_search, speed_step
-from models.earthloc import EarthLoc, ModelConfig
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from utils.checkpoint import save_checkpoint
 
 

@@ -1,5 +1,6 @@
 """The tile builder against a real HTTP server that serves tiles cut from the Blue Marble, and misbehaves on purpose."""
 
+import contextlib
 import csv
 import io
 import os
@@ -7,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -52,8 +53,9 @@ class Server:
     """faults: (zoom, row, col) -> list of what to answer the first times; the last one stays if it is 'always …'."""
 
     def __init__(self, marble):
-        self.marble, self.faults, self.requests, self.times, self.queries = marble, {}, Counter(), [], []
-        self.lock, self.active, self.most_active, self.delay = threading.Lock(), 0, 0, 0.0
+        self.marble, self.faults, self.requests = marble, {}, Counter()
+        self.lock, self.active, self.most_active = threading.Lock(), 0, 0
+        self.barrier, self.closing = threading.Barrier(1), threading.Event()  # requests that wait for each other
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -89,19 +91,18 @@ class Server:
         tile = tuple(int(fields[key]) for key in ("z", "y", "x"))
         with self.lock:
             self.requests[(int(fields["year"]), *tile)] += 1
-            self.times.append(time.monotonic())
-            self.queries.append(handler.path)
             turns = self.faults.get(tile, [])
             fault = turns[0] if turns and turns[0].startswith("always") else turns.pop(0) if turns else ""
-        time.sleep(self.delay)
+        self.barrier.wait(60)
         self.send(handler, fault.removeprefix("always "), tile)
 
     def send(self, handler, fault, tile):
         status, headers, body = 200, {}, encode(cut(self.marble, *tile))
         if fault == "slow":
-            time.sleep(1.2)
+            self.closing.wait()
+            return
         elif fault == "429":
-            status, headers, body = 429, {"Retry-After": "1"}, b"too many"
+            status, headers, body = 429, {"Retry-After": "7"}, b"too many"
         elif fault in ("404", "403", "500", "503"):
             status, body = int(fault), b"<html>sorry</html>"
         elif fault == "truncated":
@@ -141,6 +142,7 @@ def placeholder():
 def server(marble):
     server = Server(marble)
     yield server
+    server.closing.set()
     server.http.shutdown()
     server.http.server_close()
 
@@ -150,12 +152,37 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(tile_server, "BACKOFF_SECONDS", 0.01)
 
 
+@pytest.fixture
+def impatient(server, monkeypatch):
+    """What the server never answers is given up at once, and nothing else however busy the machine is."""
+    request = tile_server.urllib3.PoolManager.request
+
+    def patient_with_others(pool, method, url, **more):
+        tile = tuple(map(int, url.removesuffix(".png").split("/")[-3:]))
+        slow = "slow" in " ".join(server.faults.get(tile, [])[:1])
+        return request(pool, method, url, **more, **({"timeout": 0.1} if slow else {}))
+    monkeypatch.setattr(tile_server.urllib3.PoolManager, "request", patient_with_others)
+
+
+class Clock:
+    """In place of time and of waiting for an event: whoever waits moves it on."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
+
+
 @pytest.fixture(scope="module")
 def regions():
     return select_regions([ZOOM], BOX, land_only=False)
 
 
-OPTIONS = dict(tile_size=SIZE, image_size=4 * SIZE, rate=5000, timeout=10, retries=3)
+OPTIONS = dict(tile_size=SIZE, image_size=4 * SIZE, rate=5000, timeout=100, retries=3)
 
 
 def fetch(server, output, regions, years=(2021,), **options):
@@ -199,26 +226,26 @@ def test_a_tile_is_asked_for_once_though_four_regions_hold_it(server, tmp_path, 
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "truncated", "cut connection", "wrong size", "slow", "html"])
-def test_a_fault_that_passes_leaves_no_trace(server, marble, tmp_path, regions, fault):
+def test_a_fault_that_passes_leaves_no_trace(server, marble, tmp_path, regions, fault, impatient, monkeypatch):
     bad = tuple(regions[0] + [0, 1, 1])
     server.faults[bad] = [fault, fault]
-    began = time.monotonic()
-    timeout = 0.6 if fault == "slow" else 10  # a busy machine is slow, too
-    made, lost, _ = fetch(server, tmp_path, regions[:1], quality=95, timeout=timeout)
+    pauses = []
+    monkeypatch.setattr(tile_server.RateLimit, "pause", lambda _, seconds: pauses.append(seconds))
+    made, lost, _ = fetch(server, tmp_path, regions[:1], quality=95)
     assert (made, lost) == (1, 0) and server.requests[(2021, *bad)] == 3
     path = tmp_path / grid.image_path(*regions[0], 2021)
     assert np.abs(pixels_of(path) - expected(marble, tuple(regions[0]))).mean() < 8
-    if fault == "429":
-        assert time.monotonic() - began > 1.9  # Retry-After twice
+    assert pauses == ([7, 7] if fault == "429" else [])
 
 
 @pytest.mark.parametrize("fault, reason, tries", [
     ("404", "HTTP 404", 1), ("403", "HTTP 403", 1), ("500", "HTTP 500", 4), ("truncated", "no whole image", 4),
     ("wrong size", "16 × 16 pixels, not 32 × 32", 4), ("slow", "ReadTimeoutError", 4), ("html", "no whole image", 4)])
-def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path, regions, fault, reason, tries):
+def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path, regions, impatient, fault, reason,
+                                                                  tries):
     bad = tuple(regions[0].tolist())  # its first tile: in no other region's first rows or columns
     server.faults[bad] = ["always " + fault]
-    made, lost, _ = fetch(server, tmp_path, regions, timeout=0.6 if fault == "slow" else 10)
+    made, lost, _ = fetch(server, tmp_path, regions)
     holders = [grid.image_path(*region, 2021) for region in regions.tolist()
                if 0 <= bad[1] - region[1] < 4 and 0 <= bad[2] - region[2] < 4]
     assert made == len(regions) - len(holders) and lost == len(holders) >= 1
@@ -233,6 +260,26 @@ def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path,
     assert fetch(server, tmp_path, regions)[0] == len(holders)
     assert sum(server.requests.values()) <= 16 * len(holders)
     assert left_out(tmp_path) == [] and len(Catalogue.read(tmp_path, "database")) == len(regions)
+
+
+@pytest.mark.parametrize("blank, max_blank, kept", [(0, 0, True), (1, 0, False), (3, 3, True), (4, 3, False),
+                                                    (15, 15, True), (16, 15, False), (16, 16, True)])
+def test_as_many_blank_tiles_as_max_blank_says_are_kept(blank, max_blank, kept):
+    results = {}
+    for i in range(16):
+        content, shades = io.BytesIO(), np.arange(64).reshape(8, 8) * (0 if i < blank else 2) + i
+        Image.fromarray(shades.astype(np.uint8)).save(content, "PNG")
+        results[i] = content.getvalue()
+    image, problems = tiles.make_image(results, 8, 32, max_blank)
+    assert (image is not None) == kept and problems == [(i, "is blank") for i in range(blank)]
+
+
+def test_tiles_of_sixteen_bits_and_no_postscript():
+    picture, shade = io.BytesIO(), np.arange(64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(shade * 4 * 257).save(picture, "PNG")
+    assert np.array_equal(np.asarray(tile_server.open_tile(picture.getvalue(), 8))[..., 1], shade * 4)
+    with pytest.raises(tile_server.TileError, match="no whole image"):  # Pillow alone would start ghostscript for its pixels
+        tile_server.open_tile(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n", 8)
 
 
 def test_blank_tiles_are_listed_and_wholly_blank_regions_left_out(server, tmp_path, regions):
@@ -261,13 +308,49 @@ def test_placeholders_are_no_ground(server, tmp_path, regions):
     assert fetch(server, tmp_path / "known", regions[:1], error_tiles=[placeholder()])[:2] == (0, 1)  # … unless known
 
 
-def test_requests_keep_to_the_rate_and_to_the_concurrency(server, tmp_path, regions):
-    server.delay = 0.05
-    fetch(server, tmp_path, regions[:2], rate=40, concurrency=3)
-    times = np.array(sorted(server.times))
-    assert len(times) == 24
-    assert times[-1] - times[0] > 0.9 * 23 / 40
-    assert 1 < server.most_active <= 3
+def test_a_status_that_counts_as_blank(server, marble, tmp_path, regions):
+    """One tile at sea costs no coast, a region all at sea is still left out, and other statuses stay what they are."""
+    first, other = regions[0], regions[-1]
+    for tile in tiles.tiles_of(2021, other):
+        server.faults[tile[1:]] = ["always 404"]
+    server.faults[tuple(first)] = ["always 404"]
+    assert fetch(server, tmp_path, np.array([first, other]), blank_status=[404], quality=95)[:2] == (1, 1)
+    assert Counter((row[0], row[2], row[3]) for row in left_out(tmp_path)) == {
+        (grid.image_path(*other, 2021), "left out", "is blank"): 16,
+        (grid.image_path(*first, 2021), "written", "is blank"): 1}
+    ground = expected(marble, tuple(first))
+    ground[:SIZE, :SIZE] = 0
+    assert np.abs(pixels_of(tmp_path / grid.image_path(*first, 2021)) - ground).mean() < 8
+    server.faults[tuple(first)] = ["always 403"]
+    assert fetch(server, tmp_path / "403", np.array([first]), blank_status=[404])[:2] == (0, 1)
+    assert fetch(server, tmp_path / "both", np.array([first]), blank_status=[404, 403])[:2] == (1, 0)
+
+
+def test_each_request_has_its_turn_and_a_pause_holds_all(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(tile_server, "time", clock)
+    limit, turns = tile_server.RateLimit(40, clock), []
+    for number in range(8):
+        if number == 5:
+            limit.pause(7)
+        limit.wait()
+        turns.append(clock.now - 100)
+    assert turns == pytest.approx([0, 1 / 40, 2 / 40, 3 / 40, 4 / 40, *(7 + (4 + k) / 40 for k in range(3))])
+
+
+def test_so_many_requests_at_a_time(server, tmp_path, regions, monkeypatch):
+    """Nothing is answered before three ask, so as many do; a pool of three asks no more."""
+    server.barrier, sizes, patience = threading.Barrier(3), [], []
+
+    def pool(size, **more):
+        sizes.append(size)
+        return ThreadPoolExecutor(size, **more)
+    monkeypatch.setattr(tiles, "ThreadPoolExecutor", pool)
+    client = tile_server.urllib3.PoolManager
+    monkeypatch.setattr(tile_server.urllib3, "PoolManager", lambda **more: patience.append(more) or client(**more))
+    assert fetch(server, tmp_path, regions[:2], concurrency=3, timeout=77)[2] == 24
+    assert server.most_active == 3 and sizes == [3]
+    assert (patience[0]["maxsize"], patience[0]["timeout"].read_timeout) == (3, 77)
 
 
 def test_a_server_that_is_gone_stops_the_build(server, tmp_path, regions, monkeypatch):
@@ -278,34 +361,82 @@ def test_a_server_that_is_gone_stops_the_build(server, tmp_path, regions, monkey
         fetch(server, tmp_path, regions, retries=1)
 
 
-def test_a_wrong_address_stops_the_build_early(server, tmp_path, monkeypatch, regions):
+@pytest.mark.parametrize("blank", [{}, {"blank_status": [404]}])
+def test_a_wrong_address_stops_the_build_early(server, tmp_path, monkeypatch, regions, blank):
     monkeypatch.setattr(tile_server, "FRUITLESS", 20)
     for region in regions:
         for tile in tiles.tiles_of(2021, region):
             server.faults[tile[1:]] = ["always 404"]
-    with pytest.raises(tile_server.ServerError, match="first 2[0-9] tiles.*HTTP 404.*--url"):
+    with pytest.raises(tile_server.ServerError, match="first 20 tiles.*HTTP 404.*--url"):
+        fetch(server, tmp_path, regions, concurrency=8, **blank)
+    assert 20 <= sum(server.requests.values()) <= 20 + 7  # each of the other threads may have asked once more
+    assert not (tmp_path / tiles.LEFT_OUT_FILE).exists() or {row[3] for row in left_out(tmp_path)} <= {
+        "HTTP 404", "is blank"}  # nothing is called left out that was stopped
+
+
+@pytest.mark.parametrize("fault, retries, requests", [("404", 3, 20), ("500", 3, 32 * 4)])
+def test_after_the_last_failure_nothing_is_asked_for(server, regions, fault, retries, requests, monkeypatch):
+    monkeypatch.setattr(tile_server, "FRUITLESS", 20)
+    client = tile_server.TileServer(server.url + "/{year}/{z}/{y}/{x}.png", SIZE, rate=5000, retries=retries)
+    needed = [tile for region in regions.tolist() for tile in tiles.tiles_of(2021, region)]
+    server.faults |= {tile[1:]: ["always " + fault] for tile in needed}
+    monkeypatch.setattr(client.stop, "wait", lambda _: None)
+    with pytest.raises(tile_server.ServerError) as raised:
+        for tile in needed:
+            with contextlib.suppress(tile_server.TileError):
+                client.fetch(tile)
+    assert client.stop.is_set() and client.failure is raised.value
+    server.faults.clear()
+    with pytest.raises(tile_server.TileError, match="stopped"):
+        client.fetch(needed[0])
+    assert sum(server.requests.values()) == client.requests == requests
+
+
+def test_a_failure_in_one_thread_stops_the_others_and_is_what_is_raised(server, tmp_path, regions, monkeypatch):
+    """The second region's last tile fails; the first region's first tile waits for that, as one at work would."""
+    real, first, bad = tile_server.TileServer._try, tuple(regions[0]), tuple(regions[1] + [0, 3, 3])
+
+    def attempt(client, url, number):
+        tile = tuple(map(int, url.removesuffix(".png").split("/")[-3:]))
+        if tile == bad:
+            raise ZeroDivisionError("a mistake of ours")
+        if tile == first:
+            assert client.stop.wait(60)
+        return real(client, url, number)
+    monkeypatch.setattr(tile_server.TileServer, "_try", attempt)
+    with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
         fetch(server, tmp_path, regions)
-    assert sum(server.requests.values()) < 20 + 40
+    assert not os.listdir(tmp_path)  # nothing is called left out that was stopped
+
+
+KILLED = """
+import os, signal, sys
+from datasets import build
+replace, images = os.replace, 0
+def dies_at_the_third_image(source, target):
+    global images
+    images += str(target).endswith(".jpg")
+    if images == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = dies_at_the_third_image
+build.main(sys.argv[1:])
+"""
 
 
 def test_kill_and_resume_gives_the_same_files_and_no_half_image(server, tmp_path, regions):
     fetch(server, tmp_path / "whole", regions)
-    server.delay = 0.02
-    command = [sys.executable, "-m", "datasets.build", "tiles", str(tmp_path / "killed"), "--url",
+    command = [sys.executable, "-c", KILLED, "tiles", str(tmp_path / "killed"), "--url",
                server.url + "/{year}/{z}/{y}/{x}.png", "--zooms", str(ZOOM), "--years", "2021", "--bbox",
                *map(str, BOX), "--no-land_only", "--tile_size", str(SIZE), "--image_size", str(4 * SIZE),
-               "--rate", "50"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while process.poll() is None and len(list((tmp_path / "killed").rglob("*.jpg"))) < 2:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+               "--rate", "5000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     before = sorted((tmp_path / "killed").rglob("*.jpg"))
-    assert 2 <= len(before) < len(regions)
+    assert len(before) == 2 and len(list((tmp_path / "killed").rglob("*.tmp"))) == 1
     for path in before:
         with Image.open(path) as image:
             image.load()
-    server.delay = 0
     assert fetch(server, tmp_path / "killed", regions)[0] == len(regions) - len(before)
     files = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.jpg")}
     assert files == {path.relative_to(tmp_path / "killed"): path.read_bytes()
@@ -372,6 +503,7 @@ def test_land_only_leaves_the_ocean_out():
     (["--years", "21"], "four digits"),
     (["--rate", "0"], "--rate 0.0"),
     (["--header", "secret"], "NAME:VALUE"),
+    (["--blank_status", "404", "200"], "--blank_status 404 200: expected 201 to 599"),
     (["--error_tile", "nowhere.png"], "nowhere.png"),
 ])
 def test_wrong_flags_are_named(tmp_path, capsys, flags, message):

@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +8,11 @@ import torchvision
 from safetensors.torch import save_file
 
 from models.backbone import Backbone, imagenet_state_dict
-from models.earthloc import EarthLoc, ModelConfig, build_model
+from models.config import ModelConfig
+from models.earthloc import EarthLoc, build_model, load_model
 from models.weights import (
     infer_config,
     load_backbone_weights,
-    load_model,
     load_weights,
     read_config,
     read_state_dict,
@@ -20,7 +21,7 @@ from models.weights import (
 
 torch.set_num_threads(1)
 
-TINY = ModelConfig("resnet18", cut_after="layer2", descriptor_dim=16, image_size=32, mix_depth=1)
+TINY = ModelConfig("resnet18", "layer2", descriptor_dim=16, image_size=32, aggregator_settings={"mix_depth": 1})
 
 
 def tiny(seed, config=TINY):
@@ -73,6 +74,48 @@ def test_the_papers_model_has_the_released_shapes_and_config():
     assert infer_config(republished(state)).with_defaults(pretrained=True) == ModelConfig().with_defaults(True)
 
 
+def plain_earthloc(state, images):
+    """The released network out of torchvision's ResNet-50 and MixVPR in a few lines -> descriptors."""
+    resnet = torchvision.models.resnet50().to(images.dtype).eval()
+    resnet.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
+                            if key.startswith("backbone.")}, strict=False)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).to(images)[:, :, None, None]
+    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1((images - mean) / std))))
+    x = resnet.layer3(resnet.layer2(resnet.layer1(x))).flatten(2)
+    linear = torch.nn.functional.linear
+    for i in range(4):
+        layer = {key.removeprefix(f"aggregator.mix.{i}.mix."): value for key, value in state.items()}
+        y = torch.nn.functional.layer_norm(x, x.shape[2:], layer["0.weight"], layer["0.bias"])
+        x = x + linear(linear(y, layer["1.weight"], layer["1.bias"]).relu(), layer["3.weight"], layer["3.bias"])
+    x = linear(x.mT, state["aggregator.channel_proj.weight"], state["aggregator.channel_proj.bias"]).mT
+    x = linear(x, state["aggregator.row_proj.weight"], state["aggregator.row_proj.bias"]).flatten(1)
+    x = linear(x / x.norm(dim=1, keepdim=True), state["fc.weight"], state["fc.bias"])
+    return x / x.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("dialect", ["released", "republished"])
+def test_a_released_model_describes_as_plain_code_does(dialect, tmp_path):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs = {f"backbone.{key}": value for key, value in torchvision.models.resnet50().state_dict().items()
+                  if not key.startswith(("layer4", "fc"))}
+        theirs |= {key: torch.rand_like(value) + 0.5 if key.endswith("var") else value + 0.2 * torch.rand_like(value)
+                   for key, value in theirs.items() if "running" in key}
+        head = tiny(1, ModelConfig(descriptor_dim=64, image_size=64)).state_dict()
+        theirs |= {key: value + 0.02 * torch.randn_like(value) for key, value in head.items()
+                   if not key.startswith("backbone.")}
+        state = theirs if dialect == "republished" else {
+            key.replace("backbone.", "backbone.model."): value for key, value in theirs.items()}
+        torch.save(state, tmp_path / "best_model.torch")
+        images = torch.rand(3, 3, 64, 64)
+        expected = plain_earthloc({key: value.double() for key, value in theirs.items()}, images.double())
+        model = load_model(tmp_path / "best_model.torch").eval()
+        assert (expected[0] - expected[1]).abs().max() > 1e-3
+        torch.testing.assert_close(model(images).double(), expected, rtol=0, atol=1e-5)
+        found = model.double()(images.double())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 def test_all_misfits_are_listed_with_the_file_and_the_flags(tmp_path):
     state = tiny(0).state_dict()
     del state["fc.bias"]
@@ -102,12 +145,12 @@ def test_classifier_layers_in_a_whole_model_are_unexpected(tmp_path):
     "config",
     [
         TINY,
-        replace(TINY, backbone="resnet34", cut_after="layer3", image_size=64, mix_depth=0),
-        replace(TINY, backbone="resnet101", cut_after="layer3", out_rows=2, mix_channels=5),
+        replace(TINY, backbone="resnet34", cut_after="layer3", image_size=64, aggregator_settings={"mix_depth": 0}),
+        replace(TINY, backbone="resnet101", cut_after="layer3", aggregator_settings={"out_rows": 2, "mix_channels": 5}),
         replace(TINY, backbone="resnet152"),
-        replace(TINY, cut_after="conv1", mix_depth=3),
+        replace(TINY, cut_after="conv1", aggregator_settings={"mix_depth": 3}),
         replace(TINY, backbone="efficientnet_lite0", cut_after="blocks3"),
-        ModelConfig("resnet18", descriptor_dim=16, aggregator="gem", gem_grid=2),
+        ModelConfig("resnet18", descriptor_dim=16, aggregator="gem", aggregator_settings={"gem_grid": 2}),
         ModelConfig("efficientnet_lite0", descriptor_dim=16, aggregator="gem"),
     ],
 )
@@ -115,8 +158,6 @@ def test_config_is_read_from_the_shapes(config):
     with torch.device("meta"):
         state = EarthLoc(config).state_dict()
     expected = config.with_defaults(pretrained=False)
-    if config.aggregator == "gem":
-        expected = replace(expected, mix_channels=infer_config(state).with_defaults(False).mix_channels)
     assert infer_config(state).with_defaults(pretrained=False) == expected
 
 
@@ -134,7 +175,7 @@ def test_load_model_needs_no_flags(tmp_path):
 
 
 def test_half_precision_file_keeps_config_and_descriptors(tmp_path):
-    config = ModelConfig("resnet18", descriptor_dim=16, image_size=96, aggregator="gem", gem_grid=2)
+    config = ModelConfig("resnet18", None, None, "gem", 16, 96, {"gem_grid": 2})
     model = tiny(0, config).eval()
     images = torch.rand(4, 3, 96, 96)
     with torch.no_grad():
@@ -153,6 +194,35 @@ def test_config_in_a_checkpoint_goes_before_the_shapes(tmp_path):
     checkpoint = {"model": model.state_dict(), "model_config": {**vars(model.config)}}
     torch.save(checkpoint, tmp_path / "last.pth")
     assert read_config(tmp_path / "last.pth") == model.config
+
+
+FLAT = {"backbone": "resnet18", "cut_after": "layer2", "freeze_until": "layer1", "aggregator": "mixvpr",
+        "descriptor_dim": 24, "image_size": 32, "mix_depth": 1, "mix_channels": 5, "out_rows": 3, "gem_grid": 2}
+
+
+@pytest.mark.parametrize("aggregator, settings", [
+    ("mixvpr", {"mix_depth": 1, "mix_channels": 5, "out_rows": 3}), ("gem", {"gem_grid": 2})])
+def test_the_config_of_an_older_checkpoint_is_read(aggregator, settings, tmp_path):
+    config = ModelConfig("resnet18", "layer2", "layer1", aggregator, 24, 32, settings)
+    model = tiny(0, config)
+    flat = FLAT | {"aggregator": aggregator}
+    torch.save({"model": model.state_dict(), "model_config": flat}, tmp_path / "last.pt")
+    assert read_config(tmp_path / "last.pt") == config == ModelConfig.from_dict(flat)
+    assert torch.equal(load_model(tmp_path / "last.pt").fc.weight, model.fc.weight)
+
+
+@pytest.mark.parametrize("config", [FLAT | {"depth": 1}, FLAT | {"aggregator": "salad"}, [1],
+                                    {"backbone": "resnet18", "aggregator_settings": {"depth": 1}}])
+def test_a_config_of_something_else_is_an_error_that_names_the_file(config, tmp_path):
+    torch.save({"model": tiny(0).state_dict(), "model_config": config}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: bad model_config"):
+        read_config(tmp_path / "last.pt")
+
+
+def test_the_shipped_weights_load():
+    config = read_config(Path(__file__).parents[1] / "weights" / "demo_world.safetensors")
+    assert (config.backbone, config.descriptor_dim, config.frozen_batchnorm) == ("efficientnet_lite0", 512, "fixed")
+    assert config.aggregator_settings == {"mix_depth": 4, "mix_channels": 128, "out_rows": 4}
 
 
 def test_nan_is_not_saved(tmp_path):
@@ -177,7 +247,7 @@ def test_lite0_loads_by_either_librarys_names(tmp_path):
     torch.save(imagenet_state_dict("efficientnet_lite0"), tmp_path / "timm.pth")
     backbone = Backbone("efficientnet_lite0", cut_after="blocks1")
     load_backbone_weights(backbone, tmp_path / "timm.pth")
-    expected = build_model(ModelConfig("efficientnet_lite0", cut_after="blocks1", descriptor_dim=4), "imagenet")
+    expected = build_model(ModelConfig("efficientnet_lite0", "blocks1", descriptor_dim=4, image_size=32), "imagenet")
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, expected.backbone.state_dict()[key]), key
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
+import train
 from augmentations.year_wise import SQUARE, Augmentation, Draw, adjust_hue, jitter, warp
-from experiments.chain import as_one, chain, draw_chain, geometry
+from experiments.chain import as_one, chain, draw_chain, geometry, shown
+from utils.arguments import augmentation_of
 
 HARD = dict(rotation=180.0, perspective=0.66, min_crop=0.2, aspect=2.0)
 
@@ -135,17 +137,46 @@ def soft_pictures(count, size, cells=12):
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
 
 
+@pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_one_warp_is_torchvisions_chain(seed):
-    drawn, images = draw_chain(40, generator(seed)), soft_pictures(2, 100)
-    expected = geometry(images, drawn)
+def test_one_warp_is_torchvisions_chain(seed, released):
+    drawn, images = draw_chain(40, generator(seed), released=released), soft_pictures(2, 100)
+    inside = geometry(torch.ones(1, 3, 100, 100), drawn) > 0.999  # not in a black wedge of the released chain
+    assert inside.all() or released and inside.float().mean() > 0.5
+    expected = geometry(images, drawn) * inside
     assert expected.std() > 0.05
-    found = warp(images, as_one(drawn), 40)
+    found = warp(images, as_one(drawn), 40) * inside
     assert psnr(found, expected) > 40
     # Half a pixel of the output, or a degree, is seen.
     for quad in (as_one(drawn).quad + torch.tensor([0.5, 0.0]) * drawn.last / drawn.size * 2 / drawn.resized,
                  as_one(replace(drawn, angle=drawn.angle + 1)).quad):
-        assert psnr(warp(images, replace(as_one(drawn), quad=quad), 40), expected) < psnr(found, expected) - 3
+        assert psnr(warp(images, replace(as_one(drawn), quad=quad), 40) * inside, expected) < psnr(found, expected) - 3
+
+
+def test_the_papers_preset_shows_as_much_of_an_image_as_the_released_code():
+    def side(quad):
+        """Of a square of the quad's area, where the image's is 1; the area is that of its two triangles."""
+        (a, b, c, d), halves = quad.double().tolist(), 0
+        for p, q, r in ((a, b, c), (a, c, d)):
+            halves += abs((q[0] - p[0]) * (r[1] - p[1]) - (r[0] - p[0]) * (q[1] - p[1])) / 2
+        return halves ** 0.5 / 2
+    augment, state = augmentation_of(train.parse_arguments(["@presets/paper.args"]), 320), generator()
+    ours = [side(augment.draw(state).quad) for _ in range(800)]
+    released = [side(as_one(draw_chain(320, state, released=True)).quad) for _ in range(800)]
+    assert sum(ours) / 800 == pytest.approx(0.71, abs=0.01) and sum(released) / 800 == pytest.approx(0.72, abs=0.01)
+    zoomed = [side(replace(augment, min_crop=0.7).draw(state).quad) for _ in range(800)]
+    assert sum(zoomed) / 800 == pytest.approx(0.60, abs=0.01)
+
+
+def test_what_is_shown_by_plain_squares():
+    """The whole image and its left half squeezed to a square, of two years; then a quarter twice."""
+    x = torch.tensor([0.5, 1.0])
+    quads = SQUARE, SQUARE * x - torch.tensor([0.5, 0.0]), SQUARE / 2, SQUARE / 2 + 0.8
+    draws = [Draw(quad, 1.0, 1.0, 1.0, 0.0, (0,)) for quad in quads]
+    side, upsampled, overlap, beyond = shown(draws, 320, 512)
+    assert side == pytest.approx((1 + 0.5 ** 0.5 + 0.5 + 0.5) / 4) and upsampled == 0.5 and beyond == 0.25
+    small = 0.2 ** 2 / (2 - 0.2 ** 2)  # squares of side 1 that share 0.2 × 0.2
+    assert overlap == pytest.approx((0.5 + small) / 2, abs=1e-6)
 
 
 def test_geometry_and_colours_together_are_torchvisions_chain():

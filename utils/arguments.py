@@ -7,10 +7,12 @@ import sys
 import torch
 
 from augmentations.year_wise import Augmentation
-from models.backbone import BACKBONES
-from models.earthloc import AGGREGATORS, ModelConfig
+from models.aggregators import AGGREGATORS
+from models.backbone import FROZEN_BATCHNORM
+from models.config import ModelConfig
 from utils.memory import keep_freed_blocks
 from utils.precision import PRECISIONS
+from utils.settings import add_settings, chosen_settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,22 +56,22 @@ def make_parser(description):
 
 
 def add_model_arguments(parser):
-    """One flag for each field of ModelConfig, and --weights."""
+    """One flag for each field of ModelConfig and each setting of an aggregator, and --weights."""
     group = parser.add_argument_group("model (paper, sec. 5.1)")
-    group.add_argument("--backbone", choices=BACKBONES, default="resnet50")
-    group.add_argument("--weights", default="imagenet",
-                       help="imagenet, none (from scratch, nothing frozen), or a file with a state dict")
-    group.add_argument("--cut_after", help="last kept stage; default: layer3, or blocks4 for efficientnet_lite0")
-    group.add_argument("--freeze_until", help="last frozen stage, or none; default: layer2, or blocks2; "
-                                              "nothing with --weights none")
-    group.add_argument("--aggregator", choices=AGGREGATORS, default="mixvpr")
+    group.add_argument("--backbone", default="resnet50",
+                       help="any of timm's ResNets, EfficientNets, ConvNeXts, ViTs … by name")
+    group.add_argument("--weights", default="imagenet", help="imagenet (the backbone's own pre-trained weights), none "
+                                                             "(from scratch, nothing frozen), or a state dict's file")
+    group.add_argument("--cut_after", help="last kept stage; default: the deepest of stride 16 or less, as layer3 of a "
+                                           "ResNet, blocks4 of efficientnet_lite0, stages2 of a ConvNeXt, a ViT's last")
+    group.add_argument("--freeze_until", help="last frozen stage, or none; default: the deepest of stride 8, layer2, "
+                                              "blocks2, stages1, of a ViT all but four; nothing with --weights none")
+    group.add_argument("--frozen_batchnorm", choices=FROZEN_BATCHNORM, default="fixed",
+                       help="of frozen stages; adapt: weights alone are frozen, as in the released code")
+    group.add_argument("--aggregator", choices=list(AGGREGATORS), default="mixvpr")
     group.add_argument("--descriptor_dim", type=positive, default=4096)
     group.add_argument("--image_size", type=positive, default=320, help="pixels a side, in training and in evaluation")
-    group.add_argument("--mix_depth", type=whole, default=4, help="mixers of MixVPR")
-    group.add_argument("--mix_channels", type=positive,
-                       help="MixVPR's output channels; default: descriptor_dim / out_rows")
-    group.add_argument("--out_rows", type=positive, default=4, help="rows of MixVPR's output")
-    group.add_argument("--gem_grid", type=positive, default=1, help="GeM pools over so many cells a side")
+    add_settings(group, AGGREGATORS)
 
 
 def add_augmentation_arguments(group, groups, **defaults):
@@ -78,7 +80,7 @@ def add_augmentation_arguments(group, groups, **defaults):
                        help="what shares one random draw")
     for name, default, text in (
             ("rotation", 45.0, "degrees"), ("perspective", 0.5, "distortion scale"),
-            ("min_crop", 0.7, "smallest crop, as a share of the largest"),
+            ("min_crop", 1.0, "smallest crop, as a share of the largest; below 1 it zooms in at random"),
             ("aspect", 1.0, "largest stretch of one side against the other"),
             ("brightness", 0.9, "of the colour jitter"), ("contrast", 0.9, "of the colour jitter"),
             ("saturation", 0.9, "of the colour jitter"), ("hue", 0.0, "of the colour jitter"),
@@ -126,7 +128,7 @@ def add_run_arguments(parser, log_dir, validate_every):
 def model_config(args):
     """Parsed flags -> ModelConfig. Raises ValueError naming the flag that does not fit."""
     return ModelConfig(args.backbone, args.cut_after, args.freeze_until, args.aggregator, args.descriptor_dim,
-                       args.image_size, args.mix_depth, args.mix_channels, args.out_rows, args.gem_grid)
+                       args.image_size, chosen_settings(args, AGGREGATORS[args.aggregator]), args.frozen_batchnorm)
 
 
 def run(main, args):

@@ -1,36 +1,76 @@
 """Descriptors kept on disk: float16, memory-mapped, written as they come. Nothing is described twice.
 
-One file holds one list of images described by one model: a header (4096 bytes: one line of JSON, padded with spaces),
-a mark for each image, and the descriptors (layers, N, D), one layer a rotation. An image's mark names what the file
-looked like (path, size, time of change) and the checksum of its descriptors. It is written after them, when they are
-on the disk, so a run that was killed leaves no half-written descriptor that a later run would trust.
+Two files hold what one model made of one data set's images in one list of rotations, whoever asked for them:
+`NAME.f16` the vectors (K, D), `NAME.marks` a mark for each image. Both begin with a header (4096 bytes: one line of
+JSON, padded with spaces). A mark names the image's path, what its file looked like (path, size, time of change), where
+its vectors lie (rotation i is vector `first + i * step`) and their checksum. A run adds room for the images it lacks,
+at the end or where room is left over. A mark is filled in after its vectors are on the disk, so a run that was killed
+leaves no half-written descriptor that a later one would trust, and no temporary file; the next run uses its room.
+
+Several processes: one at a time describes into a file. It holds a lock on the marks (flock, which ends with the
+process), the others wait for it and then find its descriptors there. Reading needs no lock: files only grow, and what
+is marked for an image that has not changed is never moved or overwritten.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-FORMAT = "earthloc descriptors 1"
+FORMAT = "earthloc descriptors 2"
 RECIPE = 2  # to be raised when the same model and file come to another descriptor: reading, resizing, turning
 PAGE = 4096
-MARK = np.dtype([("image", "<u8"), ("checksum", "<u4"), ("unused", "<u4")])
+MARK = np.dtype([("path", "<u8"), ("image", "<u8"), ("first", "<u8"), ("step", "<u4"), ("checksum", "<u4")])
 
 
-def model_fingerprint(model, image_size, precision, rotations):
-    """All that decides what an image's descriptor is, but the image -> 64 hexadecimal digits.
+class Rows:
+    """Vectors that stay where they are: (*S, D) float16, of a memory map (K, D) those that an index (*S) names.
+
+    Taking a part of it reads that part. Only what the searches need of an array.
+    """
+
+    def __init__(self, vectors, index):
+        self.vectors, self.index = vectors, index
+
+    dtype = property(lambda self: self.vectors.dtype)
+    shape = property(lambda self: (*self.index.shape, self.vectors.shape[1]))
+    ndim = property(lambda self: len(self.shape))
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, key):
+        return np.asarray(self.vectors[self.index[key]])
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[...], dtype)
+
+    def reshape(self, *shape):
+        """The last axis stays D."""
+        return Rows(self.vectors, self.index.reshape(shape[:-1]))
+
+    def take(self, rows, axis=0, out=None, mode="raise"):
+        """As numpy's, along the first of two axes."""
+        return np.take(self.vectors, self.index[rows], axis=axis, out=out, mode=mode)
+
+
+def model_fingerprint(model, image_size, precision):
+    """All that decides what an image's descriptor is, but the image and how it is turned -> 64 hexadecimal digits.
 
     Counts the modules and their settings as the model prints them, all parameters and buffers, and how it is used.
     """
-    digest = hashlib.sha256(json.dumps([RECIPE, str(model), getattr(model, "config", None), image_size, precision,
-                                        list(rotations)], default=str).encode())
+    digest = hashlib.sha256(json.dumps([RECIPE, str(model), getattr(model, "config", None), image_size, precision],
+                                       default=str).encode())
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -39,68 +79,46 @@ def model_fingerprint(model, image_size, precision, rotations):
 
 
 def image_fingerprints(root, paths):
-    """Files -> (N,) uint64 of each one's path, size and time of change; 0 where there is no such file."""
-    marks = np.zeros(len(paths), dtype=np.uint64)
+    """Files -> (N, 2) uint64: of each one's path, and of its path, size and time of change (0: there is no such file).
+    """
+    marks = np.zeros((len(paths), 2), dtype=np.uint64)
     for row, path in enumerate(paths):
+        marks[row, 0] = _digest(path)
         try:
             status = os.stat(Path(root) / path)
         except OSError:
             continue
-        text = f"{path} {status.st_size} {status.st_mtime_ns}".encode()
-        marks[row] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
+        marks[row, 1] = _digest(f"{path} {status.st_size} {status.st_mtime_ns}")
     return marks
 
 
-def file_name(label, root, fingerprint):
-    """`database_demo_world_1f2e3d4c_0123456789abcdef.f16`: the folder's name, its path's digest, the model's."""
+def _digest(text):
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little") or 1
+
+
+def file_name(root, fingerprint, rotations):
+    """`demo_world_1f2e3d4c_0123456789abcdef_0-90-180-270.f16`: the folder's name, its path's digest, the model's, and
+    the degrees."""
     root = Path(root).resolve()
-    return f"{label}_{root.name}_{hashlib.sha256(str(root).encode()).hexdigest()[:8]}_{fingerprint[:16]}.f16"
+    place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    return f"{root.name}_{place}_{fingerprint[:16]}_{'-'.join(map(str, rotations))}.f16"
 
 
 class DescriptorFile:
-    """Descriptors of N images on disk: `values` (layers, N, D) float16 is the memory map, `described` (N,) bool says
-    which rows of it hold. `write` takes descriptors of some rows, `commit` makes them last."""
+    """Descriptors of N images in a file: `values` (layers, N, D) are Rows of it, `described` (N,) bool says which of
+    them hold. `write` takes descriptors of some rows, `commit` makes them last. Made by `descriptor_file`."""
 
-    def __init__(self, path, images, shape):
-        self.path, self.images = Path(path), images
-        self.marks = np.memmap(path, MARK, "r+", PAGE, (max(1, shape[1]),))[:shape[1]]
-        self.values = np.memmap(path, np.float16, "r+", _data_start(shape[1]), (max(1, int(np.prod(shape))),))
-        self.values = self.values[:int(np.prod(shape))].reshape(shape)
-        self.described = _described(self.marks, self.values, images)
+    def __init__(self, marks, slots, vectors, images, layers):
+        self.marks, self.slots, self.images = marks, slots, images
+        self.values = Rows(vectors, _lie(marks[slots], layers))
+        self.described = (marks["image"][slots] == images) & (images != 0)
+        for rows in np.array_split(np.flatnonzero(self.described), 1 + len(images) // 1024):
+            self.described[rows] = _checksums(self.values, rows) == marks["checksum"][slots[rows]]
         self.pending = []
-
-    @classmethod
-    def open(cls, path, fingerprint, images, layers, dim):
-        """The file of one model and these images (N,) uint64, with what of it still holds; made where there is none.
-
-        Says in the log what was kept and what has to be described (again). Raises ValueError where the disk is full.
-        """
-        path, shape = Path(path), (layers, len(images), dim)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder, or none") from None
-        header = {"format": FORMAT, "model": fingerprint, "layers": layers, "dim": dim, "dtype": "float16"}
-        old, remark = _read(path, header)
-        if old is not None and np.array_equal(_expected(old[0], images), images):
-            kept = cls(path, images, shape)
-        else:  # another list of images, or none: a new file, with what the old one has of them
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            _make(temporary, {**header, "images": len(images)}, shape)
-            kept = cls(temporary, images, shape)
-            if old is not None:
-                kept._take_from(*old)
-            os.replace(temporary, path)
-            kept.path = path
-        count, gone = int(kept.described.sum()), 0 if old is None else int((old[0]["image"] != 0).sum())
-        stale = f", {gone - count} entries are stale (image changed or gone, or broken)" if gone > count else ""
-        rest = f", {len(images) - count} are not yet" if count < len(images) else ""
-        logging.info(f"{path}: {remark}{count} of {len(images)} images are described{stale}{rest}")
-        return kept
 
     def write(self, rows, descriptors):
         """rows (B,), descriptors (layers, B, D) -> into the map. They last only after `commit`, and if finite."""
-        self.values[:, rows] = descriptors
+        self.values.vectors[self.values.index[:, rows]] = descriptors
         finite = np.isfinite(self.values[:, rows]).all(axis=(0, 2))
         self.pending += [row for row in rows[finite].tolist() if self.images[row]]
 
@@ -108,75 +126,154 @@ class DescriptorFile:
         """Descriptors to the disk first, their marks after that."""
         if not self.pending:
             return
-        self.values.flush()
+        self.values.vectors.flush()
         rows = np.array(self.pending)
-        self.marks["checksum"][rows] = _checksums(self.values, rows)
-        self.marks["image"][rows] = self.images[rows]
+        self.marks["checksum"][self.slots[rows]] = _checksums(self.values, rows)
+        self.marks["image"][self.slots[rows]] = self.images[rows]
         self.marks.flush()
         self.described[rows] = True
         self.pending = []
 
-    def _take_from(self, marks, values):
-        """Descriptors of the same images from another file's marks and values."""
-        old_row = {image: row for row, image in enumerate(marks["image"].tolist()) if image}
-        pairs = [(row, old_row[image]) for row, image in enumerate(self.images.tolist()) if image in old_row]
-        for start in range(0, len(pairs), 1024):
-            rows, old = np.array(pairs[start:start + 1024]).T
-            sound = _checksums(values, old) == marks["checksum"][old]
-            self.write(rows[sound], values[:, old[sound]])
-        self.commit()
 
+@contextmanager
+def descriptor_file(path, model, rotations, dim, images):
+    """The file of one model (its fingerprint) and these images, (N, 2) as `image_fingerprints` gives -> DescriptorFile.
 
-def _data_start(count):
-    return PAGE + -(-count * MARK.itemsize // PAGE) * PAGE
-
-
-def _make(path, header, shape):
-    """An empty file of the full size. The space is reserved: a full disk is an error here, not a crash in the map."""
-    size = _data_start(shape[1]) + max(1, int(np.prod(shape))) * 2
-    free = shutil.disk_usage(path.parent).free
-    remedy = f"{size / 1e9:.2f} GB for the descriptors; give --descriptors another folder, or none to keep no file"
-    if size > free:
-        raise ValueError(f"{path.parent}: {free / 1e9:.2f} GB are free, fewer than {remedy}")
-    with open(path, "wb") as file:
-        file.write(json.dumps(header).encode().ljust(PAGE - 1) + b"\n")
-        file.flush()
+    Made where there is none; no other process describes into it meanwhile. Says in the log what is described and what
+    has to be (again). Looks at these images only, whatever else the file has. Raises ValueError where the disk is full.
+    """
+    path = Path(path)
+    header = {"format": FORMAT, "model": model, "rotations": list(rotations), "dim": dim, "dtype": "float16"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder, or none") from None
+    remark = ""
+    with _locked(path.with_suffix(".marks")) as file:
+        if (os.fstat(file).st_size or path.exists()) and not _is_whole(path, file, header):
+            remark = "the file there is truncated, broken or of another model, all is described anew; "
+            path.unlink(missing_ok=True)  # a new file: a process may still read from the old one
+            os.ftruncate(file, 0)
+        slots, known = _reserve(path, file, header, images[:, 0])
+        marks = np.memmap(path.with_suffix(".marks"), MARK, "r+", PAGE, (max(1, _count(file)),))
+        room = max(1, (path.stat().st_size - PAGE) // (2 * dim))
+        kept = DescriptorFile(marks, slots, np.memmap(path, np.float16, "r+", PAGE, (room, dim)), images[:, 1],
+                              len(rotations))
+        count, before = int(kept.described.sum()), int((marks["image"][slots[known]] != 0).sum())
+        stale = f", {before - count} entries are stale (image changed or gone, or broken)" if before > count else ""
+        rest = f", {len(images) - count} are not yet" if count < len(images) else ""
+        logging.info(f"{path}: {remark}{count} of {len(images)} images are described{stale}{rest}")
         try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except AttributeError:  # macOS, Windows
-            file.truncate(size)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # not on this file system
-                file.truncate(size)
+            yield kept
+        finally:
+            kept.commit()
+
+
+@contextmanager
+def _locked(path, wait=True):
+    """Yields the open file, made where there is none, that no other process has locked; None if wait is False and one
+    has. The lock goes with the process, however it ends."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield None
+                    return
+                logging.info(f"{path}: another process describes with the same model, waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be locked ({error.strerror}); give --descriptors a folder on another "
+                                 f"disk, or none to keep no file") from error
+            if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):  # not removed while it waited
+                yield file
                 return
-            os.unlink(path)
-            raise ValueError(f"{path.parent}: no room ({error.strerror}) for {remedy}") from error
+        finally:
+            os.close(file)
 
 
-def _read(path, header):
-    """-> (marks, values) of a whole file with this header, or None; and a remark on a file that cannot be used."""
-    if not path.exists():
-        return None, ""
+def _count(file):
+    return (os.fstat(file).st_size - PAGE) // MARK.itemsize
+
+
+def _marks(file):
+    return np.frombuffer(os.pread(file, _count(file) * MARK.itemsize, PAGE), MARK)
+
+
+def _lie(marks, layers):
+    """marks (N,) -> (layers, N) numbers of their vectors."""
+    return marks["first"].astype(np.int64) + np.arange(layers)[:, None] * marks["step"].astype(np.int64)
+
+
+def _is_whole(path, file, header):
+    """Whether marks and vectors have this header, and the marks' vectors exist and are no other's."""
+    if read_header(path) != header or read_header(path.with_suffix(".marks")) != header:
+        return False
+    marks = _marks(file)
+    lie = _lie(marks[marks["step"] > 0], len(header["rotations"]))
+    room = (path.stat().st_size - PAGE) // (2 * header["dim"])
+    return lie.min(initial=0) >= 0 and lie.max(initial=-1) < room and len(np.unique(lie)) == lie.size
+
+
+def read_header(path):
+    """The header of a descriptor file, of whatever format, as a dict; {} where it is no such file."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.read(PAGE))
-        count = int(found["images"])
-        shape = (header["layers"], count, header["dim"])
-        whole = path.stat().st_size == _data_start(count) + max(1, int(np.prod(shape))) * 2
-    except (ValueError, KeyError, TypeError):
-        found, whole = {}, False
-    if not whole or {key: found.get(key) for key in header} != header:
-        return None, "the file there is truncated, broken or of another model, all is described anew; "
-    marks = np.memmap(path, MARK, "r", PAGE, (max(1, count),))[:count]
-    values = np.memmap(path, np.float16, "r", _data_start(count), (max(1, int(np.prod(shape))),))
-    return (marks, values[:int(np.prod(shape))].reshape(shape)), ""
+            header = json.loads(file.read(PAGE))
+        return header if str(header.get("format")).startswith("earthloc descriptors ") else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
-def _expected(marks, images):
-    """The marks' images where they are written, else what is to come: equal to `images` if the list is the same."""
-    if len(marks) != len(images):
-        return None
-    return np.where(marks["image"] == 0, images, marks["image"])
+def _reserve(path, file, header, paths):
+    """Room for each of the paths (N,) uint64 -> (N,) which mark is whose, and (N,) bool: it was there already."""
+    page = json.dumps(header).encode().ljust(PAGE - 1) + b"\n"
+    if not path.exists():
+        path.write_bytes(page)
+        os.pwrite(file, page, 0)
+    marks = _marks(file).copy()
+    slots = np.full(len(paths), -1)
+    if len(marks):
+        order = np.argsort(marks["path"], kind="stable")
+        found = order[np.searchsorted(marks["path"], paths, sorter=order).clip(max=len(marks) - 1)]
+        slots = np.where((marks["path"][found] == paths) & (marks["step"][found] > 0), found, -1)
+    known, lacking = slots >= 0, np.flatnonzero(slots < 0)
+    left = np.setdiff1d(np.flatnonzero((marks["image"] == 0) & (marks["step"] > 0)), slots)[:len(lacking)]
+    slots[lacking[:len(left)]] = left
+    new, layers = len(lacking) - len(left), len(header["rotations"])
+    slots[lacking[len(left):]] = len(marks) + np.arange(new)
+    marks["path"][left] = paths[lacking[:len(left)]]
+    added = np.zeros(new, MARK)
+    begin = int(_lie(marks[marks["step"] > 0], layers).max(initial=-1)) + 1
+    added["path"], added["first"], added["step"] = paths[lacking[len(left):]], begin + np.arange(new), new
+    _grow(path, PAGE + (begin + layers * new) * header["dim"] * 2)
+    if len(lacking):
+        os.pwrite(file, np.concatenate([marks, added]).tobytes(), PAGE)
+    return slots, known
+
+
+def _grow(path, size):
+    """The file to this size. The space is reserved: a full disk is an error here, not a crash in the map."""
+    before = path.stat().st_size
+    if size <= before:
+        return
+    free = shutil.disk_usage(path.parent).free
+    remedy = f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors another folder, none to keep no" \
+             f" file, or --forget_descriptors to remove those of other models"
+    if size - before > free:
+        raise ValueError(f"{path.parent}: {free / 1e9:.2f} GB are free, fewer than {remedy}")
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), before, size - before)
+        except AttributeError:  # macOS
+            file.truncate(size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                file.truncate(before)
+                raise ValueError(f"{path.parent}: no room ({error.strerror}) for {remedy}") from error
+            file.truncate(size)  # not on this file system
 
 
 def _checksums(values, rows):
@@ -185,11 +282,48 @@ def _checksums(values, rows):
     return np.array([zlib.crc32(block) for block in blocks], dtype=np.uint32)
 
 
-def _described(marks, values, images, block=1024):
-    """(N,) bool: marked for the same image as `images` says, with descriptors that have the marked checksum."""
-    described = (marks["image"] == images) & (images != 0)
-    rows = np.flatnonzero(described)
-    for start in range(0, len(rows), block):
-        part = rows[start:start + block]
-        described[part] = _checksums(values, part) == marks["checksum"][part]
-    return described
+def tidy(folder, model, forget=False):
+    """Says in the log what descriptor files of other models than this (its fingerprint) lie in the folder; forget
+    removes them, but those that a process is describing into.
+
+    Earlier versions left temporary files when killed: these go always. A file without the header is not ours and stays.
+    """
+    found = {path: header for path in sorted(Path(folder).glob("*")) if path.is_file() and not path.is_symlink()
+             and re.search(r"\.(f16|marks|f16\.\d+\.tmp)$", path.name) and (header := read_header(path))}
+    temporary = {path for path in found if path.suffix == ".tmp"}
+    _remove([path for path in temporary if not _is_running(int(path.name.split(".")[-2]))],
+            "left behind by a run that was killed")
+    others = [path for path, header in found.items() if header.get("model") != model and path not in temporary]
+    if not forget:
+        if others:
+            logging.info(f"{folder}: {_amount(others)} of other models; --forget_descriptors removes them")
+        return
+    _remove([path for path in others if not path.with_suffix(".marks").exists()], "of an earlier version")
+    for marks in [path for path in others if path.suffix == ".marks"]:
+        with _locked(marks, wait=False) as file:
+            if file is None:
+                logging.info(f"{marks}: kept, another process describes into its file")
+            else:  # the vectors first: while the marks are there and locked, nobody makes new ones
+                _remove([path for path in (marks.with_suffix(".f16"), marks) if path in found], "of another model")
+
+
+def _remove(paths, what):
+    if paths:
+        amount = _amount(paths)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        logging.info(f"removed {amount} {what}: {', '.join(map(str, paths))}")
+
+
+def _amount(paths):
+    return f"{len(paths)} files ({sum(path.stat().st_size for path in paths) / 1e9:.2f} GB)"
+
+
+def _is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

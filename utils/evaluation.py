@@ -48,7 +48,7 @@ class SetResult:
     correct: np.ndarray
     recalls: dict
     distinct: dict
-    nadir: dict
+    nearest_to_nadir: dict
     random_choice: dict
     orientation: dict | None
 
@@ -79,7 +79,7 @@ class Evaluation:
         return [result for result in self.results if result.set.name != VALIDATION]
 
     def average(self, counting="recalls"):
-        """Mean over the sets of `recalls`, `distinct`, `nadir` or `random_choice` -> {k: percent}; {} without sets."""
+        """Mean over the sets of `recalls`, `distinct`, `nearest_to_nadir` or `random_choice` -> {k: percent}, or {}."""
         rows = [getattr(result, counting) for result in self.test_results]
         return {k: float(np.mean([row[k] for row in rows])) for k in self.ks} if rows else {}
 
@@ -96,7 +96,8 @@ class Evaluation:
                              "Over distinct images:")
                 lines += [recall_line(result.set.name, result.set, result.distinct, "Distinct") for result in tests]
                 lines.append(recall_line("average", count, self.average("distinct"), "Distinct"))
-            lines.append(recall_line("average", count, self.average("nadir"), "Nadir   "))
+            lines.append(recall_line("average", count, self.average("nearest_to_nadir"),
+                                     "Nearest centre to the nadir"))
             lines.append(recall_line("average", count, self.average("random_choice"), "Random  "))
         for result in self.results:
             if result.orientation and result.orientation["queries"]:
@@ -112,11 +113,12 @@ class Evaluation:
         sets = {result.set.name: {
             "queries": len(result.set.query_rows), "database": len(result.set.database_rows),
             "left_out": len(result.set.left_out), "recalls": result.recalls, "recalls_distinct": result.distinct,
-            "nadir": result.nadir, "random_choice": result.random_choice, "orientation": result.orientation,
+            "nearest_to_nadir": result.nearest_to_nadir, "random_choice": result.random_choice,
+            "orientation": result.orientation,
         } for result in self.results}
         average = {"over": [result.set.name for result in self.test_results], "recalls": self.average(),
-                   "recalls_distinct": self.average("distinct"), "nadir": self.average("nadir"),
-                   "random_choice": self.average("random_choice")}
+                   "recalls_distinct": self.average("distinct"),
+                   "nearest_to_nadir": self.average("nearest_to_nadir"), "random_choice": self.average("random_choice")}
         return {"sets": sets, "average": average, "rotations": list(self.rotations), "notes": self.notes}
 
 
@@ -216,7 +218,7 @@ def score_set(one, data, descriptors, ks, index):
     return SetResult(
         one, scores, positions, rotations, correct,
         recalls=retrieval.recall_of(correct, ks), distinct=retrieval.recall_of(distinct, ks),
-        nadir=retrieval.recall_at(nearest, one.positives, ks),
+        nearest_to_nadir=retrieval.recall_at(nearest, one.positives, ks),
         random_choice=retrieval.random_choice_recall(counts, len(one.database_rows), ks),
         orientation=score_orientation(rotations[:, 0], data.queries.orientations[one.query_rows], correct[:, 0])
         if turns > 1 else None)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.images import read_image
 from utils.retrieval import rotate
 
-WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (120, 120, 120)
-GREEN, RED, BLUE = (30, 160, 60), (210, 40, 40), (40, 90, 200)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+GREEN, RED = (30, 160, 60), (210, 40, 40)
 
 
 def save(image, path):
@@ -125,56 +126,18 @@ def evaluation_figure(evaluation, queries_per_set=4, depth=3, size=160, seed=0):
     return predictions_figure(rows, size) if rows else None
 
 
-def curve_figure(curves, x_title="iteration", y_title="R@1", size=(720, 440)):
-    """{name: [(x, y), …]} -> PIL image of lines over round axes; y starts at 0."""
-    colours = (BLUE, RED, GREEN, (200, 130, 20), (130, 60, 160), (20, 150, 160), GREY)
-    points = [point for curve in curves.values() for point in curve if np.isfinite(point).all()]
-    if not points:
+def curve_figure(curves, x_title="iteration", y_title="R@1"):
+    """{name: [(x, y), …]} -> matplotlib Figure of lines over axes that begin at 0. Raises ValueError without a point."""
+    if not any(np.isfinite(point).all() for curve in curves.values() for point in curve):
         raise ValueError("curve_figure: no points to draw")
-    x_ticks = _ticks(0, max(x for x, _ in points))
-    y_ticks = _ticks(min(0, min(y for _, y in points)), max(y for _, y in points))
-    width, height = size
-    legend = 44 + max(_width(name) for name in curves)
-    left, right, top, bottom = 64, width - 24 - legend, 24, height - 48
-
-    def place(x, y):
-        return (left + (right - left) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]),
-                bottom - (bottom - top) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
-
-    scale = 2  # drawn at twice the size and reduced: PIL's lines are not antialiased
-    sheet = Image.new("RGB", (width * scale, height * scale), WHITE)
-    draw = ImageDraw.Draw(sheet)
-
-    def scaled(*pairs):
-        return [(x * scale, y * scale) for x, y in pairs]
-
-    for y in y_ticks:
-        draw.line(scaled(place(x_ticks[0], y), place(x_ticks[-1], y)), fill=(225, 225, 225), width=scale)
-        draw.text(scaled((left - 8, place(0, y)[1]))[0], f"{y:g}", fill=BLACK, font=_font(13 * scale), anchor="rm")
-    for x in x_ticks:
-        draw.text(scaled((place(x, 0)[0], bottom + 8))[0], f"{x:g}", fill=BLACK, font=_font(13 * scale), anchor="ma")
-    draw.line(scaled((left, top), (left, bottom), (right, bottom)), fill=BLACK, width=scale)
-    draw.text(scaled(((left + right) / 2, height - 22))[0], x_title, fill=BLACK, font=_font(13 * scale), anchor="ma")
-    draw.text(scaled((8, 4))[0], y_title, fill=BLACK, font=_font(13 * scale))
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = colours[i % len(colours)]
-        finite = [place(x, y) for x, y in sorted(curve) if np.isfinite([x, y]).all()]
-        if len(finite) > 1:
-            draw.line(scaled(*finite), fill=colour, width=2 * scale, joint="curve")
-        for x, y in scaled(*finite):
-            draw.ellipse((x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale), fill=colour)
-        y = top + 10 + 20 * i
-        draw.line(scaled((right + 24, y), (right + 44, y)), fill=colour, width=3 * scale)
-        draw.text(scaled((right + 50, y))[0], str(name), fill=BLACK, font=_font(13 * scale), anchor="lm")
-    return sheet.resize(size, Image.Resampling.LANCZOS)
-
-
-def _ticks(low, high, count=5):
-    """Round steps (1, 2 or 5 times a power of ten) that cover low … high."""
-    span = max(high - low, 1e-9)
-    step = 10 ** np.floor(np.log10(span / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
-    return step * np.arange(np.floor(low / step), np.ceil(high / step - 1e-9) + 1)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(*zip(*sorted(curve)), marker="o", markersize=4, label=name)
+    axes.set(xlabel=x_title, ylabel=y_title, xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
 
 
 def _font(size=14):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and names that can be written down."""
 
 import os
 import secrets
@@ -6,11 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def printable(text):
+    """A file name, perhaps with bytes that are no text -> valid text, with such bytes as \\udcXX (XX: the byte)."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextmanager
-def replacing(path):
+def replacing(path, sync=True):
     """Yields a binary file to write; what was written becomes `path` when the block ends well, else the old file stays.
 
-    Safe with several processes at once: each writes a temporary of its own beside the path, and the last one stays.
+    sync: wait until it is on the disk; not for thousands of files that can be made again. Safe with several processes at once: each writes a temporary of its own beside the path, and the last one stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -18,7 +23,8 @@ def replacing(path):
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import distributed
+from utils.files import printable
 
 
 def make_log_dir(log_dir, root="logs"):
@@ -48,7 +49,7 @@ def setup_logging(folder, args):
                            (logging.FileHandler(folder / "info.log"), logging.INFO),
                            (logging.FileHandler(folder / "debug.log"), logging.DEBUG)):
         handler.setLevel(level)
-        handler.setFormatter(logging.Formatter("%(asctime)s   %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(Formatter("%(asctime)s   %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     for noisy in ("PIL", "faiss", "matplotlib", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -57,6 +58,13 @@ def setup_logging(folder, args):
     logging.info(shlex.join(["python", *sys.argv]))
     logging.info(f"Arguments: {vars(args)}")
     logging.info(f"The outputs are in {folder}")
+
+
+class Formatter(logging.Formatter):
+    """A file name may hold bytes that are no text: its line is written all the same."""
+
+    def format(self, record):
+        return printable(super().format(record))
 
 
 class Meter:

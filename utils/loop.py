@@ -59,7 +59,7 @@ def guarded_update(run, lr, forward):
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [*run.model.parameters(), *run.loss_fn.parameters()]
-    distributed.average_gradients(parameters)
+    distributed.average_gradients(run.loss_fn.parameters())  # the model's are averaged by distributed.wrap
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     finite = torch.isfinite(loss.detach() + norm)
     run.optimizer.found_inf = (~finite).float()  # as GradScaler tells a fused optimizer to do nothing

@@ -5,8 +5,12 @@ import json
 import logging
 
 import numpy as np
-from shapely.geometry import Polygon, mapping
+import shapely
+from shapely.geometry import MultiPolygon, Polygon, box, mapping
 from shapely.geometry.polygon import orient
+
+from datasets.overlap import ring
+from utils import geo
 
 
 def readable_rows(paths, failures):
@@ -26,10 +30,10 @@ def write_predictions(folder, predictions, footprints=None):
 
     predictions: a list of dicts with the same keys, among them latitude and longitude, degrees. On the map each is a
     point, or where footprints (P, 4, 2) degrees are given its area; longitude first and counter-clockwise, as RFC 7946
-    wants it.
+    wants it. A byte of a file name that is no text stands as \\udcXX in all three; json.loads makes it the name again.
     """
     (folder / "predictions.json").write_text(json.dumps(predictions, indent=2) + "\n")
-    with open(folder / "predictions.csv", "w", newline="") as file:
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, predictions[0].keys())
         writer.writeheader()
         writer.writerows(predictions)
@@ -46,5 +50,35 @@ def point(prediction):
 
 
 def area(footprint):
-    """Corners (4, 2) degrees, in order around it -> its polygon, counter-clockwise."""
-    return mapping(orient(Polygon(footprint[:, ::-1].tolist())))
+    """Corners (4, 2) degrees -> a Polygon, counter-clockwise; over the antimeridian a MultiPolygon
+    of what lies on either side (RFC 7946, sec. 3.1.9). Around a pole, it reaches from edge to edge of the map."""
+    lat, lon = footprint.T
+    steps = geo.wrap_longitude(np.diff(lon, append=lon[0]))  # each edge goes the short way round
+    if abs(steps.sum()) > 180:
+        pole, lon = np.copysign(90, lat.mean()), lon[0] + np.cumsum([0, *steps])
+        outline = Polygon([*zip(lon, [*lat, lat[0]]), (lon[-1], pole), (lon[0], pole)])
+    else:
+        outline = Polygon(ring(footprint)[:, ::-1])
+    whole = box(-180, -90, 180, 90)
+    if whole.covers(outline):
+        return mapping(orient(outline))
+    copies = (shapely.transform(outline, lambda points: points + [turn, 0]) for turn in (-360, 0, 360))
+    parts = [part for part in (copy.intersection(whole) for copy in copies) if part.area]
+    return mapping(orient(parts[0]) if len(parts) == 1 else MultiPolygon([orient(part) for part in parts]))
+
+
+def distances_to_footprints(footprints, point, points_per_edge=16):
+    """footprints (N, 4, 2), point (lat, lon), degrees -> (N,) km to the nearest ground of each, 0 where it lies inside.
+
+    Edges are straight in latitude and longitude, as on the map that the database is cut from. Their points are laid
+    out around `point` at their true distances and directions (azimuthal equidistant projection).
+    """
+    corners = ring(footprints)[:, :, None]
+    share = np.arange(points_per_edge)[:, None] / points_per_edge
+    outlines = corners + share * (np.roll(corners, -1, axis=1) - corners)
+    lat, lon = np.radians(point)
+    east = np.array([-np.sin(lon), np.cos(lon), 0])
+    north = np.array([-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)])
+    flat = geo.to_unit_vectors(outlines) @ np.stack([east, north], axis=1)
+    flat *= (geo.distance_km(outlines, point) / np.maximum(np.linalg.norm(flat, axis=-1), 1e-12))[..., None]
+    return shapely.distance(shapely.polygons(flat.reshape(len(flat), 4 * points_per_edge, 2)), shapely.Point(0, 0))

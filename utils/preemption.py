@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from utils import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Linux and macOS have all three; where one is missing, the scripts that only import this still work.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped, not failed; start it again
 GRACE = 2.0  # seconds: launchers forward a signal that the processes have got already
 
@@ -84,7 +85,7 @@ def ignore_signals(_):
 
     SIGTERM also is how a loader ends a worker that does not answer, so it still does, a minute later.
     """
-    for each in (signal.SIGINT, signal.SIGUSR1):
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from datasets.images import read_image
 from utils import distributed, geo
-from utils.descriptors import DescriptorFile, file_name, image_fingerprints, model_fingerprint
+from utils.descriptors import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
 from utils.precision import autocast
 from utils.preemption import ignore_signals, iterate
 from utils.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
@@ -21,18 +21,19 @@ RANKS = (1, 5, 10, 20, 100)
 
 
 class ImageFiles(Dataset):
-    """Paths -> (row, uint8 (3, size, size), error). A file that cannot be read says so and gives no pixels to use."""
+    """Paths -> (row, uint8 (3, size, size), error). A file that cannot be read says so and gives no pixels to use.
+    upright: as a viewer shows them (EXIF), see read_image."""
 
-    def __init__(self, paths, size):
+    def __init__(self, paths, size, upright=False):
         self.paths = [str(path) for path in paths]
-        self.size = size
+        self.size, self.upright = size, upright
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, row):
         try:
-            return row, read_image(self.paths[row], self.size), ""
+            return row, read_image(self.paths[row], self.size, self.upright), ""
         except (ValueError, OSError) as error:
             return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
 
@@ -56,18 +57,19 @@ def evaluating(model):
 
 
 def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32", rotations=(0,),
-             label="describing", progress=True):
+             label="describing", progress=True, upright=False):
     """Image files -> descriptors (len(rotations), N, D) float32, and failures: a list of (row, what went wrong).
 
     Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: a search refuses them, so
     they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D). Of several processes, each
-    describes every world-th batch, and all of them return all of it.
+    describes every world-th batch, and all of them return all of it. upright: by the photos' EXIF orientation.
     """
     shares = [batches_of(len(paths), batch_size)[rank::distributed.world()] for rank in range(distributed.world())]
     descriptors, failures = None, []
     with evaluating(model):
         for rows, described, failed in _describe_batches(model, paths, shares[distributed.rank()], image_size,
-                                                         num_workers, device, precision, rotations, label, progress):
+                                                         num_workers, device, precision, rotations, label, progress,
+                                                         upright):
             if descriptors is None:
                 shape = (len(rotations), len(paths), described.shape[2])
                 descriptors = np.full(shape, np.nan, dtype=np.float32)
@@ -98,35 +100,35 @@ def _from_all(descriptors, failures, shares, shape):
 
 def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
                   rotations=(0,), label="images", progress=True, commit_every=2.0, wanted=None):
-    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> float16 memory map.
+    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> Rows of it (float16).
 
     What the file has for this model and these images is not described again (utils/descriptors.py). New ones are safe
     on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
-    wanted: rows of paths that are needed now; the others may be left as they are, described or not.
+    wanted: rows of paths that are needed, None for all; the others are not looked at and have no values.
     """
-    fingerprint = model_fingerprint(model, image_size, precision, rotations)
+    fingerprint = model_fingerprint(model, image_size, precision)
+    wanted = np.arange(len(paths)) if wanted is None else np.asarray(wanted, dtype=np.int64)
+    names = [paths[row] for row in wanted]
     failures = []
     with evaluating(model):
         with torch.inference_mode(), autocast(torch.device(device), precision):
             dim = model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
-        kept = DescriptorFile.open(Path(folder) / file_name(label, root, fingerprint), fingerprint,
-                                   image_fingerprints(root, paths), len(rotations), dim)
-        missing = np.flatnonzero(~kept.described)
-        missing = missing if wanted is None else np.intersect1d(missing, wanted)
-        committed = time.monotonic()
-        batches = [missing[each] for each in batches_of(len(missing), batch_size)]
-        try:
+        with descriptor_file(Path(folder) / file_name(root, fingerprint, rotations), fingerprint, rotations, dim,
+                             image_fingerprints(root, names)) as kept:
+            missing = np.flatnonzero(~kept.described)
+            committed = time.monotonic()
+            batches = [missing[each] for each in batches_of(len(missing), batch_size)]
             for rows, described, failed in _describe_batches(
-                    model, [Path(root) / path for path in paths], batches, image_size, num_workers, device, precision,
+                    model, [Path(root) / name for name in names], batches, image_size, num_workers, device, precision,
                     rotations, f"describing {label}", progress):
                 kept.write(rows, described)
-                failures += failed
+                failures += [(int(wanted[row]), error) for row, error in failed]
                 if time.monotonic() - committed >= commit_every:
                     kept.commit()
                     committed = time.monotonic()
-        finally:
-            kept.commit()
-    return kept.values, failures
+    index = np.full((len(rotations), len(paths)), len(kept.values.vectors))  # none: to read it is an IndexError
+    index[:, wanted] = kept.values.index
+    return Rows(kept.values.vectors, index), failures
 
 
 def batches_of(count, batch_size):
@@ -134,11 +136,12 @@ def batches_of(count, batch_size):
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _describe_batches(model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress):
+def _describe_batches(model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress,
+                      upright=False):
     """Of each batch of rows of paths, yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures,
     and these: (row, error)."""
     device = torch.device(device)
-    loader = DataLoader(ImageFiles(paths, image_size), batch_sampler=batches, num_workers=num_workers,
+    loader = DataLoader(ImageFiles(paths, image_size, upright), batch_sampler=batches, num_workers=num_workers,
                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     with tqdm(total=sum(map(len, batches)), desc=label, unit="img", leave=False,
               disable=not progress or distributed.rank() > 0) as bar:
@@ -228,7 +231,8 @@ def random_choice_recall(positives, images, ks=RANKS):
 def nearest_to_nadir(nadirs, centers, k, block=512):
     """Database images ranked by distance of their centre (M, 2) from each nadir (Q, 2) -> (Q, k) int, -1 fills up.
 
-    The paper's naive row "Nadir": predict that the photo shows what lies below the station.
+    What is found without looking at the photo, by guessing that it shows what lies below the station. The paper's row
+    "Nadir" has a fifth to a tenth of these recalls and does not say what it counts (README, errata).
     """
     nadirs, centers = geo.to_unit_vectors(nadirs), geo.to_unit_vectors(centers)
     width = min(k, len(centers))

@@ -27,7 +27,8 @@ class Run:
     loss_fn: may have weights, too. best: highest validation score, -1 before the first one. validated: the iteration
     before which validation was done last, -1 before the first one. skipped: updates left out. memory: what the method
     keeps from iteration to iteration (clusters, a queue): arrays, lists of arrays, or None. content: model -> its part
-    of a checkpoint. What happens in an iteration depends on these, the seed and the iteration's number alone.
+    of a checkpoint. network: what an update calls, the model or what distributed.wrap puts around it; not in a
+    checkpoint. What happens in an iteration depends on these, the seed and the iteration's number alone.
     """
 
     model: nn.Module
@@ -39,6 +40,10 @@ class Run:
     best: float = -1.0
     validated: int = -1
     skipped: int = 0
+    network: nn.Module | None = None
+
+    def __post_init__(self):
+        self.network = self.network or self.model
 
     def save_weights(self, path):
         """Of several processes the first one does, here and in `save`."""

@@ -17,12 +17,12 @@ def make_search(kind, database, device="cpu"):
 
     Its search(queries (Q, D), k, rows=None) gives scores (Q, k) and indices (Q, k), best first. rows (m,) restricts it
     to those rows without copying the database; indices then count in rows. Where fewer than k are found the score is
-    -inf and the index -1. Raises ValueError on a value that is not finite. Where the device does not multiply in low
-    precision, "exact" is "flat"; a database too small to compress is searched exactly.
+    -inf and the index -1. Raises ValueError on a value that is not finite, and on queries of another D. Where the
+    device does not multiply in low precision, "exact" is "flat"; a database too small to compress is searched exactly.
     """
     if kind not in SEARCHES:
         raise ValueError(f"--search {kind}: unknown; choose one of {', '.join(SEARCHES)}")
-    if kind == "compressed" and len(database) >= MIN_COMPRESSED:
+    if kind == "compressed" and len(database) >= MIN_COMPRESSED and database.shape[1] > 1:
         return CompressedSearch(database)
     dtype = low_precision(device)
     return FlatSearch(database) if kind == "flat" or dtype is None else ExactSearch(database, device, dtype)
@@ -44,7 +44,7 @@ def search(database, queries, k, rows=None, block=65536):
     """
     import faiss  # loads its own OpenMP: only where it is used
 
-    queries = _as_queries(queries)
+    queries = _as_queries(queries, database.shape[1])
     rows = np.arange(len(database)) if rows is None else np.asarray(rows)
     scores, indices = _nothing(len(queries), k)
     if not len(queries):
@@ -83,7 +83,11 @@ class ExactSearch:
 
     def __init__(self, database, device="cpu", dtype=torch.bfloat16, block=16384):
         self.database, self.block, self.fallbacks = database, block, 0
-        self.vectors = torch.empty(database.shape, dtype=dtype, device=device)
+        try:
+            self.vectors = torch.empty(database.shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # torch's for no memory, of the host or of a GPU
+            raise ValueError(f"--search exact: {2 * np.prod(database.shape) / 1e9:.2f} GB for the database do not fit "
+                             f"on {device}; --search flat and compressed leave it on the disk") from error
         self.bad = np.zeros(len(database), dtype=bool)
         self.longest = 0.0
         for start in range(0, len(database), block):
@@ -95,7 +99,7 @@ class ExactSearch:
 
     def search(self, queries, k, rows=None):
         """As `make_search` says."""
-        queries = _as_queries(queries)
+        queries = _as_queries(queries, self.database.shape[1])
         rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
         _require_finite(self.bad if rows is None else self.bad[rows], "database", rows)
         results = [self._search(queries[start:start + 1024], k, rows) for start in range(0, len(queries), 1024)]
@@ -167,13 +171,14 @@ class CompressedSearch:
         self.database, self.rescored, self.exact_below = database, rescored, exact_below
         count = len(database)
         dim = min(dim, database.shape[1] // 2 * 2)
-        lists = lists or int(max(16, min(4096, 1.5 * count ** 0.5)))
-        self.probes = probes or max(8, lists // 8)
         sample = np.unique(np.linspace(0, count - 1, min(count, 32_768)).astype(np.int64))
         sample = np.asarray(database[sample], dtype=np.float32)
         sample = torch.from_numpy(sample[np.isfinite(sample).all(axis=1)])
-        if not len(sample):
-            raise ValueError("--search compressed: no descriptor of the database is finite; has the model diverged?")
+        if len(sample) < 16:  # a code of four bits has 16 values
+            raise ValueError(f"--search compressed: only {len(sample)} of the database's descriptors looked at are "
+                             f"finite, too few to learn from; has the model diverged? --search exact needs none")
+        lists = min(lists or int(max(16, min(4096, 1.5 * count ** 0.5))), len(sample))
+        self.probes = probes or max(8, lists // 8)
         self.mean = sample.mean(0)
         sample -= self.mean
         self.axes = torch.linalg.eigh(sample.T @ sample)[1][:, -dim:].contiguous()
@@ -199,7 +204,7 @@ class CompressedSearch:
         """As `make_search` says, but that neighbours may be missed."""
         import faiss
 
-        queries = _as_queries(queries)
+        queries = _as_queries(queries, self.database.shape[1])
         rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
         _require_finite(self.bad if rows is None else self.bad[rows], "database", rows)
         count = len(self.database) if rows is None else len(rows)
@@ -255,8 +260,10 @@ def _best(scores, indices, k):
     return np.pad(scores, fill, constant_values=-np.inf), np.pad(indices, fill, constant_values=-1)
 
 
-def _as_queries(queries):
+def _as_queries(queries, dim):
     queries = np.ascontiguousarray(queries, dtype=np.float32)
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise ValueError(f"queries of shape {queries.shape}: the database's descriptors have {dim} values")
     _require_finite(~np.isfinite(queries).all(axis=1), "query", None)
     return queries
 

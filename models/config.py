@@ -1,0 +1,57 @@
+"""The shape of an EarthLoc model. With the state dict it is all that is needed to rebuild it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from models.aggregators import AGGREGATORS
+from models.backbone import FROZEN_BATCHNORM, choose_stages, kept_and_frozen
+from utils.settings import settings_of
+
+FLAT_SETTINGS = ("mix_depth", "mix_channels", "out_rows", "gem_grid")  # fields of their own in older checkpoints
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Defaults are the paper's. None: a default that depends on other fields. ValueError names the flag to change."""
+
+    backbone: str = "resnet50"  # any of timm's CNNs and ViTs, see models/backbone.py
+    cut_after: str | None = None  # None: the deepest stage of stride 16, layer3 of a ResNet; a ViT's last
+    freeze_until: str | None = None  # None: if pre-trained up to stride 8, layer2, of a ViT all but four blocks
+    aggregator: str = "mixvpr"
+    descriptor_dim: int = 4096
+    image_size: int = 320  # pixels, images are square
+    aggregator_settings: dict = field(default_factory=dict)  # what is not in it is filled in
+    frozen_batchnorm: str = "fixed"
+
+    def __post_init__(self):
+        kept_and_frozen(self.backbone, self.cut_after, self.freeze_until or "none")
+        for flag, choices in (("aggregator", AGGREGATORS), ("frozen_batchnorm", FROZEN_BATCHNORM)):
+            if getattr(self, flag) not in choices:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: unknown; choose one of {', '.join(choices)}")
+        for flag in ("descriptor_dim", "image_size"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        defaults = {name: default for name, (_, default, _) in settings_of(AGGREGATORS[self.aggregator]).items()}
+        unknown = self.aggregator_settings.keys() - defaults.keys()
+        if unknown:
+            raise ValueError(f"--{', --'.join(sorted(unknown))}: no setting of --aggregator {self.aggregator}")
+        object.__setattr__(self, "aggregator_settings", defaults | self.aggregator_settings)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> ModelConfig:
+        """From what `asdict` made, in this version or an older one. TypeError or ValueError if it is something else."""
+        fields = dict(fields)
+        flat = {name: fields.pop(name) for name in FLAT_SETTINGS if name in fields}
+        if flat:
+            own = settings_of(AGGREGATORS[fields.get("aggregator", "mixvpr")])
+            fields["aggregator_settings"] = {name: value for name, value in flat.items() if name in own}
+        return cls(**fields)
+
+    def with_defaults(self, pretrained: bool) -> ModelConfig:
+        """The same config with every None filled in. Nothing that was never pre-trained is frozen.
+
+        ValueError if stages are to be frozen that are not pre-trained.
+        """
+        cut_after, freeze_until = choose_stages(self.backbone, self.cut_after, self.freeze_until, pretrained)
+        return replace(self, cut_after=cut_after, freeze_until=freeze_until)
