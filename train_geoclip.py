@@ -3,8 +3,7 @@ or, on an EarthLoc data set:  python train_geoclip.py @presets/geoclip_demo.args
 
 A signal (SIGTERM, SIGINT, SIGUSR1) stops it at the next iteration with exit code 75; --resume goes on with the same
 bits. Several GPUs: torchrun --nproc_per_node 4 train_geoclip.py …; --batch_size is that of all processes together, the
-queue is the same in all of them. Each process has its own draws of the augmentation, and the BatchNorm before the MLP of
-a backbone sees its process's share.
+queue is the same in all of them; the augmentation's draws and the BatchNorm before a backbone's MLP are each one's own.
 Outputs go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.pt evaluates a checkpoint.
 """
 
@@ -157,8 +156,7 @@ def update(run, views, points, candidates, own, readable, neutral_km, lr, device
 
 
 def validate(run, photos, gallery, writer, batch_size, num_workers, device, precision):
-    """Logs how far off one view of each photo is put, over the training gallery -> percent within 750 km; None without
-    photos."""
+    """Logs how far off photos are put, over the training gallery -> percent within 750 km; None without photos."""
     if not photos:
         return None
 

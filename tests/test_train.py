@@ -6,7 +6,6 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import torch
@@ -221,22 +220,17 @@ def test_evaluation_leaves_broken_images_out_and_says_so(own_world, trained, tmp
     assert broken.name not in (folder / "predictions.csv").read_text()
 
 
-class ProxyLoss(torch.nn.Module):
-    """A learned place for every region: what a new loss has to be, weights of its own and a setting included."""
-
-    def __init__(self, num_regions, descriptor_dim, temperature: Annotated[float, "of the softmax"] = 0.1):
-        super().__init__()
-        self.proxies = torch.nn.Parameter(torch.randn(num_regions, descriptor_dim))
-        self.temperature = temperature
-
-    def forward(self, descriptors, labels, neutral=None):
-        similarity = descriptors @ torch.nn.functional.normalize(self.proxies, dim=1).T
-        return torch.nn.functional.cross_entropy(similarity / self.temperature, labels)
+@pytest.fixture
+def proxy_loss(monkeypatch):
+    """The README's class under the README's name."""
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("`losses/proxy.py`:")[1]
+    space = {}
+    exec(section.split("```python\n")[1].split("```")[0], space)
+    monkeypatch.setitem(LOSSES, re.search(r'`"(\w+)": ProxyLoss`', section)[1], space["ProxyLoss"])
 
 
-def test_a_loss_with_weights_of_its_own(world, monkeypatch):
+def test_a_loss_with_weights_of_its_own(world, proxy_loss, monkeypatch):
     """One class and one line in the registry: its setting is a flag; its weights are trained, saved and resumed."""
-    monkeypatch.setitem(LOSSES, "proxy", ProxyLoss)
     seen, real, original = [], train.neutral_pairs, train.update
     stop_at = None
 
