@@ -1,21 +1,23 @@
 """Train GeoCLIP: python train_geoclip.py @presets/geoclip.args --train_csv mp16.csv --images mp16/
 or, on an EarthLoc data set:  python train_geoclip.py @presets/geoclip_demo.args
 
-Several GPUs: torchrun --nproc_per_node 4 train_geoclip.py …; --batch_size is that of all processes together, the queue
-is the same in all of them, and CLIP's training is that of one process. A backbone's BatchNorm sees its process's share.
+A signal (SIGTERM, SIGINT, SIGUSR1) stops it at the next iteration with exit code 75; --resume goes on with the same
+bits. Several GPUs: torchrun --nproc_per_node 4 train_geoclip.py …; --batch_size is that of all processes together, the
+queue is the same in all of them; the augmentation's draws and the BatchNorm before a backbone's MLP are each one's own.
 Outputs go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.pt evaluates a checkpoint.
 """
 
 import logging
-import math
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.gps import Photos, add_noise, distinct_points, photos_of_dataset, read_photos
+from augmentations.turns import turn_and_flip
+from datasets.gps import Photos, distinct_points, photos_of_dataset, read_photos
+from datasets.photo_batches import Schedule, candidates_of, draws_of, note_unreadable
 from datasets.sets import VALIDATION, load_evaluation_data
 from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_queue, neutral_mask
 from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
@@ -24,10 +26,13 @@ from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
 from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils import distributed, figures, geo
-from utils.arguments import add_augmentation_arguments, augmentation_of, make_parser, positive, run, whole
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.logs import Meter, make_log_dir, setup_logging
-from utils.precision import PRECISIONS, autocast, default_precision, require_device
+from utils.arguments import add_augmentation_arguments, add_run_arguments, augmentation_of, make_parser, positive, whole
+from utils.arguments import run as run_script
+from utils.loop import Outcome, guarded_update, launch, run_loop
+from utils.precision import autocast, default_precision
+from utils.runs import Run, find_checkpoint, go_on, make_optimizer
+from utils.schedules import learning_rate
+from utils.signals import ignore_signals, iterate
 
 
 def parse_arguments(argv=None):
@@ -74,77 +79,8 @@ def parse_arguments(argv=None):
     steps.add_argument("--lr_schedule", choices=("step", "cosine"), default="step")
     steps.add_argument("--lr_gamma", type=float, default=0.87, help="factor of each step of the schedule")
     steps.add_argument("--lr_step", type=positive, help="iterations between these; default: an epoch")
-    system = parser.add_argument_group("run")
-    system.add_argument("--log_dir", default="geoclip", help="outputs go to logs/LOG_DIR/date_time")
-    system.add_argument("--resume", help="a last.pt of a run to go on with; flags are those of the command line")
-    system.add_argument("--validate_every", type=positive, default=1000,
-                        help="iterations; checkpoints are saved as often")
-    system.add_argument("--log_every", type=positive, default=50, help="iterations between scalars")
-    system.add_argument("--process_timeout", type=float, default=1800,
-                        help="seconds that processes wait for one that does not answer")
-    system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    system.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
-                        help="of the image encoder; the location encoder and the loss are always float32")
-    system.add_argument("--seed", type=whole, default=0)
-    system.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_run_arguments(parser, "geoclip", validate_every=1000)
     return parser.parse_args(argv)
-
-
-class Schedule:
-    """Rows of every global batch: a permutation an epoch, cut into batches, whatever is left over waits for the next.
-
-    batch(i) depends on seed and i only, so every process knows all coordinates of every batch without a message.
-    Iterating it gives one process's share from iteration `start` on: a batch_sampler.
-    """
-
-    def __init__(self, count, batch_size, iterations, seed, rank=0, processes=1, start=0):
-        self.count, self.batch_size, self.iterations, self.seed = count, batch_size, iterations, seed
-        self.rank, self.share, self.start = rank, batch_size // processes, start
-        self.per_epoch = count // batch_size
-        self.order = (None, None)
-
-    def batch(self, iteration):
-        epoch, step = divmod(iteration, self.per_epoch)
-        if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng([self.seed, 5, epoch]).permutation(self.count))
-        return self.order[1][step * self.batch_size:(step + 1) * self.batch_size]
-
-    def own(self):
-        return slice(self.rank * self.share, (self.rank + 1) * self.share)
-
-    def __iter__(self):
-        for iteration in range(self.start, self.iterations):
-            yield self.batch(iteration)[self.own()].tolist()
-
-    def __len__(self):
-        return self.iterations - self.start
-
-
-def candidates_of(points, queue, args, iteration):
-    """The batch's points (B, 2) and the queue (Q, 2) -> (B + Q, 2) degrees, each moved by its noise (sec. 3.3).
-
-    Drawn from the seed and the iteration: the same in every process and after a resume.
-    """
-    rng = np.random.default_rng([args.seed, 6, iteration])
-    return np.concatenate([add_noise(points, args.noise_batch, rng), add_noise(queue, args.noise_queue, rng)])
-
-
-def learning_rate(iteration, args):
-    """Steps of lr_gamma (the paper), or a cosine to zero."""
-    if args.lr_schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * iteration / args.iterations))
-    return args.lr * args.lr_gamma ** (iteration // args.lr_step)
-
-
-def turn_and_flip(images, generator, turns, flip):
-    """uint8 (B, 3, S, S): each image turned by a random multiple of 90 degrees and mirrored, where that is on."""
-    images = images.clone()
-    quarters = torch.randint(4, (len(images),), generator=generator) if turns else torch.zeros(len(images))
-    mirrored = torch.rand(len(images), generator=generator) < 0.5 if flip else torch.zeros(len(images))
-    for i in range(len(images)):
-        image = torch.rot90(images[i], int(quarters[i]), dims=(-2, -1))
-        images[i] = image.flip(-1) if mirrored[i] else image
-    return images
 
 
 def load_photos(args):
@@ -166,162 +102,23 @@ def load_photos(args):
     return training, None
 
 
-def validate(model, photos, gallery, args, device, precision, writer, iteration):
-    """Logs how far off one view of each photo is put, over the training gallery -> percent within 750 km; -1 without
-    photos."""
-    if not photos:
-        return -1.0
-    embeddings, failures = embed_photos(model, photos.paths, args.batch_size, args.num_workers, device, precision,
-                                        progress=False)
-    readable = np.setdiff1d(np.arange(len(photos)), [row for row, _ in failures])
-    points = embed_gallery(model.location_encoder, gallery, device, progress=False)
-    rows, _ = locate(embeddings[readable], points, model.scale.item())
-    distances = geo.distance_km(gallery[rows[:, 0]], photos.points[readable])
-    shares, median = accuracy(distances), float(np.median(distances))
-    writer.add_scalar("validation/accuracy_750_km", shares[750], iteration)
-    writer.add_scalar("validation/median_km", median, iteration)
-    logging.info(f"Iteration {iteration}: validation within 2500 / 750 / 200 km {shares[2500]:.1f} / "
-                 f"{shares[750]:.1f} / {shares[200]:.1f}, median {median:.0f} km")
-    return shares[750]
-
-
-def start_or_resume(args, training, device):
-    """-> model, optimiser, queue (Q, 2), iteration and best score: fresh, or as the run --resume left them."""
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint and ("optimizer" not in checkpoint or "geoclip_config" not in checkpoint):
-        raise ValueError(f"{args.resume}: --resume wants a last.pt of train_geoclip.py")
+def start(args, training, gallery, folder, device):
+    """-> The Run to go on with, or a fresh one. Its memory is the queue (Q, 2) of coordinates, degrees."""
+    path, checkpoint = find_checkpoint(args.resume, args.log_dir, "geoclip_config", "train_geoclip.py")
     if checkpoint:
         model = GeoCLIP(GeoClipConfig(**checkpoint["geoclip_config"]))
-        model.load_own_state(checkpoint["model"], args.resume)
+        model.load_own_state(checkpoint["model"], path)
     else:
         model = build_geoclip(GeoClipConfig(args.image_encoder, args.clip, args.cut_after, args.freeze_until,
                                             args.image_size, args.gem_grid, tuple(args.sigmas)), args.weights)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                 weight_decay=args.weight_decay)
+    model = model.to(device, memory_format=torch.channels_last)
     queue = initial_queue(training.points, args.queue_size, np.random.default_rng([args.seed, 7]))
-    if not checkpoint:
-        return model, optimizer, queue, 0, -1.0
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    logging.info(f"Resumed {args.resume} at iteration {checkpoint['iteration']}")
-    return model, optimizer, checkpoint["queue"].numpy(), checkpoint["iteration"], checkpoint["best"]
-
-
-def loss_of(model, views, points, candidates, own, readable, args, precision):
-    """One process's photos against all candidates -> loss, and the share of them whose own coordinate is the nearest.
-
-    views (b, 3, S, S); points (B, 2) of the whole batch, candidates (B + Q, 2) degrees; own (b,): this process's rows
-    of the batch; readable (b,) bool.
-    """
-    device = views.device
-    neutral = None
-    if args.neutral_km:
-        neutral = torch.from_numpy(neutral_mask(points[own], candidates, args.neutral_km)).to(device)
-    with autocast(device, precision):  # the location encoder and the logits stay in float32 by themselves
-        logits = model(views, torch.as_tensor(candidates, dtype=torch.float32, device=device))
-    targets = torch.as_tensor(own, device=device)
-    hits = (logits.argmax(dim=1) == targets).float().mean()
-    return gps_cross_entropy(logits, targets, neutral, readable), hits
-
-
-def main(args):
-    """-> the run's folder, None in all but the first of several processes (torchrun)."""
-    with distributed.processes(require_device(args.device), args.process_timeout) as device:
-        folder, unreadable = train(args, device)
-        distributed.gather_objects(None)  # nobody leaves before all are done
-    if folder:
-        if unreadable:
-            logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
-        logging.info(f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
-                     f"{folder / 'best.pt'} "
-                     + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER"))
-        (folder / "done").touch()
-    return folder
-
-
-def train(args, device):
-    """-> the run's folder, None in all but the first process, and the rows of images that could not be read."""
-    rank, processes = distributed.rank(), distributed.world()
-    precision = default_precision(device) if args.precision == "auto" else args.precision
-    training, validation = load_photos(args)
-    if args.batch_size % processes or not 0 < args.batch_size <= len(training):
-        raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of the {processes} processes and at most "
-                         f"the {len(training)} training images")
-    args.lr_step = args.lr_step or max(1, len(training) // args.batch_size)
-    folder = make_log_dir(args.log_dir) if rank == 0 else None
-    if rank == 0:
-        setup_logging(folder, args)
-    torch.manual_seed(args.seed)
-    logging.info(f"{len(training)} training images, {len(validation) if validation else 'no'} validation images")
-    for note in training.notes + (validation.notes if validation else []):
-        logging.info(note)
-    model, optimizer, queue, iteration, best = start_or_resume(args, training, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gallery = distinct_points(training.points, 100_000, args.seed)
-    encoder, size = model.image_encoder, model.image_encoder.image_size
-    augment = augmentation_of(args, size)
-    source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
-    schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, rank, processes, iteration)
-    own = np.arange(args.batch_size)[schedule.own()]
-    loader = DataLoader(PhotoFiles(training.paths, source_size, encoder.fit), batch_sampler=schedule,
-                        num_workers=args.num_workers, pin_memory=device.type == "cuda")
-
-    meter, unreadable, served = Meter(folder, iteration, args.iterations) if rank == 0 else None, set(), iter(loader)
-    while iteration < args.iterations:
-        with meter.waiting() if meter else nullcontext():
-            rows, images, errors = next(served)
-        note_unreadable(rows, errors, unreadable, len(training))
-        views = augmented(images.to(device, non_blocking=True), augment, draws_of(args.seed, iteration, rank), args)
-        if rank == 0 and iteration == 0:
-            figures.save(figures.mosaic([list(views[i:i + 8]) for i in range(0, min(len(views), 40), 8)]),
-                         folder / "batch.jpg")
-        # All processes' coordinates, so that each photo meets the same candidates on one GPU and on eight.
-        points = training.points[schedule.batch(iteration)]
-        candidates = candidates_of(points, queue, args, iteration)
-        readable = torch.tensor([not error for error in errors], device=device)
-        loss, hits = loss_of(model, views, points, candidates, own, readable, args, precision)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"iteration {iteration}: the loss is {loss.item()}; nothing was updated, the last good "
-                               f"checkpoints are in {folder}. A smaller --lr or --precision fp32 may help")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, args)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        distributed.average_gradients(parameters)
-        optimizer.step()
-        model.clamp_scale_()
-        queue = advance_queue(queue, points)
-        iteration += 1
-
-        if rank > 0:  # the first process keeps the books
-            continue
-        meter.count(args.batch_size)
-        if iteration % args.log_every == 0 or iteration == args.iterations:
-            meter.log(iteration, {"loss": loss.detach(), "hits": hits, "scale": model.scale.detach(),
-                                  "lr": group["lr"]})
-        if iteration % args.validate_every == 0 or iteration == args.iterations:
-            score = validate(model, validation, gallery, args, device, precision, meter.writer, iteration)
-            state = checkpoint_of(model, gallery, optimizer=optimizer.state_dict(), iteration=iteration,
-                                  best=max(best, score), queue=torch.as_tensor(queue),
-                                  args={key: str(value) for key, value in vars(args).items()})
-            if score > best or not validation:
-                best = score
-                save_checkpoint(folder / "best.pt", state)
-            save_checkpoint(folder / "last.pt", state)
-            meter.restart()
-    if meter:
-        meter.close()
-    return folder, unreadable
-
-
-def note_unreadable(rows, errors, unreadable, count):
-    """Logs each image that could not be read once, and adds its row to the set `unreadable`. ValueError beyond half."""
-    for row, error in zip(rows.tolist(), errors):
-        if error and row not in unreadable:
-            unreadable.add(row)
-            logging.warning(f"left out: {error} ({len(unreadable)} so far)")
-    if len(unreadable) > count / 2:
-        raise ValueError(f"{len(unreadable)} of {count} training images cannot be read, see above")
+    run = Run(model, make_optimizer(model, args.lr, weight_decay=args.weight_decay), memory={"queue": queue},
+              content=partial(checkpoint_of, gallery=gallery))
+    if checkpoint:
+        go_on(run, path, checkpoint, folder, vars(args))
+    run.network = distributed.wrap(model)
+    return run
 
 
 def augmented(images, augment, generator, args):
@@ -331,11 +128,122 @@ def augmented(images, augment, generator, args):
     return augment(images[:, None], generator)[:, 0]
 
 
-def draws_of(seed, iteration, rank):
-    """The generator of one iteration's augmentation in one process, whatever came before it."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 8, iteration, rank]).generate_state(1)[0]))
+def loss_of(model, views, points, candidates, own, readable, neutral_km, precision):
+    """One process's photos against all candidates -> loss, and the share of them whose own coordinate is the nearest.
+
+    views (b, 3, S, S); points (B, 2) of the whole batch, candidates (B + Q, 2) degrees; own (b,): this process's rows
+    of the batch; readable (b,) bool.
+    """
+    device = views.device
+    neutral = None
+    if neutral_km:
+        neutral = torch.from_numpy(neutral_mask(points[own], candidates, neutral_km)).to(device)
+    with autocast(device, precision):  # the location encoder and the logits stay in float32 by themselves
+        logits = model(views, torch.as_tensor(candidates, dtype=torch.float32, device=device))
+    targets = torch.as_tensor(own, device=device)
+    hits = (logits.argmax(dim=1) == targets).float().mean()
+    return gps_cross_entropy(logits, targets, neutral, readable), hits
+
+
+def update(run, views, points, candidates, own, readable, neutral_km, lr, device, precision):
+    """One step, as `loss_of` has it -> loss, norm of the gradient and share of hits of all processes, 0-d."""
+    def forward():
+        loss, hits = loss_of(run.network, views, points, candidates, own, readable, neutral_km, precision)
+        return distributed.gather(loss[None]).mean(), distributed.gather(hits[None]).mean()
+    loss, norm, hits = guarded_update(run, lr, forward)
+    run.model.clamp_scale_()
+    return loss, norm, hits
+
+
+def validate(run, photos, gallery, writer, batch_size, num_workers, device, precision):
+    """Logs how far off photos are put, over the training gallery -> percent within 750 km; None without photos."""
+    if not photos:
+        return None
+
+    def score():
+        embeddings, failures = embed_photos(run.model, photos.paths, batch_size, num_workers, device, precision,
+                                            progress=False)
+        readable = np.setdiff1d(np.arange(len(photos)), [row for row, _ in failures])
+        points = embed_gallery(run.model.location_encoder, gallery, device, progress=False)
+        rows, _ = locate(embeddings[readable], points, run.model.scale.item())
+        distances = geo.distance_km(gallery[rows[:, 0]], photos.points[readable])
+        shares, median = accuracy(distances), float(np.median(distances))
+        logging.info(f"Iteration {run.iteration}: validation within 2500 / 750 / 200 km {shares[2500]:.1f} / "
+                     f"{shares[750]:.1f} / {shares[200]:.1f}, median {median:.0f} km")
+        return shares[750], median
+    share, median = distributed.from_first(score)
+    writer.add_scalar("validation/accuracy_750_km", share, run.iteration)
+    writer.add_scalar("validation/median_km", median, run.iteration)
+    return share
+
+
+def train(args, folder, device, stop):
+    """The paper's method, from where the run stands -> whether it came to the last iteration: see utils.loop."""
+    precision = default_precision(device) if args.precision == "auto" else args.precision
+    with stop.at_once():
+        training, validation = load_photos(args)
+    if args.batch_size % distributed.world() or not 0 < args.batch_size <= len(training):
+        raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of the {distributed.world()} processes "
+                         f"and at most the {len(training)} training images")
+    args.lr_step = args.lr_step or max(1, len(training) // args.batch_size)
+    logging.info(f"{len(training)} training images, {len(validation) if validation else 'no'} validation images")
+    for note in training.notes + (validation.notes if validation else []):
+        logging.info(note)
+    gallery = distinct_points(training.points, 100_000, args.seed)
+    with stop.at_once():
+        run = start(args, training, gallery, folder, device)
+    encoder, size = run.model.image_encoder, run.model.image_encoder.image_size
+    augment = augmentation_of(args, size)
+    source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
+    rank = distributed.rank()
+    schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, rank, distributed.world(),
+                        run.iteration)
+    own = np.arange(args.batch_size)[schedule.own()]
+    served = iterate(DataLoader(PhotoFiles(training.paths, source_size, encoder.fit), batch_sampler=schedule,
+                                num_workers=args.num_workers, pin_memory=device.type == "cuda",
+                                worker_init_fn=ignore_signals))
+    unreadable = set()
+
+    def step(meter):
+        with meter.waiting(), stop.at_once():
+            rows, images, errors = next(served)
+        note_unreadable(rows, errors, unreadable, len(training))
+        views = augmented(images.to(device, non_blocking=True), augment, draws_of(args.seed, run.iteration, rank), args)
+        if rank == 0 and run.iteration == 0:
+            figures.save(figures.mosaic([list(views[i:i + 8]) for i in range(0, min(len(views), 40), 8)]),
+                         folder / "batch.jpg")
+        # All processes' coordinates, so that each photo meets the same candidates on one GPU and on eight (sec. 3.3).
+        points = training.points[schedule.batch(run.iteration)]
+        queue = run.memory["queue"]
+        candidates = candidates_of(points, queue, args.noise_batch, args.noise_queue, args.seed, run.iteration)
+        readable = torch.tensor([not error for error in errors], device=device)
+        lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, gamma=args.lr_gamma,
+                           step=args.lr_step)
+        loss, norm, hits = update(run, views, points, candidates, own, readable, args.neutral_km, lr, device, precision)
+        run.memory["queue"] = advance_queue(queue, points)
+        return Outcome(run.iteration - 1, loss, norm, args.batch_size,
+                       lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr},
+                       lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]})
+
+    finished = run_loop(
+        run, step, lambda writer: validate(run, validation, gallery, writer, args.batch_size, args.num_workers, device,
+                                           precision),
+        folder, stop, vars(args), iterations=args.iterations, validate_every=args.validate_every,
+        save_every=args.save_every, keep_every=args.keep_every, log_every=args.log_every, max_skips=args.max_skips)
+    if unreadable:
+        logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
+    if finished:
+        logging.info(f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
+                     f"{folder / 'best.pt'} "
+                     + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER"))
+    return finished
+
+
+def main(args):
+    """-> the run's folder. Leaves with exit code 75 after a signal."""
+    return launch(train, args)
 
 
 if __name__ == "__main__":
     arguments = parse_arguments()
-    run(main, arguments)
+    run_script(main, arguments)

@@ -50,6 +50,11 @@ class Regions:
     def __len__(self):
         return len(self.paths)
 
+    def files(self, year):
+        """Each region's image of one year."""
+        column = self.years.index(year)
+        return [self.root / paths[column] for paths in self.paths]
+
     def views_of(self, year):
         """The same regions with one year's image in every place: no regional quadruplets (Table 3, first row)."""
         column = self.years.index(year)

@@ -20,7 +20,6 @@ from datasets.regions import RegionDataset
 from experiments.chain import RESIZED, as_one, chain, draw_chain
 from experiments.runs import trained_and_evaluated
 from models.backbone import Backbone
-from utils import runs
 from utils.arguments import make_parser, run
 
 RANKS = ("1", "5", "10", "20", "100")
@@ -65,7 +64,7 @@ train_prepare = train.prepare
 
 
 class PlainAdam(torch.optim.Adam):
-    def __init__(self, model, lr):
+    def __init__(self, model, lr, _):
         super().__init__([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
 
     def step(self, closure=None):
@@ -79,7 +78,7 @@ def recalls(flags, name, plain):
         if not plain:
             average = trained_and_evaluated(name, flags)
         else:  # plain parts in place of train.py's own
-            with patch.object(runs, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
+            with patch.object(train, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
                 average = trained_and_evaluated(name, [*flags, "--precision", "fp32"], "--search", "flat",
                                                 "--descriptors", "none")
     return [average[rank] for rank in RANKS]

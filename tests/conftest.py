@@ -1,7 +1,6 @@
 """A tiny world in the exact layout: 24 regions × 4 years near Texas and the Alps, 10 queries, the intersections."""
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +74,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def own_world(world, tmp_path):
-    """A copy that a test may damage. Its files are links: delete a file before writing another in its place."""
-    shutil.copytree(world.path, tmp_path / "world", copy_function=os.link)
+    """A copy that a test may damage."""
+    shutil.copytree(world.path, tmp_path / "world")
     return World(tmp_path / "world", world.regions)
 
 

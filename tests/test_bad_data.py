@@ -23,6 +23,7 @@ from datasets.regions import RegionDataset, Regions
 from datasets.sets import load_evaluation_data, positive_pairs
 from utils.checkpoint import load_checkpoint
 from utils.runs import Run
+from utils.signals import Stop, Stopped
 
 FLAGS = [*MODEL, "--log_dir", "b", "--device", "cpu", "--precision", "fp32", "--num_clusters", "2", "--log_every", "1"]
 
@@ -245,13 +246,13 @@ def test_a_signal_right_after_a_skipped_update_does_not_hide_it(world, monkeypat
     flags = ("--iterations", 4, "--recluster_every", 4, "--batch_size", 4, "--num_workers", 0, "--max_skips", 1)
     with monkeypatch.context() as patch:
         Poison(patch, 1, False)
-        checks = iter([None, None, train.Stopped("test")])
+        checks = iter([None, None, Stopped("test")])
 
         def check(_):
             outcome = next(checks)
             if outcome:
                 raise outcome
-        patch.setattr(train.Stop, "check", check)
+        patch.setattr(Stop, "check", check)
         with pytest.raises(SystemExit):
             go(world, *flags)
     folder = max(pathlib.Path("logs/b").iterdir())
@@ -277,8 +278,8 @@ def test_a_skipped_update_leaves_nothing_behind(world, monkeypatch):
         patch.setattr(Run, "save", save)
         for stop in (2, 3):
             with patch.context() as inner:
-                original = train.Stop.check
-                inner.setattr(train.Stop, "check", lambda self: (_ for _ in ()).throw(train.Stopped("test"))
+                original = Stop.check
+                inner.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(Stopped("test"))
                               if state["run"].iteration == stop else original(self))
                 state = {}
                 start = train.start

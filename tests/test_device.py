@@ -197,7 +197,7 @@ def test_a_look_at_an_outcome_is_at_a_copy_that_was_under_way(looks):
     waited = []
     event = SimpleNamespace(record=lambda: waited.append("record"), synchronize=lambda: waited.append("synchronize"))
     with patch.object(torch.cuda, "Event", lambda: event):
-        outcome = train.Outcome(0, torch.ones((), device=GPU), torch.ones((), device=GPU), None, None)
+        outcome = train.Outcome(0, torch.ones((), device=GPU), torch.ones((), device=GPU), 0, None, None)
         assert waited == ["record"] and not looks
         assert outcome.problem() is None and waited == ["record", "synchronize"] and not looks
 
@@ -225,9 +225,8 @@ def test_geoclip_computes_on_the_gpu(looks):
     model = to_gpu(GeoCLIP(GeoClipConfig("resnet18", image_size=48, freeze_until="layer2")))
     assert isinstance(model.image_encoder, BackboneEncoder)
     points = np.random.default_rng(0).uniform(-60, 60, (7, 2))
-    args = SimpleNamespace(neutral_km=100.0)
     loss, hits = train_geoclip.loss_of(model.train(), torch.rand(3, 3, 48, 48).to(GPU), points[:3], points,
-                                       np.arange(3), torch.ones(3, dtype=torch.bool, device=GPU), args, "bf16")
+                                       np.arange(3), torch.ones(3, dtype=torch.bool, device=GPU), 100.0, "bf16")
     assert loss.device == hits.device == GPU and loss.shape == hits.shape == ()
     assert not looks
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,20 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_resume import differences
 
 import eval_geoclip
 import predict_geoclip
 import train_geoclip
+from augmentations.turns import turn_and_flip
 from datasets.gps import photos_of_dataset
+from datasets.photo_batches import Schedule, candidates_of
 from datasets.sets import VALIDATION, load_evaluation_data
 from experiments import geoclip_demo
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.weights import save_safetensors
-from train_geoclip import Schedule, candidates_of, turn_and_flip
 from utils import geo
 from utils.arguments import augmentation_of, run
 from utils.checkpoint import load_checkpoint
+from utils.signals import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["--image_encoder", "resnet18", "--weights", "none", "--cut_after", "layer2", "--image_size", "32",
@@ -65,7 +69,7 @@ def test_a_run_leaves_its_outputs(trained, world):
     assert len(last["gallery"]) == 24 and len(last["queue"]) == 20
     for point in last["queue"].numpy():
         assert geo.distance_km(point, centers).min() < 1e-6  # real places, noise is added on use only
-    assert (trained / "info.log").read_text().count("validation within") == 2
+    assert (trained / "info.log").read_text().count("validation within") == 3  # before training, and after iterations 2 and 4
 
 
 def test_scalars_are_finite(trained):
@@ -76,15 +80,65 @@ def test_scalars_are_finite(trained):
     assert 0 < events.Scalars("loss")[0].value < 10
 
 
-def test_a_resumed_run_ends_with_the_same_weights(world, trained):
+def test_a_resumed_run_ends_with_the_same_bits(world, trained):
     stopped = train_geoclip.main(arguments(world, "--iterations", "3"))
     resumed = train_geoclip.main(arguments(world, "--resume", str(stopped / "last.pt")))
     expected, found = load_checkpoint(trained / "last.pt"), load_checkpoint(resumed / "last.pt")
-    assert found["iteration"] == 4 and torch.equal(found["queue"], expected["queue"])
-    for key, value in expected["model"].items():
-        assert torch.allclose(value.float(), found["model"][key].float(), rtol=1e-4, atol=1e-6), key
-    stale = load_checkpoint(stopped / "last.pt")["model"]
-    assert any(not torch.equal(stale[key], value) for key, value in found["model"].items())
+    assert found["iteration"] == 4 and differences(expected, found) == []
+    assert differences(load_checkpoint(stopped / "last.pt")["queue"], found["queue"]) != []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_it_and_auto_goes_on_with_the_same_bits(world, trained, monkeypatch, number):
+    def update(run, *rest):
+        result = original(run, *rest)
+        if run.iteration == 1:
+            os.kill(os.getpid(), number)
+        return result
+    original = train_geoclip.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train_geoclip, "update", update)
+        with pytest.raises(SystemExit) as stopped:
+            train_geoclip.main(arguments(world, "--resume", "auto"))
+    folder, = Path("logs/g").iterdir()
+    assert stopped.value.code == EXIT_CODE and "stopped before iteration 2 of 4" in (folder / "info.log").read_text()
+    assert load_checkpoint(folder / "last.pt")["iteration"] == 1 and not (folder / "done").exists()
+    resumed = train_geoclip.main(arguments(world, "--resume", "auto"))
+    for name in ("last.pt", "best.pt"):
+        assert differences(load_checkpoint(trained / name), load_checkpoint(resumed / name)) == []
+
+
+@pytest.fixture
+def infinite_gradient(monkeypatch):
+    """In iteration 2, the loss is finite and its gradient is not: sqrt has an infinite slope at 0."""
+    def update(run, *rest):
+        monkeypatch.setattr(train_geoclip, "gps_cross_entropy", lambda logits, *others: original(logits, *others) + (
+            (logits[0, 0] * 0).sqrt() if run.iteration == 2 else 0))
+        return step(run, *rest)
+    step, original = train_geoclip.update, train_geoclip.gps_cross_entropy
+    monkeypatch.setattr(train_geoclip, "update", update)
+
+
+def test_a_gradient_that_is_not_finite_overwrites_no_checkpoint(world, infinite_gradient):
+    with pytest.raises(RuntimeError, match="iteration 2: the gradient's norm is .*bad_batch_2.pt"):
+        train_geoclip.main(arguments(world, "--validate_every", "1"))
+    folder, = Path("logs/g").iterdir()
+    bad = load_checkpoint(folder / "bad_batch_2.pt")["model"]
+    assert bad["iteration"] == 2 and bad["views"].shape == (8, 3, 32, 32) and len(bad["paths"]) == 8
+    assert all(str(world.path) in path and Path(path).is_file() for path in bad["paths"])
+    for name in ("best.pt", "last.pt"):
+        state = load_checkpoint(folder / name)
+        assert state["iteration"] <= 2 and all(torch.isfinite(value).all() for value in state["model"].values())
+    assert load_checkpoint(folder / "last.pt")["iteration"] == 2 and not (folder / "done").exists()
+
+
+def test_a_skipped_update_leaves_only_a_number_and_the_queue(world, infinite_gradient):
+    folder = train_geoclip.main(arguments(world, "--iterations", "3", "--save_every", "1", "--max_skips", "1",
+                                          "--validate_every", "3"))
+    before, after = load_checkpoint(folder / "previous.pt"), load_checkpoint(folder / "last.pt")
+    assert (before["iteration"], after["iteration"]) == (2, 3) and (before["skipped"], after["skipped"]) == (0, 1)
+    assert differences(before["model"], after["model"]) == differences(before["optimizer"], after["optimizer"]) == []
+    assert torch.equal(before["queue"][8:], after["queue"][:-8])
 
 
 def test_it_learns_the_tiny_world(world):
@@ -241,12 +295,11 @@ def test_each_process_gets_its_share_and_all_know_the_whole():
     assert list(Schedule(103, 10, 25, 1, start=7)) == list(whole)[7:]
 
 
-def test_noise_is_the_same_in_every_process_and_new_each_iteration(world):
-    args = arguments(world)
+def test_noise_is_the_same_in_every_process_and_new_each_iteration():
     points, queue = np.zeros((4, 2)), np.full((6, 2), 10.0)
-    first = candidates_of(points, queue, args, 3)
-    assert np.array_equal(first, candidates_of(points, queue, args, 3))
-    assert not np.isclose(first, candidates_of(points, queue, args, 4)).any()
+    first = candidates_of(points, queue, 150.0, 1000.0, 0, 3)
+    assert np.array_equal(first, candidates_of(points, queue, 150.0, 1000.0, 0, 3))
+    assert not np.isclose(first, candidates_of(points, queue, 150.0, 1000.0, 0, 4)).any()
     assert geo.distance_km(first[:4], points).max() < 1 and 0 < geo.distance_km(first[4:], queue).max() < 6
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import retrieval.clustering
-import utils.evaluation
 
 import train
 from datasets.batches import Batches
+from retrieval import clustering, evaluation, reclustering
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.runs import Run
 from utils.signals import EXIT_CODE, Stop, Stopped
@@ -85,9 +84,9 @@ def same_end(expected, found):
 
 
 # Where a run can be stopped: each is called once an iteration, validation, clustering, file, …
-SEAMS = {"update": (train, "update"), "validate": (train, "validate"), "score": (utils.evaluation, "score_set"),
-         "cluster": (train, "make_clusters"), "describe": (train, "describe"),
-         "k-means": (retrieval.clustering, "faiss_kmeans"), "load": (Batches, "__getitem__"), "save": (torch, "save")}
+SEAMS = {"update": (train, "update"), "validate": (train, "validate"), "score": (evaluation, "score_set"),
+         "cluster": (train, "make_clusters"), "describe": (reclustering, "describe"),
+         "k-means": (clustering, "faiss_kmeans"), "load": (Batches, "__getitem__"), "save": (torch, "save")}
 
 
 def signal_at(monkeypatch, name, call, after=True, number=signal.SIGTERM):

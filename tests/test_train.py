@@ -2,15 +2,21 @@
 
 import csv
 import json
+import os
 import re
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from test_resume import differences
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import eval
 import train
+from datasets.regions import Regions
+from losses import LOSSES
 from losses.multi_similarity import MultiSimilarityLoss
 from utils.arguments import run
 from utils.checkpoint import load_checkpoint
@@ -130,7 +136,7 @@ def test_nan_loss_stops_before_the_update_and_says_when(world, monkeypatch, tmp_
             Breaks.calls += 1
             return super().forward(*inputs) * (float("nan") if Breaks.calls == 3 else 1)
 
-    monkeypatch.setattr(train, "make_loss", lambda args: Breaks())
+    monkeypatch.setattr(train, "make_loss", lambda *_: Breaks())
     weights = []
     hook = register_optimizer_step_post_hook(lambda optimizer, *_: weights.append(
         [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]))
@@ -212,3 +218,49 @@ def test_evaluation_leaves_broken_images_out_and_says_so(own_world, trained, tmp
     folder, = (tmp_path / "cwd" / "logs" / "eval").iterdir()
     assert f"left out: {own_world.path}" in (folder / "info.log").read_text()
     assert broken.name not in (folder / "predictions.csv").read_text()
+
+
+@pytest.fixture
+def proxy_loss(monkeypatch):
+    """The README's class under the README's name."""
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("`losses/proxy.py`:")[1]
+    space = {}
+    exec(section.split("```python\n")[1].split("```")[0], space)
+    monkeypatch.setitem(LOSSES, re.search(r'`"(\w+)": ProxyLoss`', section)[1], space["ProxyLoss"])
+
+
+def test_a_loss_with_weights_of_its_own(world, proxy_loss, monkeypatch):
+    """One class and one line in the registry: its setting is a flag; its weights are trained, saved and resumed."""
+    seen, real, original = [], train.neutral_pairs, train.update
+    stop_at = None
+
+    def update(run, views, labels, neutral, loss_fn, *rest):
+        seen[-1] += (labels, loss_fn)
+        result = original(run, views, labels, neutral, loss_fn, *rest)
+        if run.iteration == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "neutral_pairs", lambda shown, places: seen.append([shown]) or real(shown, places))
+    flags = ("--loss", "proxy", "--temperature", "0.5", "--lr", "0.01", "--log_every", "1")
+    folder = train.main(arguments(world, *flags))
+    regions, _ = Regions.read(world.path)
+    for footprints, labels, loss_fn in seen:  # labels are the regions' rows in the data set
+        assert labels.shape == (16,) and loss_fn.temperature == 0.5
+        assert (regions.footprints[labels.numpy()] == footprints.repeat(4, axis=0)).all()
+    expected = load_checkpoint(folder / "last.pt")
+    proxies = expected["loss"]["proxies"]
+    assert proxies.shape == (24, 32) and any(each.get("exp_avg").shape == (24, 32) and (each["exp_avg"] != 0).all()
+                                             for each in expected["optimizer"]["state"].values())
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(folder))
+    events.Reload()
+    assert "loss" in events.Tags()["scalars"] and "mined/anchors" not in events.Tags()["scalars"]
+
+    stop_at = 3
+    with pytest.raises(SystemExit):
+        train.main(arguments(world, *flags, "--log_dir", "stopped"))
+    stop_at = None
+    stopped = load_checkpoint(*Path("logs/stopped").glob("*/last.pt"))
+    assert stopped["iteration"] == 3 and differences(stopped["loss"], expected["loss"]) != []
+    resumed = train.main(arguments(world, *flags, "--log_dir", "stopped", "--resume", "auto"))
+    assert differences(expected, load_checkpoint(resumed / "last.pt")) == []

@@ -4,11 +4,14 @@ import argparse
 import shlex
 import sys
 
+import torch
+
 from augmentations.year_wise import Augmentation
 from models.aggregators import AGGREGATORS
 from models.backbone import FROZEN_BATCHNORM
 from models.config import ModelConfig
 from utils.memory import keep_freed_blocks
+from utils.precision import PRECISIONS
 from utils.settings import add_settings, chosen_settings
 
 
@@ -93,6 +96,33 @@ def augmentation_of(args, size):
     names = ("rotation", "perspective", "min_crop", "aspect", "brightness", "contrast", "saturation", "hue", "clouds",
              "haze", "exposure")
     return Augmentation(size, args.augmentation, **{name: getattr(args, name) for name in names})
+
+
+def add_run_arguments(parser, log_dir, validate_every):
+    """-> the group of flags that both trainers have. validate_every: iterations, or the flag that is its default."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--log_dir", default=log_dir, help="outputs go to logs/LOG_DIR/date_time")
+    group.add_argument("--resume", help="what to go on with: a last.pt, a run's folder (its newest whole checkpoint), "
+                                        "a folder of runs, or auto: logs/LOG_DIR, from the start if it has none yet. "
+                                        "Flags are those of the command line")
+    group.add_argument("--save_every", type=positive, help="iterations between last.pt; default: validate_every")
+    group.add_argument("--max_skips", type=whole, default=0,
+                       help="updates with a nan or infinite loss or gradient that are left out before the run stops")
+    group.add_argument("--process_timeout", type=float, default=1800,
+                       help="seconds that processes wait for one that does not answer")
+    if isinstance(validate_every, int):
+        group.add_argument("--validate_every", type=positive, default=validate_every, help="iterations")
+    else:
+        group.add_argument("--validate_every", type=positive, help=f"iterations; default: {validate_every}")
+    group.add_argument("--keep_every", type=positive, help="iterations between weights that are kept, for a curve "
+                                                           "(python -m experiments.curve)")
+    group.add_argument("--log_every", type=positive, default=50, help="iterations between scalars")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
+                       help="of the network, not of the loss; auto: bf16 where the hardware multiplies in it")
+    group.add_argument("--seed", type=whole, default=0)
+    group.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return group
 
 
 def model_config(args):

@@ -135,9 +135,9 @@ def wrap(model):
 
 def average_gradients(parameters):
     """Replaces the gradients by their mean over the ranks, added in one fixed order."""
-    if world() == 1:
-        return
     gradients = [each.grad for each in parameters if each.grad is not None]
+    if world() == 1 or not gradients:
+        return
     flat = torch.cat([each.flatten() for each in gradients])
     dist.all_reduce(flat)
     flat /= world()

@@ -29,6 +29,11 @@ def make_log_dir(log_dir, root="logs"):
             folder, copy = Path(root) / log_dir / f"{stamp}_{copy}", copy + 1
 
 
+def own_folder(folder):
+    """The run's folder -> where this one of several processes writes its logs: the first one there, others below it."""
+    return folder / f"rank{distributed.rank()}" if distributed.rank() else folder
+
+
 def setup_logging(folder, args):
     """Log to stdout and info.log (from INFO) and debug.log (all); writes config.json and the first three lines.
 

@@ -4,33 +4,39 @@ import logging
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models.config import ModelConfig
-from models.earthloc import EarthLoc, build_model
 from utils import distributed
-from utils.arguments import model_config
 from utils.checkpoint import LAST, PREVIOUS, newest_checkpoint, save_checkpoint
+
+
+def with_config(model):
+    """EarthLoc -> what a checkpoint holds of it."""
+    return {"model": model.state_dict(), "model_config": asdict(model.config)}
 
 
 @dataclass
 class Run:
     """What a run is between two iterations, and all that a checkpoint has to hold.
 
-    clusters: arrays of region rows, None before the first ones. best: highest validation R@1, -1 before the first one.
-    validated: the iteration before which validation was done last, -1 before the first one. skipped: updates left out.
-    network: what an update calls, the model or what distributed.wrap puts around it; not in a checkpoint.
-    What happens in an iteration depends on these, the seed and the iteration's number alone.
+    loss_fn: may have weights, too. best: highest validation score, -1 before the first one. validated: the iteration
+    before which validation was done last, -1 before the first one. skipped: updates left out. memory: what the method
+    keeps from iteration to iteration (clusters, a queue): arrays, lists of arrays, or None. content: model -> its part
+    of a checkpoint. network: what an update calls, the model or what distributed.wrap puts around it; not in a
+    checkpoint. What happens in an iteration depends on these, the seed and the iteration's number alone.
     """
 
-    model: EarthLoc
+    model: nn.Module
     optimizer: torch.optim.Optimizer
+    loss_fn: nn.Module = field(default_factory=nn.Module)
+    memory: dict = field(default_factory=dict)
+    content: Callable[[nn.Module], dict] = with_config
     iteration: int = 0
-    clusters: list | None = None
     best: float = -1.0
     validated: int = -1
     skipped: int = 0
@@ -42,47 +48,56 @@ class Run:
     def save_weights(self, path):
         """Of several processes the first one does, here and in `save`."""
         if distributed.rank() == 0:
-            save_checkpoint(path, {"model": self.model.state_dict(), "model_config": asdict(self.model.config)})
+            save_checkpoint(path, self.content(self.model))
 
-    def save(self, path, args):
+    def save(self, path, flags):
         """Writes a checkpoint to go on from. Raises RuntimeError where weights are not finite."""
         if distributed.rank():
             return
-        state = self.model.state_dict()
-        broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+        state = {**self.content(self.model), "loss": self.loss_fn.state_dict()}
+        broken = [name for part in ("model", "loss") for name, value in state[part].items()
+                  if not torch.isfinite(value).all()]
         if broken:
             raise RuntimeError(f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the "
                                f"last good checkpoints stay. A smaller --lr or --precision fp32 may help")
         save_checkpoint(path, {
-            "model": state, "model_config": asdict(self.model.config),
-            "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "best": self.best,
+            **state, "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "best": self.best,
             "validated": self.validated, "skipped": self.skipped,
-            "clusters": self.clusters and [torch.as_tensor(each) for each in self.clusters],
-            "args": {key: str(value) for key, value in vars(args).items()}}, PREVIOUS if path.name == LAST else None)
+            **{name: as_tensors(value) for name, value in self.memory.items()},
+            "args": {key: str(value) for key, value in flags.items()}}, PREVIOUS if path.name == LAST else None)
+
+    def restore(self, checkpoint):
+        """Takes over a checkpoint's content, but for the model's weights, which it has already."""
+        self.loss_fn.load_state_dict(checkpoint.get("loss", {}))
+        optimizer = checkpoint["optimizer"]
+        for group in optimizer["param_groups"]:  # GeoCLIP's older checkpoints say otherwise
+            group["fused"] = True
+        self.optimizer.load_state_dict(optimizer)
+        self.memory = {name: as_arrays(checkpoint[name]) for name in self.memory}
+        self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
+        self.validated = checkpoint.get("validated", self.iteration)
+        self.skipped = checkpoint.get("skipped", 0)
 
 
-def make_optimizer(model, lr):
-    return torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, fused=True)
+def as_tensors(value):
+    """An array, a list of arrays or None -> the same with tensors, as checkpoints hold them."""
+    if isinstance(value, list):
+        return [torch.as_tensor(each) for each in value]
+    return None if value is None else torch.as_tensor(value)
 
 
-def fresh_run(args, device):
-    """-> Run at iteration 0."""
-    model = build_model(model_config(args), args.weights).to(device, memory_format=torch.channels_last)
-    return Run(model, make_optimizer(model, args.lr))
+def as_arrays(value):
+    """The inverse of `as_tensors`."""
+    if isinstance(value, list):
+        return [each.numpy() for each in value]
+    return None if value is None else value.numpy()
 
 
-def resume_run(checkpoint, path, lr, device):
-    """Content and path of a checkpoint -> the Run it was saved from. Raises ValueError where it holds weights only."""
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"{path}: holds weights only; --resume wants a last.pt of train.py, --weights takes this file")
-    model = EarthLoc(ModelConfig.from_dict(checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, lr)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    clusters = checkpoint["clusters"] and [each.numpy() for each in checkpoint["clusters"]]
-    return Run(model, optimizer, checkpoint["iteration"], clusters, checkpoint["best"],
-               checkpoint.get("validated", checkpoint["iteration"]), checkpoint.get("skipped", 0))
+def make_optimizer(model, lr, loss_fn=None, weight_decay=0.0):
+    """Adam for all that is trained; fused, because that can leave an update out (see utils.loop.guarded_update)."""
+    parameters = [*model.parameters(), *(loss_fn.parameters() if loss_fn else ())]
+    return torch.optim.Adam([each for each in parameters if each.requires_grad], lr=lr, weight_decay=weight_decay,
+                            fused=True)
 
 
 # Flags that change nothing in what a run ends with.
@@ -90,26 +105,38 @@ FREE_FLAGS = {"resume", "log_dir", "log_every", "save_every", "keep_every", "num
               "process_timeout"}
 
 
-def find_run(args, folder, device):
-    """--resume -> the Run to go on with, its best.pt taken over into the folder; None where "auto" finds nothing."""
-    place = Path("logs", args.log_dir) if args.resume == "auto" else args.resume
+def find_checkpoint(resume, log_dir, config, script):
+    """--resume -> path and content of the checkpoint to go on with; None, None without, or where "auto" finds nothing.
+
+    Raises ValueError where it is none of the script's last.pt, with the model's `config`.
+    """
+    if not resume:
+        return None, None
+    place = Path("logs", log_dir) if resume == "auto" else resume
     try:
         path, checkpoint = newest_checkpoint(distributed.from_first(lambda: newest_checkpoint(place)[0]))
     except FileNotFoundError:
-        if args.resume != "auto":
+        if resume != "auto":
             raise
         logging.info(f"{place}: no checkpoint yet, starting from the beginning")
-        return None
-    run = resume_run(checkpoint, path, args.lr, device)
-    logging.info(f"Resumed {path} at iteration {run.iteration}, best validation R@1 {run.best:.1f}")
+        return None, None
+    if "optimizer" not in checkpoint or config not in checkpoint:
+        what = "is another script's" if "optimizer" in checkpoint else "holds weights only"
+        raise ValueError(f"{path}: {what}; --resume wants a last.pt of {script}, --weights takes weights")
+    return path, checkpoint
+
+
+def go_on(run, path, checkpoint, folder, flags):
+    """The run goes on from the checkpoint, with that run's best.pt taken over; flags that differ are named."""
+    run.restore(checkpoint)
+    logging.info(f"Resumed {path} at iteration {run.iteration}, best validation {run.best:.1f}")
     for flag, before in checkpoint.get("args", {}).items():
-        now = str(getattr(args, flag, before))
+        now = str(flags.get(flag, before))
         if now != before and flag not in FREE_FLAGS:
             logging.warning(f"--{flag} is {now}, and was {before}: not the same run any more")
     for name in ("initial.pt", "best.pt"):
         if distributed.rank() == 0 and path.with_name(name).is_file():
             shutil.copy2(path.with_name(name), folder / name)
-    return run
 
 
 def how_to_go_on(folder):

@@ -1,0 +1,71 @@
+"""What training asks of its regions: enough of them, what to do about unreadable ones, which pairs are neutral."""
+
+import logging
+
+import numpy as np
+import torch
+
+from datasets.batches import schedule, spares
+from datasets.overlap import share_ground
+from datasets.regions import Regions
+
+
+def read_regions(dataset_path, batch_size):
+    """-> Regions with all years; those without are logged. Raises ValueError where a batch cannot be filled."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: a batch has at least one region")
+    regions, incomplete = Regions.read(dataset_path)
+    logging.info(f"{len(regions)} regions with all years")
+    if incomplete:
+        logging.info(f"{len(incomplete)} regions lack a year and are left out: {', '.join(incomplete[:10])} …")
+        logging.debug(f"Regions that lack a year: {incomplete}")
+    if len(regions) < batch_size:
+        raise ValueError(f"{dataset_path}: {len(regions)} regions do not fill a batch; --batch_size {len(regions)} "
+                         f"or smaller would")
+    return regions
+
+
+def note_unreadable(errors, unreadable, regions, share):
+    """errors [(row, what went wrong)] are logged and added to the dict `unreadable`, each region once.
+
+    Raises ValueError where a region had no substitute, or where more than this share of all `regions` is unreadable.
+    """
+    for row, text in errors:
+        if row not in unreadable:
+            unreadable[row] = text
+            logging.warning(f"Left out, another region takes its place: {text}")
+    if len(unreadable) > share * regions:
+        raise ValueError(f"{len(unreadable)} of {regions} regions have an image that cannot be read, more than "
+                         f"--max_unreadable {share:g} allows; the last one: {list(unreadable.values())[-1]}")
+
+
+def serve_period(loader, clusters, batch_size, iteration, every, iterations, seed, part, draw="size"):
+    """-> The loader's batches from this iteration to the next clusters, which come `every` so many; of each the `part`.
+    draw: see `schedule`.
+
+    Schedule and substitutes depend on the seed, the clusters and the iteration's number alone.
+    """
+    period, since = divmod(iteration, every)
+    batches = schedule(clusters, batch_size, min(every, iterations - period * every), [seed, 2, period],
+                       draw)[since:]
+    return loader.serve(batches[:, part], lambda number: spares(
+        batches[number], clusters, [seed, 5, iteration + number])[part])
+
+
+def serve_sample(loader, regions, batch_size, seed, count=512):
+    """-> The loader's batches of `count` of so many regions, drawn by seed, in whole batches."""
+    rows = np.random.default_rng([seed, 1]).permutation(regions)[:count]
+    batches = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+    substitutes = [spares(each, [np.arange(regions)], [seed, 6, k]) for k, each in enumerate(batches)]
+    return loader.serve(batches, substitutes.__getitem__)
+
+
+def iteration_seed(seed, iteration):
+    """The seed of all that is random in one iteration, whatever came before it."""
+    return int(np.random.SeedSequence([seed, 3, iteration]).generate_state(1)[0])
+
+
+def neutral_pairs(footprints, places):
+    """footprints (B, 4, 2) of the batch's regions, places (N,) in them -> (N, N) bool: other regions, same ground."""
+    shared = torch.from_numpy(share_ground(footprints, footprints)).to(places.device, non_blocking=True)
+    return shared[places][:, places] & (places[:, None] != places)
