@@ -18,25 +18,18 @@ from tqdm import tqdm
 
 from datasets.check_names import (NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names)
 from datasets.images import MAX_PIXELS
+from datasets.listing import list_files
 from datasets.metadata import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from utils.arguments import make_parser, positive, run, whole
 
-IMAGES = (".jpg", ".jpeg")
-
 
 def list_folder(root):
-    """Folder -> paths of the database and of the queries, relative to it and sorted, and of other files in them."""
-    found, others = {"database": [], "queries": []}, []
-    for part, paths in found.items():
-        for base, _, files in os.walk(root / part):
-            relative = os.path.relpath(base, root).replace(os.sep, "/")
-            for file in files:
-                (paths if file.lower().endswith(IMAGES) else others).append(f"{relative}/{file}")
-        paths.sort()
-    if not (found["database"] or found["queries"]):
-        raise ValueError(f"{root}: no .jpg in database/ or queries/; is it the folder of a data set?")
-    return found["database"], found["queries"], sorted(others)
+    """Folder -> paths of the database and of the queries, relative to it, and of other files in them."""
+    (database, others), (queries, more) = (list_files(root, part) for part in ("database", "queries"))
+    if not (database or queries):
+        raise ValueError(f"{root}: no image in database/ or queries/; is it the folder of a data set?")
+    return database, queries, sorted(others + more)
 
 
 def list_file(path):
@@ -148,7 +141,7 @@ def check(path, names_only=False, size=None, num_workers=2):
     findings += check_database(database_names) + check_queries(query_names)
     if is_folder and queries:
         findings += check_positives(path, database, queries)
-    findings.append(Finding("files that are no .jpg (left by a build that was stopped, if .tmp)", NOTE, others))
+    findings.append(Finding("files that are no image (left by a build that was stopped, if .tmp)", NOTE, others))
     if is_folder and not names_only:
         more, sizes = check_images(path, database, queries, size, num_workers)
         findings += more
