@@ -55,7 +55,7 @@ def parse_names(paths):
     wrong = []
     table = parse_paths(Strings(paths).array, wrong)
     columns = Catalogue.from_table("", table)
-    paths, ids, dates = list(columns.paths), list(columns.ids), list(Strings(table["timestamp"].combine_chunks()))
+    paths, ids, dates = list(columns.paths), list(columns.ids), list(Strings(table["timestamp"]))
     names = Names(paths, columns.footprints, columns.nadirs, columns.areas, columns.orientations, columns.years, ids,
                   dates, [path.rpartition("/")[0] for path in paths], read_ids(ids))
     return names, [Finding("names that do not parse", PROBLEM, wrong)]

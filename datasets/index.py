@@ -72,7 +72,8 @@ def _read(root, folder, parse, prefix, min_images, file, trusted):
     if old or counts.sum() >= min_images:
         state = {"version": VERSION, "folders": [[os.fsdecode(name), times, int(count)]
                                                  for (name, times, _), count in zip(found, counts)]}
-        if writable and store(file, _for_others(table), state, {b"geo": json.dumps(GEO).encode()}):
+        if writable and store(file, _for_others(table), state, {b"geo": json.dumps(GEO).encode()},
+                              distinct=("path", "geometry")):
             end = f"{file.name} written for the next start"
         else:
             end = f"{root} cannot be written to, so there is no {file.name} and every start lists them"
@@ -90,7 +91,7 @@ def _joined(found, known, read_old, parse):
             parts.append(parse(pa.concat_arrays([images for *_, images in group])))
         else:
             parts += [old.slice(starts[name], known[name][1]) for name, *_ in group]
-    return pa.concat_tables(parts).combine_chunks()
+    return pa.concat_tables(parts)
 
 
 def _checked(table, folder):

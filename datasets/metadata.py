@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from datasets import index
 from utils import geo
-from utils.tables import Strings, base_names
+from utils.tables import Strings, base_names, in_one
 
 YEARS = (2018, 2019, 2020, 2021)
 DATABASE_YEAR = 2021  # the year that evaluation searches and clustering describes (paper, sec. 4.2 and 5.1.2)
@@ -170,15 +170,19 @@ class Catalogue:
     @classmethod
     def from_table(cls, root, table):
         """Arrow table as parse_paths gives it -> Catalogue."""
-        corners, nadirs = np.empty((len(table), len(CORNER_FIELDS))), np.empty((len(table), 2))
-        for out, fields in ((corners, CORNER_FIELDS), (nadirs, ("nadir_lat", "nadir_lon"))):
+        columns = dict(zip(table.column_names, table.columns))
+        del table  # where nobody else holds it, a column is let go once it is taken
+
+        def points(fields):
+            out = np.empty((len(columns["path"]), len(fields)))
             for k, field in enumerate(fields):
-                out[:, k] = table[field]
-        stamps = table["timestamp"].combine_chunks().dictionary_encode()
+                out[:, k] = columns.pop(field)
+            return out
+        footprints, nadirs = points(CORNER_FIELDS).reshape(-1, 4, 2), points(("nadir_lat", "nadir_lon"))
+        stamps = in_one(columns.pop("timestamp")).dictionary_encode()
         years = np.array([int(stamp[:4]) for stamp in stamps.dictionary.to_pylist()], dtype=np.int64)
-        return cls(Path(root), Strings(table["path"].combine_chunks()), corners.reshape(-1, 4, 2), nadirs,
-                   np.trunc(table["sq_km_area"]), np.array(table["orientation"]), years[stamps.indices],
-                   Strings(table["image_id"].combine_chunks()))
+        return cls(Path(root), Strings(columns["path"]), footprints, nadirs, np.trunc(columns["sq_km_area"]),
+                   np.array(columns["orientation"]), years[stamps.indices], Strings(columns["image_id"]))
 
     @classmethod
     def read(cls, root, folder, year=None):

@@ -25,7 +25,7 @@ from datasets.metadata import DATABASE_YEAR, Catalogue
 from utils.arguments import make_parser, run
 from utils.files import replacing
 from utils.geo import ring, unwrap_footprints
-from utils.tables import Strings, as_text, opened, or_anew, read_rows, store
+from utils.tables import Strings, as_text, in_one, opened, or_anew, read_rows, store
 
 INTERSECTIONS_FILE = f"queries_intersections_with_db_{DATABASE_YEAR}.pt"
 TOUCHING_DEGREES = 2e-5  # names are rounded to five decimals: less than this is a shared edge, not shared ground
@@ -151,7 +151,7 @@ class Positives:
     @classmethod
     def from_rows(cls, table):
         """Arrow table as `rows` gives it -> Positives."""
-        query, image = (table[name].combine_chunks() for name in ("query", "image"))
+        query, image = (in_one(table[name]) for name in ("query", "image"))
         found = image.is_valid().to_numpy(zero_copy_only=False)
         pairs = np.stack([query.indices, image.indices.fill_null(0)], axis=1)[found]
         queries, images = (Strings(column.dictionary.cast(pa.binary())) for column in (query, image))

@@ -32,7 +32,9 @@ class Regions:
         Raises ValueError where none is whole.
         """
         catalogue = Catalogue.read(root, "database")
-        ids, region = np.unique(np.array(catalogue.ids.column.to_pylist(), dtype=np.bytes_), return_inverse=True)
+        encoded = catalogue.ids.array.dictionary_encode()
+        ids, place = np.unique(np.array(encoded.dictionary.to_pylist(), dtype=np.bytes_), return_inverse=True)
+        region = place[encoded.indices]
         rows = np.full((len(ids), len(years)), -1)
         for column, year in enumerate(years):
             of_year = np.flatnonzero(catalogue.years == year)

@@ -89,7 +89,7 @@ def test_columns_are_what_parsing_one_by_one_gives():
 def test_wrong_names_are_left_out_and_told_where_a_list_is_given():
     paths, wrong = [DATABASE, "photo.jpg", QUERY, QUERY.replace("@18147", "@big")], []
     table = parse_paths(Strings(paths).array, wrong, block=2)
-    assert Strings(table["path"].combine_chunks()) == [DATABASE, QUERY]
+    assert Strings(table["path"]) == [DATABASE, QUERY]
     assert len(wrong) == 2 and wrong[0].startswith("photo.jpg: ") and "field sq_km_area is 'big'" in wrong[1]
 
 

@@ -29,8 +29,8 @@ class Strings(Sequence):
     """
 
     def __init__(self, texts=(), rows=None):
-        self.array = texts if isinstance(texts, pa.Array) else pa.array([os.fsencode(each) for each in texts],
-                                                                        pa.binary())
+        is_arrow = isinstance(texts, (pa.Array, pa.ChunkedArray))
+        self.array = in_one(texts if is_arrow else pa.array([os.fsencode(each) for each in texts], pa.binary()))
         self.rows = np.arange(len(self.array)) if rows is None else rows
 
     @property
@@ -62,6 +62,13 @@ class Strings(Sequence):
     __hash__ = None
 
 
+def in_one(column):
+    """Arrow column -> Arrow array; no copy where it is in one piece."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def find(texts, wanted):
     """Strings (N,) and (M,) -> (M,) int: where each wanted one stands in texts (the last of equals), -1 for nowhere."""
     backwards = Strings(texts.array, texts.rows[::-1]).column
@@ -81,17 +88,20 @@ def as_text(column):
         return column
 
 
-def store(file, tables, state, metadata=None):
+def store(file, tables, state, metadata=None, distinct=()):
     """Writes tables of one schema one after the other, whole or not at all -> whether the folder allowed it.
 
-    state: what JSON holds; `opened` gives it back. metadata: of the schema, dict of bytes.
+    state: what JSON holds; `opened` gives it back. metadata: of the schema, dict of bytes. distinct: columns whose values
+    hardly repeat; of the others, each value is stored once.
     """
     metadata = {**(metadata or {}), STATE: json.dumps(state).encode()}
     try:
         with replacing(file) as out:
             tables = iter(tables)
             first = next(tables)
-            with pq.ParquetWriter(out, first.schema.with_metadata(metadata), compression="zstd") as writer:
+            repeating = [name for name in first.column_names if name not in distinct]
+            with pq.ParquetWriter(out, first.schema.with_metadata(metadata), compression="zstd",
+                                  use_dictionary=repeating, dictionary_pagesize_limit=1 << 30) as writer:
                 for table in (first, *tables):
                     writer.write_table(table.replace_schema_metadata(metadata))
             start = _footer_start(out)
@@ -137,19 +147,31 @@ def opened(file):
 
 
 def read_rows(parquet, columns, start=0, count=None):
-    """Rows start … start + count of an opened file -> table of the columns, one chunk each. Raises Damaged."""
+    """Rows start … start + count of an opened file -> table of the columns. Raises Damaged."""
     sizes = [parquet.metadata.row_group(k).num_rows for k in range(parquet.num_row_groups)]
     ends = np.cumsum(sizes)
     count = sum(sizes) - start if count is None else count
     groups = np.flatnonzero((ends > start) & (ends - sizes < start + count)).tolist()
+    skipped = start - int(ends[groups[0]] - sizes[groups[0]]) if groups else 0
     try:
-        table = parquet.read_row_groups(groups, columns)
-        if table.column_names != columns:
-            raise ValueError(f"its columns are {', '.join(table.column_names)}")
-        skipped = start - int(ends[groups[0]] - sizes[groups[0]]) if groups else 0
-        return table.slice(skipped, count).combine_chunks()
-    except (OSError, ValueError) as error:
+        return pa.table([_read_column(parquet, groups, name).slice(skipped, count) for name in columns], columns)
+    except (OSError, ValueError, KeyError) as error:
         raise Damaged(str(error)) from None
+
+
+def _read_column(parquet, groups, name):
+    """-> Arrow array. Texts are put into one array group by group: joined at the end, they would be there twice."""
+    if not groups or parquet.schema_arrow.field(name).type not in (pa.string(), pa.binary()):
+        return in_one(parquet.read_row_groups(groups, [name])[name])
+    rows = [parquet.metadata.row_group(group).num_rows for group in groups]
+    offsets, data, row = np.zeros(sum(rows) + 1, dtype=np.int32), bytearray(), 0
+    for group in groups:
+        piece = in_one(parquet.read_row_group(group, [name])[name])
+        ends = np.frombuffer(piece.buffers()[1], dtype=np.int32)[:len(piece) + 1]
+        offsets[row + 1:row + len(ends)] = ends[1:] - ends[0] + len(data)
+        data += memoryview(piece.buffers()[2])[ends[0]:ends[-1]]
+        row += len(piece)
+    return pa.BinaryArray.from_buffers(pa.binary(), row, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def or_anew(read, file):
