@@ -277,13 +277,17 @@ def test_row_groups_and_prefixes(tree, trusting, monkeypatch):
     monkeypatch.setattr(index, "ROW_GROUP", 7)
     read(tree)
     groups, real = [], pq.ParquetFile.read_row_groups
-    monkeypatch.setattr(pq.ParquetFile, "read_row_groups",
-                        lambda self, rows, *args: (groups.append(rows), real(self, rows, *args))[1])
+
+    def spy(self, rows, columns):
+        groups.append(rows)
+        return real(self, rows, columns)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", spy)
     check(tree, read(tree, parse=None))
     for prefix in ("database/2018_", "database/2021_", "database/2021_09/20_", "database/2022_"):
         found = read(tree, parse=None, prefix=prefix)
         assert paths_of(found) == [path for path in listed_paths(tree) if path.startswith(prefix)]
-    assert groups[:3] == [list(range(7)), [0, 1, 2, 3], [3, 4, 5, 6]] and groups[-1] == []
+    different = list(dict.fromkeys(map(tuple, groups)))
+    assert different[:3] == [tuple(range(7)), (0, 1, 2, 3), (3, 4, 5, 6)] and different[-1] == ()
 
 
 def test_names_that_are_no_text(tree, trusting):

@@ -51,7 +51,7 @@ def test_what_is_stored_comes_back_by_rows(tmp_path):
     for start in range(10):
         for count in range(10 - start):
             assert read_rows(file, ["n"], start, count)["n"].to_pylist() == list(range(start, min(start + count, 9)))
-    assert read_rows(file, ["text", "n"]).to_pydict() == {"text": ["0", "1", "2"] * 3, "n": list(range(9))}
+    assert read_rows(file, ["text", "n"]).to_pydict() == {"text": [b"0", b"1", b"2"] * 3, "n": list(range(9))}
     with pytest.raises(Damaged, match="gone"):
         read_rows(file, ["n", "gone"])
 

@@ -147,7 +147,7 @@ def opened(file):
 
 
 def read_rows(parquet, columns, start=0, count=None):
-    """Rows start … start + count of an opened file -> table of the columns. Raises Damaged."""
+    """Rows start … start + count of an opened file -> table of the columns, texts as bytes. Raises Damaged."""
     sizes = [parquet.metadata.row_group(k).num_rows for k in range(parquet.num_row_groups)]
     ends = np.cumsum(sizes)
     count = sum(sizes) - start if count is None else count
