@@ -118,7 +118,7 @@ def main(args):
         began = time.perf_counter()
         count = make_tree(folder, args.queries, lambda: grid.land_regions(args.zooms))
         print(f"{folder}: {count:,} empty files, ready in {time.perf_counter() - began:.0f} s", flush=True)
-        for file in folder.glob("index_*.npz"):
+        for file in folder.glob("index_*.parquet"):
             file.unlink()
         time.sleep(3)  # folders that changed a moment ago are not trusted
         one = next((folder / "database" / f"{DATABASE_YEAR}_{args.zooms[0]:02d}").iterdir())
@@ -135,7 +135,7 @@ def main(args):
             print(f"{title:26}{seconds:8.2f}{cpu:8.2f}{before:12.2f}{peak:9.2f}   {said}", flush=True)
             if touched:
                 touched.unlink()
-        for file in sorted(folder.glob("index_*.npz")):
+        for file in sorted(folder.glob("index_*.parquet")):
             print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.listing import SUFFIXES, list_files
 from datasets.names import Catalogue
 from utils import geo
 from utils.files import GALLERY_PACKAGE, package_files
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_COLUMNS = ("IMG_ID", "IMG_FILE", "IMAGE", "FILENAME")
 LATITUDE_COLUMNS, LONGITUDE_COLUMNS = ("LAT", "LATITUDE"), ("LON", "LNG", "LONGITUDE")
 
@@ -143,19 +143,19 @@ def photos_of_dataset(root, part="database"):
     """EarthLoc's layout, "database" (all years) or "queries" -> Photos at their footprints' centres, with nadirs."""
     catalogue = Catalogue.read(root, part)
     if not len(catalogue):
-        raise ValueError(f"{Path(root) / part}: no .jpg in it; is --dataset_path right?")
+        raise ValueError(f"{Path(root) / part}: no image in it; is --dataset_path right?")
     return Photos([catalogue.root / path for path in catalogue.paths], catalogue.centers, catalogue.nadirs)
 
 
 def find_images(paths):
-    """Files and folders (searched through) -> image files, folders' ones sorted. ValueError where there is none."""
+    """Files and folders (searched through) -> image files, folders' ones sorted by folder, then name. ValueError where there is none."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
+            inside, _ = list_files(path)
             if not inside:
-                raise ValueError(f"{path}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
-            found += inside
+                raise ValueError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")
+            found += [path / name for name in inside]
         elif path.exists():
             found.append(path)
         else:

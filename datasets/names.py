@@ -1,13 +1,16 @@
 """What a file name says: one name <-> ImageName, many names <-> Catalogue (columns)."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from datasets import index
 from utils import geo
-from utils.strings import Strings, base_names
+from utils.tables import Strings, base_names, in_one
 
 YEARS = (2018, 2019, 2020, 2021)
 DATABASE_YEAR = 2021  # the year that evaluation searches and clustering describes (paper, sec. 4.2 and 5.1.2)
@@ -15,6 +18,7 @@ DATABASE_YEAR = 2021  # the year that evaluation searches and clustering describ
 # The 14 fields between the "@" of a name, 16 with what is before and after: 8 corner coordinates, then these.
 CORNER_FIELDS = tuple(f"{axis}{corner}" for corner in range(1, 5) for axis in ("lat", "lon"))
 FIELDS = CORNER_FIELDS + ("image_id", "timestamp", "nadir_lat", "nadir_lon", "sq_km_area", "orientation")
+NUMBERS = tuple(field for field in FIELDS if field not in ("image_id", "timestamp"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class ImageName:
                              f"(@{'@'.join(FIELDS)}@.jpg), found {max(len(parts) - 2, 0)}")
         text = dict(zip(FIELDS, parts[1:-1]))
         number = {}
-        for field in CORNER_FIELDS + ("nadir_lat", "nadir_lon", "sq_km_area", "orientation"):
+        for field in NUMBERS:
             number[field] = _number(name, field, text[field])
         if not text["image_id"]:
             raise ValueError(f"{name}: field image_id is empty")
@@ -94,46 +98,51 @@ def _number(name, field, text):
     return value
 
 
-def parse_columns(paths, block=20_000):
-    """Strings (N,) of names or paths -> dict of columns as in Catalogue: all but its paths, ids as bytes.
+def parse_paths(paths, wrong=None, block=20_000):
+    """Arrow array of names or paths, bytes -> table of "path" and FIELDS, texts as bytes.
 
-    The same values and errors as ImageName.parse gives, one by one, at a fifth of the time.
+    The same values and errors as ImageName.parse gives, one by one, at a tenth of the time. wrong: a list that takes
+    the errors; what does not parse is left out then.
     """
-    parts = [_parse_block(paths[start:start + block]) for start in range(0, len(paths), block)]
-    parts = parts or [_columns_of([])]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    starts = range(0, max(len(paths), 1), block)
+    return pa.concat_tables([_parse_block(paths.slice(start, block), wrong) for start in starts])
 
 
-def _parse_block(paths):
-    rows = [path.rsplit(b"/", 1)[-1].split(b"@") for path in paths.array.tolist()]
-    if all(len(row) == len(FIELDS) + 2 and not row[0] and row[9] for row in rows):
-        text = {field: np.array(column) for field, column in zip(FIELDS, list(zip(*rows))[1:])}
+def _parse_block(paths, wrong):
+    parts = pc.split_pattern(base_names(paths), "@")
+    width = len(FIELDS) + 2
+    texts = parts.flatten()
+    if len(paths) and (parts.value_lengths().to_numpy() == width).all():
+        columns = {field: texts.take(pa.array(np.arange(k, len(texts), width))) for k, field in enumerate(FIELDS, 1)}
         try:
-            number = {field: column.astype(np.float64) for field, column in text.items()
-                      if field not in ("image_id", "timestamp")}
-        except ValueError:
-            number = None
-        stamps = text["timestamp"]
-        if (number and all((np.abs(column) <= _limit(field)).all() and np.isfinite(column).all()
-                           for field, column in number.items())
-                and (np.char.isdigit(stamps) & np.isin(np.char.str_len(stamps), (4, 8))).all()):
-            corners = np.stack([number[field] for field in CORNER_FIELDS], axis=1).reshape(-1, 4, 2)
-            return {"footprints": corners, "nadirs": np.stack([number["nadir_lat"], number["nadir_lon"]], axis=1),
-                    "areas": np.trunc(number["sq_km_area"]), "orientations": number["orientation"],
-                    "years": stamps.astype("S4").astype(np.int64), "ids": text["image_id"]}
-    return _columns_of([ImageName.parse(path) for path in paths])  # raises for the name that does not fit
+            columns.update({field: columns[field].cast(pa.string()).cast(pa.float64()) for field in NUMBERS})
+        except pa.ArrowInvalid:  # no number, or one that only Python's float reads
+            return _parse_each(paths, wrong)
+        if (all((np.abs(columns[field]) <= _limit(field)).all() and np.isfinite(columns[field]).all()
+                for field in NUMBERS)
+                and pc.all(pc.match_substring_regex(columns["timestamp"], r"^(\d{4}|\d{8})$")).as_py()
+                and pc.all(pc.not_equal(columns["image_id"], b"")).as_py()
+                and pc.all(pc.equal(texts.take(pa.array(np.arange(0, len(texts), width))), b"")).as_py()):
+            return pa.table({"path": paths, **columns})
+    return _parse_each(paths, wrong)
 
 
-def _columns_of(names):
-    count = len(names)
-    return {
-        "footprints": np.array([name.footprint for name in names], dtype=np.float64).reshape(count, 4, 2),
-        "nadirs": np.array([name.nadir for name in names], dtype=np.float64).reshape(count, 2),
-        "areas": np.array([name.area for name in names], dtype=np.float64),
-        "orientations": np.array([name.orientation for name in names], dtype=np.float64),
-        "years": np.array([name.year for name in names], dtype=np.int64),
-        "ids": Strings([name.image_id for name in names]).array,
-    }
+def _parse_each(paths, wrong):
+    rows = []
+    for path in paths.to_pylist():
+        try:
+            name = ImageName.parse(os.fsdecode(path))
+        except ValueError as error:
+            if wrong is None:
+                raise
+            wrong.append(str(error))
+            continue
+        rows.append([path, *(corner for point in name.footprint for corner in point), os.fsencode(name.image_id),
+                     os.fsencode(name.timestamp), *name.nadir, float(name.area), name.orientation])
+    columns = ("path", *FIELDS)
+    kinds = [pa.float64() if column in NUMBERS else pa.binary() for column in columns]
+    return pa.table([pa.array(column, kind) for column, kind in zip(zip(*rows) if rows else [[]] * len(kinds), kinds)],
+                    columns)
 
 
 @dataclass(frozen=True)
@@ -156,18 +165,28 @@ class Catalogue:
     @classmethod
     def from_paths(cls, root, paths):
         """Paths relative to root -> Catalogue. Raises ValueError naming the first name that does not parse."""
-        paths = paths if isinstance(paths, Strings) else Strings(paths)
-        return cls.from_columns(root, {"paths": paths.array, **parse_columns(paths)})
+        return cls.from_table(root, parse_paths(Strings(paths).array))
 
     @classmethod
-    def from_columns(cls, root, columns):
-        """dict of arrays, as parse_columns gives them, with "paths" -> Catalogue."""
-        texts = {key: Strings(columns[key]) for key in ("paths", "ids")}
-        return cls(root=Path(root), **{**columns, **texts})
+    def from_table(cls, root, table):
+        """Arrow table as parse_paths gives it -> Catalogue."""
+        columns = dict(zip(table.column_names, table.columns))
+        del table  # where nobody else holds it, a column is let go once it is taken
+
+        def points(fields):
+            out = np.empty((len(columns["path"]), len(fields)))
+            for k, field in enumerate(fields):
+                out[:, k] = columns.pop(field)
+            return out
+        footprints, nadirs = points(CORNER_FIELDS).reshape(-1, 4, 2), points(("nadir_lat", "nadir_lon"))
+        stamps = in_one(columns.pop("timestamp")).dictionary_encode()
+        years = np.array([int(stamp[:4]) for stamp in stamps.dictionary.to_pylist()], dtype=np.int64)
+        return cls(Path(root), Strings(columns["path"]), footprints, nadirs, np.trunc(columns["sq_km_area"]),
+                   np.array(columns["orientation"]), years[stamps.indices], Strings(columns["image_id"]))
 
     @classmethod
     def read(cls, root, folder, year=None):
-        """All .jpg images under root/folder ("queries" or "database"), sorted by path; year picks database folders.
+        """All images under root/folder ("queries" or "database"), sorted by folder, then name; year picks folders.
 
         Large folders are listed once and kept in an index file beside them, see datasets/index.py. Raises
         FileNotFoundError where there is no such folder, ValueError where a name does not parse.
@@ -177,7 +196,7 @@ class Catalogue:
             raise FileNotFoundError(f"{top}: no such folder; is --dataset_path right? A data set has the folders "
                                     f"database/ and queries/ (README, 'The real data set')")
         prefix = "" if year is None else f"{folder}/{year}_"
-        return cls.from_columns(root, index.read_columns(root, folder, parse_columns, prefix))
+        return cls.from_table(root, index.read_table(root, folder, parse_paths, prefix))
 
     @classmethod
     def read_source(cls, source, folder):
@@ -222,7 +241,7 @@ class Catalogue:
     @property
     def names(self):
         """File names without their folders: the keys of the intersections file."""
-        return base_names(self.paths)
+        return Strings(base_names(self.paths.column))
 
     @property
     def centers(self):

@@ -16,27 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import shapely
 import torch
 
-from datasets import index
+from datasets import listing
 from datasets.names import DATABASE_YEAR, Catalogue
 from utils.arguments import make_parser, run
 from utils.checkpoint import load_tensors
 from utils.files import replacing
-from utils.geo import unwrap_footprints
-from utils.strings import Strings
+from utils.geo import ring, unwrap_footprints
+from utils.tables import Strings, as_text, in_one, opened, or_anew, read_rows, store
 
 INTERSECTIONS_FILE = f"queries_intersections_with_db_{DATABASE_YEAR}.pt"
 TOUCHING_DEGREES = 2e-5  # names are rounded to five decimals: less than this is a shared edge, not shared ground
-
-
-def ring(footprints):
-    """(N, 4, 2) -> the same corners in circular order around their mean, longitudes unwrapped; any order comes in."""
-    points = unwrap_footprints(footprints)
-    offset = points - points.mean(axis=-2, keepdims=True)
-    order = np.argsort(np.arctan2(offset[..., 0], offset[..., 1]), axis=-1, kind="stable")
-    return np.take_along_axis(points, order[..., None], axis=-2)
 
 
 def degenerate(footprints):
@@ -156,6 +149,26 @@ class Positives:
         iou = np.array([float(value) for found in table.values() for _, value in found], dtype=np.float64)
         return cls(Strings(list(table)), Strings(list(row_of)), pairs, iou)
 
+    @classmethod
+    def from_rows(cls, table):
+        """Arrow table as `rows` gives it -> Positives."""
+        query, image = (in_one(table[name]) for name in ("query", "image"))
+        found = image.is_valid().to_numpy(zero_copy_only=False)
+        pairs = np.stack([query.indices, image.indices.fill_null(0)], axis=1)[found]
+        queries, images = (Strings(column.dictionary.cast(pa.binary())) for column in (query, image))
+        return cls(queries, images, pairs, table["iou"].to_numpy()[found])
+
+    def rows(self):
+        """-> Arrow table: query, image, iou; a query without a positive has one row, where these are null."""
+        counts = np.bincount(self.pairs[:, 0], minlength=len(self.queries))
+        query = np.repeat(np.arange(len(counts), dtype=np.int32), np.maximum(counts, 1))
+        found = counts[query] > 0
+        image, iou = np.zeros(len(query), dtype=np.int32), np.zeros(len(query))
+        image[found], iou[found] = self.pairs[:, 1], self.iou
+        texts = {"query": pa.DictionaryArray.from_arrays(query, as_text(self.queries.column)),
+                 "image": pa.DictionaryArray.from_arrays(pa.array(image, mask=~found), as_text(self.images.column))}
+        return pa.table({**texts, "iou": pa.array(iou, mask=~found)})
+
 
 def intersections_table(queries, database):
     """Two Catalogues -> the public table: query file name -> [(database path relative to the data set, IoU), …].
@@ -205,23 +218,25 @@ def _is_number(value):
 def load_positives(path, min_pairs=100_000):
     """The same file -> Positives. Errors as load_intersections.
 
-    A large table takes 12 s to read, so its columns are kept in index_positives.npz beside it, for as long as the
+    A large table takes 12 s to read, so its rows are kept in index_positives.parquet beside it, for as long as the
     table's size, times and inode are those that the index holds.
     """
     path = Path(path)
-    file = path.with_name("index_positives.npz")
+    file = path.with_name("index_positives.parquet")
+    return or_anew(lambda trusted: _load_positives(path, min_pairs, file, trusted), file)
+
+
+def _load_positives(path, min_pairs, file, trusted):
     began = time.time()
     state = path.stat() if path.is_file() else None
     mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] if state else []
-    stored = index.load(file) if state else None
-    if stored is not None and np.array_equal(stored["mark"], np.array(mark, dtype=np.int64)):
-        return Positives(Strings(stored["queries"]), Strings(stored["images"]), stored["pairs"], stored["iou"])
+    stored = opened(file) if state and trusted else None
+    if stored and stored[1] == mark:
+        return Positives.from_rows(read_rows(stored[0], ["query", "image", "iou"]))
     positives = Positives.from_table(load_intersections(path))
-    settled = max(mark[1:3]) < (began - index.RACY_SECONDS) * 1e9  # else it could change without a new time
+    settled = max(mark[1:3]) < (began - listing.RACY_SECONDS) * 1e9  # else it could change without a new time
     if settled and len(positives.pairs) >= min_pairs:
-        index.try_store(file, {"mark": np.array(mark, dtype=np.int64), "queries": positives.queries.array,
-                               "images": positives.images.array, "pairs": positives.pairs.astype(np.int32),
-                               "iou": positives.iou})
+        store(file, [positives.rows()], mark)
     return positives
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_pixels
 from datasets.names import YEARS, Catalogue
-from utils.strings import Strings
+from utils.tables import Strings
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Regions:
         Raises ValueError where none is whole.
         """
         catalogue = Catalogue.read(root, "database")
-        ids, region = np.unique(catalogue.ids.array, return_inverse=True)
+        encoded = catalogue.ids.array.dictionary_encode()
+        ids, place = np.unique(np.array(encoded.dictionary.to_pylist(), dtype=np.bytes_), return_inverse=True)
+        region = place[encoded.indices]
         rows = np.full((len(ids), len(years)), -1)
         for column, year in enumerate(years):
             of_year = np.flatnonzero(catalogue.years == year)
@@ -43,9 +45,8 @@ class Regions:
             raise ValueError(f"{Path(root) / 'database'}: {len(ids)} regions, none with an image of every year "
                              f"({', '.join(map(str, years))}); is the data set complete?")
         rows = rows[whole]
-        paths, footprints = catalogue.paths, catalogue.footprints[rows[:, -1]]
-        del catalogue, region  # 100 MB of a full data set that need not be there while the paths are copied
-        return cls(Path(root), paths[rows], footprints, Strings(ids[whole]), tuple(years)), missing
+        return cls(Path(root), catalogue.paths[rows], catalogue.footprints[rows[:, -1]], Strings(ids[whole]),
+                   tuple(years)), missing
 
     def __len__(self):
         return len(self.paths)

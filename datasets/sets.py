@@ -8,7 +8,7 @@ import numpy as np
 from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, Positives, load_positives
 from utils import geo
-from utils.strings import base_names, find
+from utils.tables import Strings, base_names, find
 
 POINTS_OF_INTEREST = {  # Table 1
     "Texas": (30, -95),
@@ -85,7 +85,7 @@ def read_database(root):
     """The images that are searched, those of 2021 -> Catalogue. Raises FileNotFoundError where there is none."""
     database = Catalogue.read(root, "database", year=DATABASE_YEAR)
     if not len(database):
-        raise FileNotFoundError(f"{Path(root) / 'database'}: no .jpg in a folder {DATABASE_YEAR}_*; searched are the "
+        raise FileNotFoundError(f"{Path(root) / 'database'}: no image in a folder {DATABASE_YEAR}_*; searched are the "
                                 f"images of {DATABASE_YEAR}")
     return database
 
@@ -98,7 +98,7 @@ def load_evaluation_data(dataset_path, validation=True):
     root = Path(dataset_path)
     queries = Catalogue.read(root, "queries")
     if not len(queries):
-        raise FileNotFoundError(f"{root / 'queries'}: no .jpg in it; is --dataset_path right?")
+        raise FileNotFoundError(f"{root / 'queries'}: no image in it; is --dataset_path right?")
     database = read_database(root)
     return make_evaluation_data(queries, database, load_positives(root / INTERSECTIONS_FILE), validation)
 
@@ -150,7 +150,7 @@ def positive_pairs(queries, database, intersections):
     """
     table = intersections if isinstance(intersections, Positives) else Positives.from_table(intersections)
     of_table = find(table.queries, queries.names)
-    image_rows = find(database.names, base_names(table.images))
+    image_rows = find(database.names, Strings(base_names(table.images.column)))
     starts = np.searchsorted(table.pairs[:, 0], np.arange(len(table.queries) + 1))
     counts = np.where(of_table < 0, 0, np.diff(starts, append=starts[-1:])[of_table])
     # Entry k of query q is the table's pair starts[q] + k.

@@ -12,6 +12,8 @@ from PIL import Image
 
 import eval
 import train
+from datasets import listing
+from datasets.build import cache
 from datasets.build.cache import cache_note, make_cache, stamps
 from datasets.images import read_image
 from datasets.names import Catalogue
@@ -85,6 +87,42 @@ def test_a_second_run_makes_only_what_is_missing_or_changed(own_world, small):
     assert "up to date" in cache_note(small, 32)
 
 
+def test_a_start_looks_at_folders_times_and_at_images_of_changed_folders_only(own_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "RACY_SECONDS", -1)
+    make_cache(own_world.path, tmp_path / "small", size=32, num_workers=0)
+    looked, real = [], cache._time
+    monkeypatch.setattr(cache, "_time", lambda path: (looked.append(path), real(path))[1])
+    assert "up to date" in cache_note(tmp_path / "small", 32) and looked == []
+    changed = own_world.image(own_world.regions[0])
+    replace_image(changed, "red")
+    assert "STALE: 1 images are new, changed or unreadable, 0 are gone" in cache_note(tmp_path / "small", 32)
+    assert {os.path.basename(os.path.dirname(path)) for path in looked} == {changed.parent.name}
+    make_cache(own_world.path, tmp_path / "small", size=32, num_workers=0)
+    (tmp_path / "small" / changed.relative_to(own_world.path)).unlink()
+    assert "STALE: 1 images" in cache_note(tmp_path / "small", 32)
+    make_cache(own_world.path, tmp_path / "small", size=32, num_workers=0)
+    shutil.rmtree(changed.parents[1])
+    assert "STALE: 0 images are new, changed or unreadable, 24 are gone" in cache_note(tmp_path / "small", 32)
+    shutil.rmtree(tmp_path / "small" / "queries")
+    assert "STALE: 10 images are new, changed or unreadable, 24 are gone" in cache_note(tmp_path / "small", 32)
+
+
+def test_what_could_not_be_read_is_told_at_every_start(own_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "RACY_SECONDS", -1)
+    broken = own_world.image(own_world.regions[3])
+    broken.unlink()
+    broken.write_bytes(b"no image")
+    make_cache(own_world.path, tmp_path / "small", size=32, num_workers=0)
+    assert "STALE: 1 images" in cache_note(tmp_path / "small", 32)
+
+
+def test_a_cache_of_an_earlier_version_is_compared_image_by_image(own_world, small):
+    (small / cache.FOLDERS_FILE).unlink()
+    assert "up to date" in cache_note(small, 32)
+    replace_image(own_world.image(own_world.regions[0]), "red")
+    assert "STALE: 1 images" in cache_note(small, 32)
+
+
 def test_an_older_image_put_in_place_is_noticed(own_world, small):
     path = own_world.image(own_world.regions[0])
     replace_image(path, "red")
@@ -135,7 +173,7 @@ def test_the_command(own_world):
                                            (eval, ["--tta", "none"])])
 def test_scripts_say_that_they_read_a_cache(own_world, small, tmp_path, monkeypatch, script, flags):
     monkeypatch.chdir(tmp_path)
-    own_world.image(own_world.regions[0]).touch()
+    replace_image(own_world.image(own_world.regions[0]), "red")
     script.main(script.parse_arguments([
         "--dataset_path", str(small), "--backbone", "resnet18", "--weights", "none", "--cut_after", "layer1",
         "--aggregator", "gem", "--descriptor_dim", "16", "--image_size", "20", "--num_workers", "0", "--device", "cpu",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from datasets import grid
-from datasets.names import FIELDS, Catalogue, ImageName, parse_columns
-from utils.strings import Strings
+from datasets.names import FIELDS, Catalogue, ImageName, parse_paths
+from utils.tables import Strings
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
 QUERY = "@10.000000@-20.500000@11.000000@-20.500000@11.000000@-19.000000@10.000000@-19.000000" \
@@ -76,14 +76,21 @@ def test_columns_are_what_parsing_one_by_one_gives():
                                float(rng.uniform(-180, 180))))
     paths = [f"folder/{name}" for name in names]
     for extra in ([], [QUERY.replace("@18147@", "@1_8147.9@").replace("10.4", " 10.4")]):  # what float() takes
-        columns = parse_columns(Strings(paths + extra), block=70)
+        columns = Catalogue.from_table("", parse_paths(Strings(paths + extra).array, block=70))
         parsed = [ImageName.parse(path) for path in paths + extra]
-        assert np.array_equal(columns["footprints"], [name.footprint for name in parsed])
-        assert np.array_equal(columns["nadirs"], [name.nadir for name in parsed])
+        assert np.array_equal(columns.footprints, [name.footprint for name in parsed])
+        assert np.array_equal(columns.nadirs, [name.nadir for name in parsed])
         for key in ("area", "orientation", "year"):
-            assert columns[f"{key}s"].tolist() == [getattr(name, key) for name in parsed]
-        assert Strings(columns["ids"]) == [name.image_id for name in parsed]
-    assert len(parse_columns(Strings())["footprints"]) == 0
+            assert getattr(columns, f"{key}s").tolist() == [getattr(name, key) for name in parsed]
+        assert columns.ids == [name.image_id for name in parsed] and columns.paths == paths + extra
+    assert len(Catalogue.from_paths("", []).footprints) == 0
+
+
+def test_wrong_names_are_left_out_and_told_where_a_list_is_given():
+    paths, wrong = [DATABASE, "photo.jpg", QUERY, QUERY.replace("@18147", "@big")], []
+    table = parse_paths(Strings(paths).array, wrong, block=2)
+    assert Strings(table["path"]) == [DATABASE, QUERY]
+    assert len(wrong) == 2 and wrong[0].startswith("photo.jpg: ") and "field sq_km_area is 'big'" in wrong[1]
 
 
 def test_catalogue_columns(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import shapely
 import torch
 
-from datasets import grid, index, overlap
+from datasets import grid, listing, overlap
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import (
     INTERSECTIONS_FILE,
@@ -279,7 +279,7 @@ def test_positives_are_the_table_in_columns():
 
 
 def test_positives_are_kept_in_an_index_until_the_file_changes(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(index, "RACY_SECONDS", -1)
+    monkeypatch.setattr(listing, "RACY_SECONDS", -1)
     path, read = tmp_path / INTERSECTIONS_FILE, []
     real = load_intersections
     monkeypatch.setattr(overlap, "load_intersections", lambda path: (read.append(path), real(path))[1])
@@ -295,10 +295,10 @@ def test_positives_are_kept_in_an_index_until_the_file_changes(tmp_path, monkeyp
     save_intersections(path, {"c": [("x/3", 0.5)]})
     check({"c": [("x/3", 0.5)]}, 2)
     check({"c": [("x/3", 0.5)]}, 2)
-    kept = tmp_path / "index_positives.npz"
+    kept = tmp_path / "index_positives.parquet"
     kept.write_bytes(kept.read_bytes()[:-30])
     check({"c": [("x/3", 0.5)]}, 3)
-    assert "index_positives.npz: cannot be used" in caplog.text
+    assert "index_positives.parquet: cannot be used" in caplog.text
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{INTERSECTIONS_FILE}.*python -m datasets.overlap"):
         load_positives(path)

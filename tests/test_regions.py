@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import index
+from datasets import index, listing
 from datasets.names import YEARS, ImageName
 from datasets.regions import RegionDataset, Regions, source_size
 
@@ -32,7 +32,7 @@ def test_regions_agree_with_plain_loops_whatever_is_missing(own_world, monkeypat
         if rng.uniform() < 0.1:
             path.unlink()
     monkeypatch.setattr(index, "MIN_IMAGES", 1)
-    monkeypatch.setattr(index, "RACY_SECONDS", -1)
+    monkeypatch.setattr(listing, "RACY_SECONDS", -1)
     for years in (YEARS, (2021,), (2020, 2018)):
         found = {}
         for path in sorted((own_world.path / "database").rglob("*.jpg")):
@@ -46,7 +46,7 @@ def test_regions_agree_with_plain_loops_whatever_is_missing(own_world, monkeypat
         assert [tuple(map(tuple, each)) for each in regions.footprints.tolist()] == [
             ImageName.parse(paths[0]).footprint for paths in whole.values()]
         assert list(regions.views_of(years[-1]).paths) == [(paths[-1],) * len(years) for paths in whole.values()]
-    assert (own_world.path / "index_database.npz").is_file()
+    assert (own_world.path / "index_database.parquet").is_file()
 
 
 def test_no_whole_region_is_an_error(own_world):

@@ -32,6 +32,14 @@ def unwrap_footprints(footprints):
     return unwrapped
 
 
+def ring(footprints):
+    """(N, 4, 2) -> the same corners in circular order around their mean, longitudes unwrapped; any order comes in."""
+    points = unwrap_footprints(footprints)
+    offset = points - points.mean(axis=-2, keepdims=True)
+    order = np.argsort(np.arctan2(offset[..., 0], offset[..., 1]), axis=-1, kind="stable")
+    return np.take_along_axis(points, order[..., None], axis=-2)
+
+
 def to_unit_vectors(points):
     """(..., 2) degrees -> (..., 3) unit vectors: x to (0, 0), y to (0, 90 E), z to the North Pole."""
     lat, lon = np.radians(np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0))

@@ -1,8 +1,9 @@
-"""A data set made smaller once, so that reading it is fast for ever: `python -m datasets.build.cache data --size 512`
+"""A data set made smaller once, so that reading it is fast for ever: `python -m datasets.build cache data --size 512`
 
 The result, data_512, is a data set with the same names: give it as --dataset_path. An image's shorter side has at most
 `size` pixels; what is smaller already is copied as it is. A second run goes on where the first one stopped, and makes
-again what has changed: a cached image carries its source's time of change. train.py and eval.py say when one is stale.
+again what has changed: a cached image carries its source's time of change. train.py and eval.py say when one is stale;
+they look at folders' times and compare the images in those that have changed.
 """
 
 import json
@@ -18,24 +19,38 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets.images import read_pixels
+from datasets.listing import UNSETTLED, as_known, list_files, list_folder, walk
 from datasets.overlap import INTERSECTIONS_FILE
 from utils.arguments import positive, whole
+from utils.files import replacing
 
 INFO_FILE = "cache.json"
+FOLDERS_FILE = "cache_folders.json"  # folders' times when the cache was made
 FOLDERS = ("database", "queries")
 SAME_TIME_NS = 10**6  # some file systems round times
 
 
-def stamps(root):
-    """Data set folder -> {path of an image relative to it: time of change, ns}."""
-    found = {}
-    for folder in FOLDERS:
-        for base, _, files in os.walk(Path(root) / folder):
-            for file in files:
-                if file.lower().endswith((".jpg", ".jpeg")):
-                    path = os.path.join(base, file)
-                    found[os.path.relpath(path, root)] = os.stat(path).st_mtime_ns
-    return found
+def stamps(root, folders=None):
+    """Data set folder -> {path of an image relative to it: time of change, ns}, of all or those right in `folders`."""
+    if folders is None:
+        paths = [path for part in FOLDERS for path in list_files(root, part)[0]]
+    else:
+        places = [(folder, os.fsencode(Path(root, folder))) for folder in folders if Path(root, folder).is_dir()]
+        paths = [os.path.join(folder, os.fsdecode(name)) for folder, place in places for name in list_folder(place)[1]]
+    return {path: _time(os.path.join(root, path)) for path in paths}
+
+
+def _time(path):
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:  # a link to nothing: it is named when it is to be read
+        return -1
+
+
+def folder_times(root, known=None):
+    """Data set folder -> {folder relative to it: its times}; folders with the `known` ones are not listed for it."""
+    known = {os.fsencode(folder): tuple(times) for folder, times in (known or {}).items()}
+    return {os.fsdecode(folder): times for part in FOLDERS for folder, times, *_ in walk(root, part, as_known(known))}
 
 
 def stale(source, cached):
@@ -65,10 +80,10 @@ def store(path, source, output, size, quality):
     origin, target = Path(source) / path, Path(output) / path
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
-    time = origin.stat()
     try:
+        time = origin.stat()
         pixels = shrink(origin, size)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         target.unlink(missing_ok=True)
         return str(error)
     if pixels is None:
@@ -106,6 +121,7 @@ def make_cache(source, output, size=512, quality=90, num_workers=2):
     if not (source / "database").is_dir():
         raise FileNotFoundError(f"{source / 'database'}: no such folder; give the folder of a data set")
     claim(source, output, size, quality)
+    times = folder_times(source)  # before the images are read
     paths, orphans = stale(stamps(source), stamps(output))
     for path in orphans:
         (output / path).unlink()
@@ -118,11 +134,21 @@ def make_cache(source, output, size=512, quality=90, num_workers=2):
         errors = [error for error in bar(map(job, paths)) if error]
     if (source / INTERSECTIONS_FILE).exists():
         shutil.copyfile(source / INTERSECTIONS_FILE, output / INTERSECTIONS_FILE)
+    unfit = {os.path.dirname(path) for found in stale(stamps(source), stamps(output)) for path in found}
+    kept = {"source": {folder: UNSETTLED if folder in unfit else each for folder, each in times.items()},
+            "cache": {folder: (state.st_mtime_ns, state.st_ctime_ns) for folder in folder_times(output)
+                      for state in [os.stat(output / folder)]}}
+    with replacing(output / FOLDERS_FILE) as opened:
+        opened.write(json.dumps(kept).encode())
     return len(paths) - len(errors), errors
 
 
 def cache_note(dataset_path, loaded_size):
-    """A sentence for the log where the data set is a cache: of what, and whether it is up to date. Otherwise None."""
+    """A sentence for the log where the data set is a cache: of what, and whether it is up to date. Otherwise None.
+
+    Images are compared in folders whose times have changed since the cache was made. An image that was overwritten in
+    place changes none: only a second run of the command finds it.
+    """
     file = Path(dataset_path) / INFO_FILE
     if not file.exists():
         return None
@@ -132,10 +158,16 @@ def cache_note(dataset_path, loaded_size):
         note += f", less than the {loaded_size} px at which images are loaded: make one with --size {loaded_size}"
     if not Path(info["source"], "database").is_dir():
         return f"{note}; the source is not here to compare with"
-    old, orphans = stale(stamps(info["source"]), stamps(dataset_path))
+    kept, changed = file.with_name(FOLDERS_FILE), set()
+    kept = json.loads(kept.read_text()) if kept.exists() else {"source": {}, "cache": {}}
+    for root, known in ((info["source"], kept["source"]), (dataset_path, kept["cache"])):
+        now = folder_times(root, known)
+        changed |= {folder for folder in {*now, *known}
+                    if known.get(folder) in (None, list(UNSETTLED)) or list(now.get(folder, ())) != known[folder]}
+    old, orphans = stale(stamps(info["source"], changed), stamps(dataset_path, changed))
     if old or orphans:
         return (f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it "
-                f"up to date: python -m datasets.build.cache {info['source']} --size {info['size']} "
+                f"up to date: python -m datasets.build cache {info['source']} --size {info['size']} "
                 f"--quality {info['quality']} --output {dataset_path}")
     return f"{note}, up to date"
 

@@ -1,4 +1,4 @@
-"""What is in a data set and what is wrong with it: python -m datasets.build.check PATH
+"""What is in a data set and what is wrong with it: python -m datasets.build check PATH
 
 PATH is a data set's folder, or a text file of names, one a line. Exit code 0: fine, 1: problems, 2: cannot be checked.
 """
@@ -16,29 +16,22 @@ from tqdm import tqdm
 
 from datasets.build.check_names import NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names
 from datasets.images import decode, read_bytes
+from datasets.listing import list_files
 from datasets.names import FIELDS
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from utils.arguments import positive, whole
 
-IMAGES = (".jpg", ".jpeg")
 NEARLY = 3  # levels of 255, in each band: what compression makes of one colour
 FLAT = {"one": ("images of one colour", PROBLEM),
         "extreme": ("images that are black or white but for 1 % (ruined by a conversion?)", PROBLEM),
         "nearly": ("images of one colour but for 1 % (sea with an islet?)", NOTE)}
 
-
 def list_folder(root):
-    """Folder -> paths of the database and of the queries, relative to it and sorted, and of other files in them."""
-    found, others = {"database": [], "queries": []}, []
-    for part, paths in found.items():
-        for base, _, files in os.walk(root / part):
-            relative = os.path.relpath(base, root).replace(os.sep, "/")
-            for file in files:
-                (paths if file.lower().endswith(IMAGES) else others).append(f"{relative}/{file}")
-        paths.sort()
-    if not (found["database"] or found["queries"]):
-        raise ValueError(f"{root}: no .jpg in database/ or queries/; is it the folder of a data set?")
-    return found["database"], found["queries"], sorted(others)
+    """Folder -> paths of the database and of the queries, relative to it, and of other files in them."""
+    (database, others), (queries, more) = (list_files(root, part) for part in ("database", "queries"))
+    if not (database or queries):
+        raise ValueError(f"{root}: no image in database/ or queries/; is it the folder of a data set?")
+    return database, queries, sorted(others + more)
 
 
 def list_file(path):
@@ -155,7 +148,7 @@ def check(path, names_only=False, size=None, num_workers=2):
     findings += check_database(database_names) + check_queries(query_names)
     if is_folder and queries:
         findings += check_positives(path, database, queries)
-    findings.append(Finding("files that are no .jpg (left by a build that was stopped, if .tmp)", NOTE, others))
+    findings.append(Finding("files that are no image (left by a build that was stopped, if .tmp)", NOTE, others))
     if is_folder and not names_only:
         more, sizes = check_images(path, database, queries, size, num_workers)
         findings += more

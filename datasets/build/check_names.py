@@ -4,20 +4,16 @@ A check returns Findings. Everything is arrays: 720,000 names take seconds, and 
 """
 
 from dataclasses import dataclass, field
-from itertools import compress
 
 import numpy as np
 
 from datasets import grid
-from datasets.names import CORNER_FIELDS, FIELDS, ImageName
+from datasets.names import Catalogue, parse_paths
 from datasets.overlap import degenerate, ring
 from utils import geo
+from utils.tables import Strings
 
 PROBLEM, NOTE = "problem", "note"
-NUMBERS = (*CORNER_FIELDS, "nadir_lat", "nadir_lon", "sq_km_area", "orientation")
-LIMITS = np.array([90 if "lat" in name else 180 if "lon" in name else np.inf for name in NUMBERS])
-NOTHING = [""] * (len(FIELDS) + 2)  # stands for a name of another form, so that the others make columns
-CHUNK = 2000  # names split at a time: their fields as strings, a kilobyte each, stay in the cache
 COORDINATE_TOLERANCE = 2e-5  # degrees; names hold five decimals
 AREA_TOLERANCE = 0.005, 2.0  # share, and km²: the real names hold 0.0002 and whole numbers
 MAX_NADIR_KM = 2500  # to the footprint's centre: what the crew can see (paper, eq. 1 rounded up)
@@ -56,48 +52,13 @@ class Names:
 
 def parse_names(paths):
     """-> Names of those that parse, Findings for the others."""
-    kept, numbers, wrong = [], [np.zeros((0, len(NUMBERS)))], []
-    ids, dates, folders = [], [], []
-    for start in range(0, len(paths), CHUNK):
-        chunk = paths[start:start + CHUNK]
-        split = [path.rpartition("/") for path in chunk]
-        parts = [name.split("@") for _, _, name in split]
-        fits = np.array([len(each) == len(FIELDS) + 2 and not each[0] and bool(each[9]) and each[10].isdigit()
-                         and len(each[10]) in (4, 8) for each in parts], dtype=bool)
-        columns = list(zip(*[each if fit else NOTHING for each, fit in zip(parts, fits)]))
-        values = np.stack([_numbers(columns[1 + FIELDS.index(name)]) for name in NUMBERS], axis=1)
-        # Comparisons with NaN are false, so what is no number fits nowhere.
-        fits &= (np.abs(values) <= LIMITS).all(axis=1) & np.isfinite(values).all(axis=1)
-        numbers.append(values[fits])
-        kept += compress(chunk, fits)
-        ids += compress(columns[9], fits)
-        dates += compress(columns[10], fits)
-        folders += compress([folder for folder, _, _ in split], fits)
-        wrong += [_why(path) for path in compress(chunk, ~fits)]
-    values = np.concatenate(numbers)
-    years = {date: int(date[:4]) for date in set(dates)}
-    names = Names(kept, values[:, :8].reshape(-1, 4, 2), values[:, 8:10], values[:, 10], values[:, 11],
-                  np.array([years[date] for date in dates], dtype=np.int64), ids, dates, folders, read_ids(ids))
+    wrong = []
+    table = parse_paths(Strings(paths).array, wrong)
+    columns = Catalogue.from_table("", table)
+    paths, ids, dates = list(columns.paths), list(columns.ids), list(Strings(table["timestamp"]))
+    names = Names(paths, columns.footprints, columns.nadirs, columns.areas, columns.orientations, columns.years, ids,
+                  dates, [path.rpartition("/")[0] for path in paths], read_ids(ids))
     return names, [Finding("names that do not parse", PROBLEM, wrong)]
-
-
-def _numbers(texts):
-    """Strings -> float64, NaN where one is no number. Names of a grid share few strings, so each is read once."""
-    values = {}
-    for text in set(texts):
-        try:
-            values[text] = float(text)
-        except ValueError:
-            values[text] = np.nan
-    return np.array([values[text] for text in texts], dtype=np.float64)
-
-
-def _why(path):
-    try:
-        ImageName.parse(path)
-    except ValueError as error:
-        return str(error)
-    return f"{path}: a number is written in no plain way"
 
 
 def listed(what, level, names, rows, detail=None):
