@@ -7,7 +7,7 @@ TORCH_THREADS := OMP_NUM_THREADS=1
 # Tests run in an order of their own each time; make test SEED=… repeats one.
 SEED ?= $(shell date +%s)
 
-.PHONY: demo test test-slow clean
+.PHONY: demo lint test test-slow clean
 
 # An environment is marked as whole only when everything is installed, so a broken set-up is done again.
 $(VENV)/.installed: requirements.txt
@@ -25,7 +25,10 @@ demo: $(VENV)/.installed
 	$(RUN) -m datasets.build demo $(WORLD)
 	$(RUN) -m experiments.demo --dataset_path $(WORLD)
 
-test: $(VENV)/.installed-tests
+lint: $(VENV)/.installed-tests
+	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
+
+test: lint
 	$(TORCH_THREADS) $(RUN) -m pytest -q -m "not slow" --randomly-seed=$(SEED) tests
 
 test-slow: $(VENV)/.installed-tests

@@ -25,23 +25,40 @@ def parse_arguments(argv=None):
     parser.add_argument("--dataset_path", required=True, help="folder with database/, queries/ and the intersections")
     parser.add_argument("--log_dir", default="eval", help="results go to logs/LOG_DIR/date_time")
     parser.add_argument("--tta", choices=("4x90", "none"), default="4x90", help="four rotations, or one")
-    parser.add_argument("--rotate", choices=("database", "queries"), default="database",
-                        help="what is turned; queries: a quarter of the descriptors to make, keep and search")
-    parser.add_argument("--search", choices=SEARCHES, default="exact",
-                        help="flat: exact too, in plain float32; compressed: little memory, may miss neighbours")
-    parser.add_argument("--descriptors", default="logs/descriptors",
-                        help="folder where descriptors are kept, so that none is made twice; none: in memory only, "
-                             "as always with several processes")
-    parser.add_argument("--forget_descriptors", action="store_true",
-                        help="remove what was kept there for other models than this one")
+    parser.add_argument(
+        "--rotate",
+        choices=("database", "queries"),
+        default="database",
+        help="what is turned; queries: a quarter of the descriptors to make, keep and search",
+    )
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default="exact",
+        help="flat: exact too, in plain float32; compressed: little memory, may miss neighbours",
+    )
+    parser.add_argument(
+        "--descriptors",
+        default="logs/descriptors",
+        help="folder where descriptors are kept, so that none is made twice; none: in memory only, "
+        "as always with several processes",
+    )
+    parser.add_argument(
+        "--forget_descriptors", action="store_true", help="remove what was kept there for other models than this one"
+    )
     parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
     parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
-                        help="of the network; auto: bf16 where the hardware multiplies in it")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of the network; auto: bf16 where the hardware multiplies in it",
+    )
     parser.add_argument("--seed", type=whole, default=0, help="of a fresh model, and of the queries in the picture")
-    parser.add_argument("--process_timeout", type=float, default=1800,
-                        help="seconds that processes wait for one that does not answer")
+    parser.add_argument(
+        "--process_timeout", type=float, default=1800, help="seconds that processes wait for one that does not answer"
+    )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_model_arguments(parser)
     return parser.parse_args(argv)
@@ -66,9 +83,18 @@ def main(args):
         kept = None if args.descriptors == "none" or distributed.world() > 1 else args.descriptors
         if kept:
             tidy(kept, model_fingerprint(model, model.config.image_size, precision), args.forget_descriptors)
-        descriptors, data = describe_sets(model, data, model.config.image_size, args.batch_size, args.num_workers,
-                                          device, precision, ROTATIONS if args.tta == "4x90" else (0,),
-                                          rotate=args.rotate, keep=kept)
+        descriptors, data = describe_sets(
+            model,
+            data,
+            model.config.image_size,
+            args.batch_size,
+            args.num_workers,
+            device,
+            precision,
+            ROTATIONS if args.tta == "4x90" else (0,),
+            rotate=args.rotate,
+            keep=kept,
+        )
         first = distributed.rank() == 0
     return score(data, descriptors, folder, device, args) if first else None
 

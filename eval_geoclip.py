@@ -41,28 +41,46 @@ def parse_arguments(argv=None):
     parser.add_argument("--csv", help="IMG_ID,LAT,LON of the photos")
     parser.add_argument("--images", help="folder of the CSV's images; default: the CSV's own")
     parser.add_argument("--dataset_path", help="EarthLoc's layout: its queries, without the validation set's")
-    parser.add_argument("--nadir_km", type=float, help="only places within so many km of the photo's nadir, where "
-                                                       "names tell it; astronauts see 2500 km")
+    parser.add_argument(
+        "--nadir_km",
+        type=float,
+        help="only places within so many km of the photo's nadir, where names tell it; astronauts see 2500 km",
+    )
     parser.add_argument("--log_dir", default="eval_geoclip", help="results go to logs/LOG_DIR/date_time")
     return parser.parse_args(argv)
 
 
 def add_model_flags(parser):
     """What eval_geoclip.py and predict_geoclip.py share."""
-    parser.add_argument("--resume", default=GALLERY_PACKAGE, help="checkpoint of train_geoclip.py, a folder of "
-                        "published weights, or geoclip: those of the installed PyPI package")
+    parser.add_argument(
+        "--resume",
+        default=GALLERY_PACKAGE,
+        help="checkpoint of train_geoclip.py, a folder of "
+        "published weights, or geoclip: those of the installed PyPI package",
+    )
     parser.add_argument("--clip", help="replaces the CLIP of the weights: a Hugging Face id or a folder")
-    parser.add_argument("--gallery", help="where a photo can be: train (the coordinates trained on), package (100,000 "
-                        "points of the PyPI package), grid:KM or land:KM (a point every so many km), or a CSV with "
-                        "LAT,LON; default: train, or package for published weights")
+    parser.add_argument(
+        "--gallery",
+        help="where a photo can be: train (the coordinates trained on), package (100,000 "
+        "points of the PyPI package), grid:KM or land:KM (a point every so many km), or a CSV with "
+        "LAT,LON; default: train, or package for published weights",
+    )
     parser.add_argument("--cache_dir", default="logs/galleries", help="gallery embeddings are kept here, or none")
-    parser.add_argument("--crops", choices=CROPS, default="one", help="views that are averaged: one, ten crops, or "
-                                                                      "four turns (photos from orbit)")
+    parser.add_argument(
+        "--crops",
+        choices=CROPS,
+        default="one",
+        help="views that are averaged: one, ten crops, or four turns (photos from orbit)",
+    )
     parser.add_argument("--batch_size", type=positive, default=32, help="photos embedded at a time")
     parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
-                        help="of the image encoder; auto: bf16 where the hardware multiplies in it")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of the image encoder; auto: bf16 where the hardware multiplies in it",
+    )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 
@@ -79,8 +97,9 @@ def load_model_and_gallery(args, device):
 def photos_of_flags(args):
     """Flags -> Photos. ValueError names the flag that is missing."""
     if bool(args.csv) == bool(args.dataset_path):
-        raise ValueError("give the photos by --csv FILE (with --images FOLDER), or by --dataset_path FOLDER; one of "
-                         "the two")
+        raise ValueError(
+            "give the photos by --csv FILE (with --images FOLDER), or by --dataset_path FOLDER; one of the two"
+        )
     if args.csv:
         return read_photos(args.csv, args.images)
     return queries_of(args.dataset_path)
@@ -92,8 +111,9 @@ def queries_of(dataset_path):
     validation = load_evaluation_data(dataset_path).only(VALIDATION)
     rows = np.setdiff1d(np.arange(len(photos)), validation.query_rows)
     kept = photos.select(rows)
-    return Photos(kept.paths, kept.points, kept.nadirs,
-                  [f"{len(photos) - len(rows)} queries of {VALIDATION} are left out"])
+    return Photos(
+        kept.paths, kept.points, kept.nadirs, [f"{len(photos) - len(rows)} queries of {VALIDATION} are left out"]
+    )
 
 
 def main(args):
@@ -107,8 +127,9 @@ def main(args):
     for note in photos.notes:
         logging.info(note)
     model, points, gallery, training = load_model_and_gallery(args, device)
-    embeddings, failures = embed_photos(model, photos.paths, args.batch_size, args.num_workers, device, precision,
-                                        args.crops)
+    embeddings, failures = embed_photos(
+        model, photos.paths, args.batch_size, args.num_workers, device, precision, args.crops
+    )
     for _, error in failures:
         logging.info(f"left out: {error}")
     if failures:
@@ -130,18 +151,26 @@ def main(args):
     best = geo.distance_km(photos.points[:, None], points[None]).min(axis=1) if len(points) <= 5000 else None
     if best is not None:
         logging.info(f"Nearest point of the gallery: median {np.median(best):.1f} km, nothing can be nearer")
-    results = {"weights": str(args.resume), "photos": len(photos), "left_out": len(failures), "gallery": len(points),
-               "accuracy": accuracy(distances), "median_km": float(np.median(distances)),
-               "naive": {name: {"accuracy": accuracy(each), "median_km": float(np.median(each))}
-                         for name, each in naive.items()}}
+    results = {
+        "weights": str(args.resume),
+        "photos": len(photos),
+        "left_out": len(failures),
+        "gallery": len(points),
+        "accuracy": accuracy(distances),
+        "median_km": float(np.median(distances)),
+        "naive": {
+            name: {"accuracy": accuracy(each), "median_km": float(np.median(each))} for name, each in naive.items()
+        },
+    }
     temporary = folder / "results.json.tmp"
     temporary.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(temporary, folder / "results.json")
     with open(folder / "predictions.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_FIELDS)
-        for path, truth, found, probability, km in zip(photos.paths, photos.points, predicted, probabilities[:, 0],
-                                                       distances):
+        for path, truth, found, probability, km in zip(
+            photos.paths, photos.points, predicted, probabilities[:, 0], distances
+        ):
             writer.writerow((path, *(f"{value:.5f}" for value in (*truth, *found)), f"{probability:.6f}", f"{km:.2f}"))
     shown = np.random.default_rng(0).permutation(len(photos))[:100]
     figures.save(errors_map(photos.points[shown], predicted[shown]), folder / "predictions.jpg")

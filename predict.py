@@ -30,21 +30,34 @@ def parse_arguments(argv=None):
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
     parser.add_argument("--resume", required=True, help="checkpoint of train.py, or released weights")
     parser.add_argument("--dataset_path", required=True, help="folder with database/; queries are not needed")
-    parser.add_argument("--near", type=float, nargs=2, metavar=("LAT", "LON"),
-                        help="only images that show ground near this place, the point below the station; degrees")
+    parser.add_argument(
+        "--near",
+        type=float,
+        nargs=2,
+        metavar=("LAT", "LON"),
+        help="only images that show ground near this place, the point below the station; degrees",
+    )
     parser.add_argument("--near_km", type=float, default=2500, help="how near; astronauts see 2500 km (paper, eq. 1)")
     parser.add_argument("--top_k", type=positive, default=3, help="places for each photo")
-    parser.add_argument("--descriptors", default="logs/descriptors",
-                        help="folder where the database's descriptors are kept, so that none is made twice")
-    parser.add_argument("--forget_descriptors", action="store_true",
-                        help="remove what was kept there for other models than this one")
+    parser.add_argument(
+        "--descriptors",
+        default="logs/descriptors",
+        help="folder where the database's descriptors are kept, so that none is made twice",
+    )
+    parser.add_argument(
+        "--forget_descriptors", action="store_true", help="remove what was kept there for other models than this one"
+    )
     parser.add_argument("--shown", type=whole, default=50, help="photos in the picture, and world maps")
     parser.add_argument("--log_dir", default="predict", help="results go to logs/LOG_DIR/date_time")
     parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
     parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
-                        help="of the network; auto: bf16 where the hardware multiplies in it")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of the network; auto: bf16 where the hardware multiplies in it",
+    )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -65,8 +78,9 @@ def main(args):
     readable = readable_rows(paths, failures)
     photos, paths = photos[0, readable], [paths[row] for row in readable]
     tidy(args.descriptors, model_fingerprint(model, model.config.image_size, precision), args.forget_descriptors)
-    images, failures = describe_kept(args.descriptors, model, database.root, database.paths, *common, ROTATIONS,
-                                     "world", wanted=rows)
+    images, failures = describe_kept(
+        args.descriptors, model, database.root, database.paths, *common, ROTATIONS, "world", wanted=rows
+    )
     rows = np.setdiff1d(rows, [row for row, _ in failures])
     for _, error in failures:
         logging.info(f"left out: {error}")
@@ -77,15 +91,16 @@ def main(args):
     predictions = as_predictions(paths, database, scores, found, rotations)
     write_predictions(folder, predictions, database.footprints[found.ravel()])
     for k, path in enumerate(paths):
-        own = predictions[k * args.top_k:(k + 1) * args.top_k]
-        logging.info(f"{path}: " + ", ".join("{latitude:.3f} {longitude:.3f} ({score:.3f})".format(**each)
-                                             for each in own))
+        own = predictions[k * args.top_k : (k + 1) * args.top_k]
+        logging.info(
+            f"{path}: " + ", ".join("{latitude:.3f} {longitude:.3f} ({score:.3f})".format(**each) for each in own)
+        )
         if k < args.shown:
             places = [(each["latitude"], each["longitude"]) for each in own]
             labels = [f"{each['score']:.3f}" for each in own]
             figures.save(candidates_map(places, labels, printable(path.name)), folder / f"map_{k:04d}.jpg")
     if args.shown:
-        save_picture(folder / "predictions.jpg", paths[:args.shown], database, scores, found, rotations)
+        save_picture(folder / "predictions.jpg", paths[: args.shown], database, scores, found, rotations)
     logging.info(f"{len(paths)} photos, {len(rows)} database images; predictions, picture and maps are in {folder}")
     return predictions
 
@@ -127,23 +142,40 @@ def locate(photos, images, rows, top_k):
 def as_predictions(paths, database, scores, found, rotations):
     """-> a list of dicts, one a place, best first. score: cosine similarity. rotation: degrees counter-clockwise that
     the image was turned to look like the photo, as a viewer shows it: the compass azimuth of the photo's up."""
-    return [{"image": str(path), "rank": rank + 1, "latitude": round(float(lat), 6), "longitude": round(float(lon), 6),
-             "score": round(float(scores[k, rank]), 6), "rotation": int(rotations[k, rank]),
-             "database_image": database.paths[found[k, rank]], "area_km2": int(database.areas[found[k, rank]])}
-            for k, path in enumerate(paths)
-            for rank, (lat, lon) in enumerate(database.centers[found[k]])]
+    return [
+        {
+            "image": str(path),
+            "rank": rank + 1,
+            "latitude": round(float(lat), 6),
+            "longitude": round(float(lon), 6),
+            "score": round(float(scores[k, rank]), 6),
+            "rotation": int(rotations[k, rank]),
+            "database_image": database.paths[found[k, rank]],
+            "area_km2": int(database.areas[found[k, rank]]),
+        }
+        for k, path in enumerate(paths)
+        for rank, (lat, lon) in enumerate(database.centers[found[k]])
+    ]
 
 
 def save_picture(file, paths, database, scores, found, rotations, size=160):
     """A row a photo: the photo, and the images that it was found to look like, turned as they matched."""
     cells, captions = [], []
     for k, path in enumerate(paths):
-        images = [rotate(read_image(database.root / database.paths[row], size), int(degrees))
-                  for row, degrees in zip(found[k], rotations[k])]
+        images = [
+            rotate(read_image(database.root / database.paths[row], size), int(degrees))
+            for row, degrees in zip(found[k], rotations[k])
+        ]
         cells.append([read_image(path, size, upright=True), *images])
-        captions.append([printable(path.name)[:22], *(
-            f"{lat:.1f} {lon:.1f} ({score:.2f})"
-            for (lat, lon), score in zip(database.centers[found[k]], scores[k]))])
+        captions.append(
+            [
+                printable(path.name)[:22],
+                *(
+                    f"{lat:.1f} {lon:.1f} ({score:.2f})"
+                    for (lat, lon), score in zip(database.centers[found[k]], scores[k])
+                ),
+            ]
+        )
     titles = ["photo", *(f"prediction {rank + 1}" for rank in range(found.shape[1]))]
     figures.save(figures.mosaic(cells, size, captions=captions, column_titles=titles), file)
 

@@ -25,8 +25,13 @@ def parse_arguments(argv=None):
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
     add_model_flags(parser)
     parser.add_argument("--top_k", type=positive, default=3, help="places for each photo")
-    parser.add_argument("--near", type=float, nargs=2, metavar=("LAT", "LON"), help="only places near this one, for "
-                        "example the nadir of the photos; degrees")
+    parser.add_argument(
+        "--near",
+        type=float,
+        nargs=2,
+        metavar=("LAT", "LON"),
+        help="only places near this one, for example the nadir of the photos; degrees",
+    )
     parser.add_argument("--near_km", type=float, default=2500, help="how near; astronauts see 2500 km")
     parser.add_argument("--maps", type=whole, default=50, help="world maps to draw, one a photo")
     parser.add_argument("--log_dir", default="predict_geoclip", help="results go to logs/LOG_DIR/date_time")
@@ -61,10 +66,17 @@ def main(args):
 
 def as_predictions(paths, found, probabilities):
     """Paths (N), points (N, k, 2) degrees, probabilities (N, k) -> a list of dicts, one a place, best first."""
-    return [{"image": str(path), "rank": rank + 1, "latitude": round(float(lat), 6), "longitude": round(float(lon), 6),
-             "probability": float(share)}
-            for path, places, shares in zip(paths, found, probabilities)
-            for rank, ((lat, lon), share) in enumerate(zip(places, shares))]
+    return [
+        {
+            "image": str(path),
+            "rank": rank + 1,
+            "latitude": round(float(lat), 6),
+            "longitude": round(float(lon), 6),
+            "probability": float(share),
+        }
+        for path, places, shares in zip(paths, found, probabilities)
+        for rank, ((lat, lon), share) in enumerate(zip(places, shares))
+    ]
 
 
 if __name__ == "__main__":

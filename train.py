@@ -50,47 +50,82 @@ def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_path", default="data", help="folder with database/, queries/ and the intersections")
-    data.add_argument("--positives", choices=("years", "views"), default="years",
-                      help="positives of an image: its region's other years, or augmented views of itself (Table 3)")
-    data.add_argument("--source_size", type=positive, help="pixels a side at which images are loaded, before the crop; "
-                                                      "default: 1.6 × image_size, up to the next power of two")
+    data.add_argument(
+        "--positives",
+        choices=("years", "views"),
+        default="years",
+        help="positives of an image: its region's other years, or augmented views of itself (Table 3)",
+    )
+    data.add_argument(
+        "--source_size",
+        type=positive,
+        help="pixels a side at which images are loaded, before the crop; "
+        "default: 1.6 × image_size, up to the next power of two",
+    )
     data.add_argument("--num_workers", type=whole, default=4)
-    data.add_argument("--max_unreadable", type=float, default=0.05,
-                      help="share of regions with an unreadable image above which the run stops")
+    data.add_argument(
+        "--max_unreadable",
+        type=float,
+        default=0.05,
+        help="share of regions with an unreadable image above which the run stops",
+    )
     batches = parser.add_argument_group("batches (paper, sec. 4.2)")
-    batches.add_argument("--batch_size", type=positive, default=32,
-                         help="regions a batch, over all processes; each brings its four years")
+    batches.add_argument(
+        "--batch_size",
+        type=positive,
+        default=32,
+        help="regions a batch, over all processes; each brings its four years",
+    )
     batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
     batches.add_argument("--num_clusters", type=positive, default=200)
-    batches.add_argument("--cluster_draw", choices=DRAWS, default="size",
-                         help="a batch's cluster: in proportion to its size, or any, equally likely (released code)")
+    batches.add_argument(
+        "--cluster_draw",
+        choices=DRAWS,
+        default="size",
+        help="a batch's cluster: in proportion to its size, or any, equally likely (released code)",
+    )
     batches.add_argument("--recluster_every", type=positive, default=5000, help="iterations")
     augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     add_augmentation_arguments(augmentation, GROUPS)
     loss = parser.add_argument_group("loss (paper, sec. 4.4)")
     loss.add_argument("--loss", choices=LOSSES, default="multi_similarity")
-    loss.add_argument("--neutral", choices=("on", "off"), default="on",
-                      help="on: regions that share ground are no negatives; off: they are")
+    loss.add_argument(
+        "--neutral",
+        choices=("on", "off"),
+        default="on",
+        help="on: regions that share ground are no negatives; off: they are",
+    )
     add_settings(loss, LOSSES)
     steps = parser.add_argument_group("optimisation (paper, sec. 5.1)")
     steps.add_argument("--iterations", type=positive, default=50_000)
     steps.add_argument("--lr", type=float, default=1e-4)
     steps.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant")
     steps.add_argument("--warmup", type=whole, default=0, help="iterations over which lr rises from 0")
-    steps.add_argument("--fc_init", choices=("random", "whitening"), default="random",
-                       help="whitening: the last layer starts as a PCA whitening of what it gets (README, 'Plateau')")
+    steps.add_argument(
+        "--fc_init",
+        choices=("random", "whitening"),
+        default="random",
+        help="whitening: the last layer starts as a PCA whitening of what it gets (README, 'Plateau')",
+    )
     steps.add_argument("--fc_std", type=float, default=1.0, help="scale of the whitening: larger moves slower")
     steps.add_argument("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
     system = add_run_arguments(parser, "default", validate_every="recluster_every")
-    system.add_argument("--compile", action="store_true",
-                        help="torch.compile the network: minutes before the first step (benchmarks/speed_step.py)")
+    system.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: minutes before the first step (benchmarks/speed_step.py)",
+    )
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
 def make_loss(args, num_regions):
-    return make(LOSSES[args.loss], chosen_settings(args, LOSSES[args.loss]), num_regions=num_regions,
-                descriptor_dim=args.descriptor_dim)
+    return make(
+        LOSSES[args.loss],
+        chosen_settings(args, LOSSES[args.loss]),
+        num_regions=num_regions,
+        descriptor_dim=args.descriptor_dim,
+    )
 
 
 def prepare(args):
@@ -119,8 +154,16 @@ def start(args, regions, loader, augment, folder, device, precision):
     else:
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
-            whiten(model, serve_sample(loader, len(regions), args.batch_size, args.seed), augment, args.seed, args.fc_std,
-                   args.fc_regulariser, device, precision)
+            whiten(
+                model,
+                serve_sample(loader, len(regions), args.batch_size, args.seed),
+                augment,
+                args.seed,
+                args.fc_std,
+                args.fc_regulariser,
+                device,
+                precision,
+            )
     run.network = distributed.wrap(model)
     if args.compile:
         model.compile()
@@ -134,6 +177,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     Low precision only around the network, the loss in float32. Of several processes each has its part of the views, and
     labels, neutral and what is returned are those of all.
     """
+
     def forward():
         with autocast(device, precision):
             descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
@@ -141,6 +185,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
         # Mining drops nan similarities: the loss would be a harmless 0.
         loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
         return loss, descriptors.detach()
+
     return guarded_update(run, lr, forward)
 
 
@@ -156,13 +201,15 @@ def validate(run, validation, writer, image_size, batch_size, num_workers, devic
     """R@1 of the validation set, logged and written; None without one."""
     if not validation.sets:
         return None
-    descriptors, data = describe_sets(run.model, validation, image_size, batch_size, num_workers, device, precision,
-                                      progress=False)
+    descriptors, data = describe_sets(
+        run.model, validation, image_size, batch_size, num_workers, device, precision, progress=False
+    )
 
     def score():
         result = score_sets(data, descriptors)
         logging.info(f"Iteration {run.iteration}: {result.lines()[0]}")
         return result[VALIDATION].recalls[1]
+
     score = distributed.from_first(score)
     writer.add_scalar("validation/R@1", score, run.iteration)
     return score
@@ -188,18 +235,43 @@ def train(args, folder, device, stop):
         period, since = divmod(run.iteration, args.recluster_every)
         if since == 0:
             with stop.at_once():
-                clusters = [np.arange(len(regions))] if args.batches == "random" else make_clusters(
-                    run.model, regions, period, args.num_clusters, args.batch_size, args.seed, args.image_size,
-                    args.num_workers, device, precision, left_out)
+                clusters = (
+                    [np.arange(len(regions))]
+                    if args.batches == "random"
+                    else make_clusters(
+                        run.model,
+                        regions,
+                        period,
+                        args.num_clusters,
+                        args.batch_size,
+                        args.seed,
+                        args.image_size,
+                        args.num_workers,
+                        device,
+                        precision,
+                        left_out,
+                    )
+                )
             run.memory["clusters"] = clusters
-            logging.info(f"Iteration {run.iteration}: {len(clusters)} clusters of {min(map(len, clusters))} to "
-                         f"{max(map(len, clusters))} regions")
+            logging.info(
+                f"Iteration {run.iteration}: {len(clusters)} clusters of {min(map(len, clusters))} to "
+                f"{max(map(len, clusters))} regions"
+            )
             if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
                 save_clusters_figure(folder, regions, clusters)
         if since == 0 or served is None:
             with stop.at_once():
-                served = serve_period(loader, run.memory["clusters"], args.batch_size, run.iteration,
-                                      args.recluster_every, args.iterations, args.seed, mine, args.cluster_draw)
+                served = serve_period(
+                    loader,
+                    run.memory["clusters"],
+                    args.batch_size,
+                    run.iteration,
+                    args.recluster_every,
+                    args.iterations,
+                    args.seed,
+                    mine,
+                    args.cluster_draw,
+                )
             meter.restart()
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
@@ -222,22 +294,40 @@ def train(args, folder, device, stop):
         neutral = neutral_pairs(regions.footprints[rows.numpy()], places) if args.neutral == "on" else None
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, args.warmup)
         loss, norm, descriptors = update(run, views.flatten(0, 1), labels, neutral, run.loss_fn, lr, device, precision)
-        return Outcome(run.iteration - 1, loss, norm, len(labels),
-                       lambda: scalars(run.loss_fn, descriptors, labels, neutral, lr),
-                       lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]})
+        return Outcome(
+            run.iteration - 1,
+            loss,
+            norm,
+            len(labels),
+            lambda: scalars(run.loss_fn, descriptors, labels, neutral, lr),
+            lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]},
+        )
 
     with closing(loader):
         with stop.at_once():
             run = start(args, regions, loader, augment, folder, device, precision)
         finished = run_loop(
-            run, step, lambda writer: validate(run, validation, writer, args.image_size, 4 * args.batch_size,
-                                               args.num_workers, device, precision),
-            folder, stop, vars(args), iterations=args.iterations, validate_every=args.validate_every,
-            save_every=args.save_every, keep_every=args.keep_every, pause_every=args.recluster_every,
-            log_every=args.log_every, max_skips=args.max_skips)
+            run,
+            step,
+            lambda writer: validate(
+                run, validation, writer, args.image_size, 4 * args.batch_size, args.num_workers, device, precision
+            ),
+            folder,
+            stop,
+            vars(args),
+            iterations=args.iterations,
+            validate_every=args.validate_every,
+            save_every=args.save_every,
+            keep_every=args.keep_every,
+            pause_every=args.recluster_every,
+            log_every=args.log_every,
+            max_skips=args.max_skips,
+        )
     if finished:
-        logging.info(f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "
-                     f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}")
+        logging.info(
+            f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "
+            f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}"
+        )
     return finished
 
 

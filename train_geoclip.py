@@ -43,34 +43,66 @@ def parse_arguments(argv=None):
     data.add_argument("--dataset_path", help="EarthLoc's layout: its database images at their footprints' centres")
     data.add_argument("--val_csv", help="IMG_ID,LAT,LON to validate on; an EarthLoc data set brings its validation set")
     data.add_argument("--val_images", help="folder of --val_csv's images; default: the CSV's own")
-    data.add_argument("--source_size", type=positive, help="pixels a side at which images are loaded, before the crop; "
-                                                      "default: 1.15 × the encoder's size")
+    data.add_argument(
+        "--source_size",
+        type=positive,
+        help="pixels a side at which images are loaded, before the crop; default: 1.15 × the encoder's size",
+    )
     data.add_argument("--num_workers", type=whole, default=4)
     model = parser.add_argument_group("model")
     model.add_argument("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
     model.add_argument("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
-    model.add_argument("--weights", default="imagenet", help="of a backbone: imagenet, none, or a file (a classifier's "
-                                                             "or EarthLoc's state dict); CLIP brings its own")
+    model.add_argument(
+        "--weights",
+        default="imagenet",
+        help="of a backbone: imagenet, none, or a file (a classifier's or EarthLoc's state dict); CLIP brings its own",
+    )
     model.add_argument("--cut_after", help="last kept stage of a backbone; default: all of it")
     model.add_argument("--freeze_until", help="last frozen stage of a backbone, or none; default: as in train.py")
     model.add_argument("--image_size", type=positive, help="pixels a side, of a backbone; default: 128")
-    model.add_argument("--gem_grid", type=positive, default=1,
-                       help="a backbone's features are pooled over so many cells a side")
-    model.add_argument("--sigmas", type=float, nargs="+", default=list(SIGMAS), help="of the location encoder's "
-                                                                                     "capsules, coarse to fine")
+    model.add_argument(
+        "--gem_grid", type=positive, default=1, help="a backbone's features are pooled over so many cells a side"
+    )
+    model.add_argument(
+        "--sigmas",
+        type=float,
+        nargs="+",
+        default=list(SIGMAS),
+        help="of the location encoder's capsules, coarse to fine",
+    )
     loss = parser.add_argument_group("loss (paper, sec. 3.3)")
     loss.add_argument("--queue_size", type=whole, default=4096)
     loss.add_argument("--noise_batch", type=float, default=150.0, help="metres, sigma of the noise on the batch's GPS")
     loss.add_argument("--noise_queue", type=float, default=1000.0, help="metres, on the queue's GPS")
-    loss.add_argument("--neutral_km", type=float, default=0.0, help="coordinates nearer than this to a photo's own are "
-                                                                    "no negatives of it; 0: the paper's loss")
+    loss.add_argument(
+        "--neutral_km",
+        type=float,
+        default=0.0,
+        help="coordinates nearer than this to a photo's own are no negatives of it; 0: the paper's loss",
+    )
     augmentation = parser.add_argument_group("augmentation; turns, flips and weather are of each image")
-    add_augmentation_arguments(augmentation, ("image", "batch", "none"), augmentation="image", rotation=0.0,
-                               perspective=0.0, min_crop=0.5, aspect=1.3, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    augmentation.add_argument("--turns", choices=("on", "off"), default="off",
-                              help="on: also turn by 0, 90, 180 or 270 degrees, for photos from orbit")
-    augmentation.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for "
-                                                                                  "photos from orbit")
+    add_augmentation_arguments(
+        augmentation,
+        ("image", "batch", "none"),
+        augmentation="image",
+        rotation=0.0,
+        perspective=0.0,
+        min_crop=0.5,
+        aspect=1.3,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+    )
+    augmentation.add_argument(
+        "--turns",
+        choices=("on", "off"),
+        default="off",
+        help="on: also turn by 0, 90, 180 or 270 degrees, for photos from orbit",
+    )
+    augmentation.add_argument(
+        "--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for photos from orbit"
+    )
     steps = parser.add_argument_group("optimisation (paper, sec. 4)")
     steps.add_argument("--batch_size", type=positive, default=512, help="images, over all processes")
     steps.add_argument("--iterations", type=positive, default=50_000)
@@ -86,8 +118,10 @@ def parse_arguments(argv=None):
 def load_photos(args):
     """Flags -> training Photos and validation Photos or None. ValueError names the flag that is missing."""
     if bool(args.train_csv) == bool(args.dataset_path):
-        raise ValueError("give the training images by --train_csv FILE (with --images FOLDER), or by --dataset_path "
-                         "FOLDER; one of the two")
+        raise ValueError(
+            "give the training images by --train_csv FILE (with --images FOLDER), or by --dataset_path "
+            "FOLDER; one of the two"
+        )
     if args.train_csv:
         training = read_photos(args.train_csv, args.images)
     else:
@@ -109,12 +143,26 @@ def start(args, training, gallery, folder, device):
         model = GeoCLIP(GeoClipConfig(**checkpoint["geoclip_config"]))
         model.load_own_state(checkpoint["model"], path)
     else:
-        model = build_geoclip(GeoClipConfig(args.image_encoder, args.clip, args.cut_after, args.freeze_until,
-                                            args.image_size, args.gem_grid, tuple(args.sigmas)), args.weights)
+        model = build_geoclip(
+            GeoClipConfig(
+                args.image_encoder,
+                args.clip,
+                args.cut_after,
+                args.freeze_until,
+                args.image_size,
+                args.gem_grid,
+                tuple(args.sigmas),
+            ),
+            args.weights,
+        )
     model = model.to(device, memory_format=torch.channels_last)
     queue = initial_queue(training.points, args.queue_size, np.random.default_rng([args.seed, 7]))
-    run = Run(model, make_optimizer(model, args.lr, weight_decay=args.weight_decay), memory={"queue": queue},
-              content=partial(checkpoint_of, gallery=gallery))
+    run = Run(
+        model,
+        make_optimizer(model, args.lr, weight_decay=args.weight_decay),
+        memory={"queue": queue},
+        content=partial(checkpoint_of, gallery=gallery),
+    )
     if checkpoint:
         go_on(run, path, checkpoint, folder, vars(args))
     run.network = distributed.wrap(model)
@@ -147,9 +195,11 @@ def loss_of(model, views, points, candidates, own, readable, neutral_km, precisi
 
 def update(run, views, points, candidates, own, readable, neutral_km, lr, device, precision):
     """One step, as `loss_of` has it -> loss, norm of the gradient and share of hits of all processes, 0-d."""
+
     def forward():
         loss, hits = loss_of(run.network, views, points, candidates, own, readable, neutral_km, precision)
         return distributed.gather(loss[None]).mean(), distributed.gather(hits[None]).mean()
+
     loss, norm, hits = guarded_update(run, lr, forward)
     run.model.clamp_scale_()
     return loss, norm, hits
@@ -161,16 +211,20 @@ def validate(run, photos, gallery, writer, batch_size, num_workers, device, prec
         return None
 
     def score():
-        embeddings, failures = embed_photos(run.model, photos.paths, batch_size, num_workers, device, precision,
-                                            progress=False)
+        embeddings, failures = embed_photos(
+            run.model, photos.paths, batch_size, num_workers, device, precision, progress=False
+        )
         readable = np.setdiff1d(np.arange(len(photos)), [row for row, _ in failures])
         points = embed_gallery(run.model.location_encoder, gallery, device, progress=False)
         rows, _ = locate(embeddings[readable], points, run.model.scale.item())
         distances = geo.distance_km(gallery[rows[:, 0]], photos.points[readable])
         shares, median = accuracy(distances), float(np.median(distances))
-        logging.info(f"Iteration {run.iteration}: validation within 2500 / 750 / 200 km {shares[2500]:.1f} / "
-                     f"{shares[750]:.1f} / {shares[200]:.1f}, median {median:.0f} km")
+        logging.info(
+            f"Iteration {run.iteration}: validation within 2500 / 750 / 200 km {shares[2500]:.1f} / "
+            f"{shares[750]:.1f} / {shares[200]:.1f}, median {median:.0f} km"
+        )
         return shares[750], median
+
     share, median = distributed.from_first(score)
     writer.add_scalar("validation/accuracy_750_km", share, run.iteration)
     writer.add_scalar("validation/median_km", median, run.iteration)
@@ -183,8 +237,10 @@ def train(args, folder, device, stop):
     with stop.at_once():
         training, validation = load_photos(args)
     if args.batch_size % distributed.world() or not 0 < args.batch_size <= len(training):
-        raise ValueError(f"--batch_size {args.batch_size}: must be a multiple of the {distributed.world()} processes "
-                         f"and at most the {len(training)} training images")
+        raise ValueError(
+            f"--batch_size {args.batch_size}: must be a multiple of the {distributed.world()} processes "
+            f"and at most the {len(training)} training images"
+        )
     args.lr_step = args.lr_step or max(1, len(training) // args.batch_size)
     logging.info(f"{len(training)} training images, {len(validation) if validation else 'no'} validation images")
     for note in training.notes + (validation.notes if validation else []):
@@ -196,12 +252,19 @@ def train(args, folder, device, stop):
     augment = augmentation_of(args, size)
     source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
     rank = distributed.rank()
-    schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, rank, distributed.world(),
-                        run.iteration)
+    schedule = Schedule(
+        len(training), args.batch_size, args.iterations, args.seed, rank, distributed.world(), run.iteration
+    )
     own = np.arange(args.batch_size)[schedule.own()]
-    served = iterate(DataLoader(PhotoFiles(training.paths, source_size, encoder.fit), batch_sampler=schedule,
-                                num_workers=args.num_workers, pin_memory=device.type == "cuda",
-                                worker_init_fn=ignore_signals))
+    served = iterate(
+        DataLoader(
+            PhotoFiles(training.paths, source_size, encoder.fit),
+            batch_sampler=schedule,
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+    )
     unreadable = set()
 
     def step(meter):
@@ -210,32 +273,50 @@ def train(args, folder, device, stop):
         note_unreadable(rows, errors, unreadable, len(training))
         views = augmented(images.to(device, non_blocking=True), augment, draws_of(args.seed, run.iteration, rank), args)
         if rank == 0 and run.iteration == 0:
-            figures.save(figures.mosaic([list(views[i:i + 8]) for i in range(0, min(len(views), 40), 8)]),
-                         folder / "batch.jpg")
+            figures.save(
+                figures.mosaic([list(views[i : i + 8]) for i in range(0, min(len(views), 40), 8)]), folder / "batch.jpg"
+            )
         # All processes' coordinates, so that each photo meets the same candidates on one GPU and on eight (sec. 3.3).
         points = training.points[schedule.batch(run.iteration)]
         queue = run.memory["queue"]
         candidates = candidates_of(points, queue, args.noise_batch, args.noise_queue, args.seed, run.iteration)
         readable = torch.tensor([not error for error in errors], device=device)
-        lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, gamma=args.lr_gamma,
-                           step=args.lr_step)
+        lr = learning_rate(
+            run.iteration, args.lr, args.lr_schedule, args.iterations, gamma=args.lr_gamma, step=args.lr_step
+        )
         loss, norm, hits = update(run, views, points, candidates, own, readable, args.neutral_km, lr, device, precision)
         run.memory["queue"] = advance_queue(queue, points)
-        return Outcome(run.iteration - 1, loss, norm, args.batch_size,
-                       lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr},
-                       lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]})
+        return Outcome(
+            run.iteration - 1,
+            loss,
+            norm,
+            args.batch_size,
+            lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr},
+            lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]},
+        )
 
     finished = run_loop(
-        run, step, lambda writer: validate(run, validation, gallery, writer, args.batch_size, args.num_workers, device,
-                                           precision),
-        folder, stop, vars(args), iterations=args.iterations, validate_every=args.validate_every,
-        save_every=args.save_every, keep_every=args.keep_every, log_every=args.log_every, max_skips=args.max_skips)
+        run,
+        step,
+        lambda writer: validate(run, validation, gallery, writer, args.batch_size, args.num_workers, device, precision),
+        folder,
+        stop,
+        vars(args),
+        iterations=args.iterations,
+        validate_every=args.validate_every,
+        save_every=args.save_every,
+        keep_every=args.keep_every,
+        log_every=args.log_every,
+        max_skips=args.max_skips,
+    )
     if unreadable:
         logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
     if finished:
-        logging.info(f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
-                     f"{folder / 'best.pt'} "
-                     + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER"))
+        logging.info(
+            f"Done: {args.iterations} iterations. Evaluate with: python eval_geoclip.py --resume "
+            f"{folder / 'best.pt'} "
+            + (f"--dataset_path {args.dataset_path}" if args.dataset_path else "--csv FILE --images FOLDER")
+        )
     return finished
 
 

@@ -30,7 +30,7 @@ def fractal(count, size, generator, rows=ALL, device="cpu"):
     field = torch.zeros(len(roughness), 1, size, size, device=device)
     for octave, cells in enumerate(each for each in CELLS if each <= size):
         noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)[rows].to(device, non_blocking=True)
-        field += roughness ** octave * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
+        field += roughness**octave * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
     field -= field.mean(dim=(2, 3), keepdim=True)
     return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6) if len(field) else field  # torch warns at none
 
@@ -49,7 +49,7 @@ def haze_opacity(haze, count, size, generator, rows=ALL, device="cpu"):
     """(count, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
     places = torch.linspace(-1, 1, size, device=device)
     angle = uniform(0, 2 * torch.pi, count, generator, rows, device)
-    slope = (torch.cos(angle) * places + torch.sin(angle) * places[:, None]) / 2 ** 0.5  # in [-1, 1]
+    slope = (torch.cos(angle) * places + torch.sin(angle) * places[:, None]) / 2**0.5  # in [-1, 1]
     thickest, spread = (uniform(0, high, count, generator, rows, device) for high in (haze, 1))
     return thickest * (1 + spread * slope) / 2
 

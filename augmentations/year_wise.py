@@ -60,8 +60,9 @@ class Augmentation:
         if self.group not in GROUPS:
             raise ValueError(f"--augmentation {self.group}: choose one of {', '.join(GROUPS)}")
         if not 0 <= self.perspective < 2 / 3:
-            raise ValueError(f"--perspective {self.perspective}: must be in [0, 2/3), beyond it the "
-                             f"quadrilateral may fold")
+            raise ValueError(
+                f"--perspective {self.perspective}: must be in [0, 2/3), beyond it the quadrilateral may fold"
+            )
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"--min_crop {self.min_crop}: must be in (0, 1]")
         for name in ("clouds", "haze", "exposure"):
@@ -78,8 +79,9 @@ class Augmentation:
         batch = batch or len(images)
         part = part or slice(0, batch)
         if self.group == "none":
-            views = F.interpolate(images.flatten(0, 1).float() / 255, size=(self.size, self.size), mode="bilinear",
-                                  antialias=True)
+            views = F.interpolate(
+                images.flatten(0, 1).float() / 255, size=(self.size, self.size), mode="bilinear", antialias=True
+            )
             return views.unflatten(0, (-1, years))
         here = torch.zeros(batch, dtype=torch.bool)
         here[part] = True
@@ -97,12 +99,16 @@ class Augmentation:
         """images uint8 (N, 3, H, W) -> float32 (N, 3, size, size), one draw for all but the weather. here (M,): which
         of the images that share it these are; where there are none, the draws are made all the same."""
         draw = self.draw(generator)
-        views = (jitter(warp(images, draw, self.size), draw) if len(images)
-                 else torch.empty(0, 3, self.size, self.size, device=images.device))
+        views = (
+            jitter(warp(images, draw, self.size), draw)
+            if len(images)
+            else torch.empty(0, 3, self.size, self.size, device=images.device)
+        )
         return add_weather(views, self.clouds, self.haze, self.exposure, generator, here)
 
     def draw(self, generator):
         """-> a Draw."""
+
         def uniform(low, high, count=()):
             return torch.rand(count, generator=generator) * (high - low) + low
 
@@ -111,16 +117,23 @@ class Augmentation:
         stretch = self.aspect ** uniform(-0.5, 0.5)
         angle = uniform(-self.rotation, self.rotation) * math.pi / 180
         cos, sin = torch.cos(angle), torch.sin(angle)
-        quad = quad * torch.stack([stretch, 1 / stretch]) @ torch.stack([torch.stack([cos, sin]),
-                                                                         torch.stack([-sin, cos])])
+        quad = (
+            quad
+            * torch.stack([stretch, 1 / stretch])
+            @ torch.stack([torch.stack([cos, sin]), torch.stack([-sin, cos])])
+        )
         low, high = quad.amin(dim=0), quad.amax(dim=0)
         scale = (2 / (high - low)).amin().clamp(max=1) * uniform(self.min_crop, 1)
         room = 2 - (high - low) * scale
         quad = (quad - low) * scale - 1 + room * uniform(0, 1, (2,))
         # torchvision's ranges: a factor in [max(0, 1 - x), 1 + x].
         factors = [uniform(max(0.0, 1 - x), 1 + x).item() for x in (self.brightness, self.contrast, self.saturation)]
-        return Draw(quad, *factors, hue=uniform(-self.hue, self.hue).item(),
-                    order=tuple(torch.randperm(4, generator=generator).tolist()))
+        return Draw(
+            quad,
+            *factors,
+            hue=uniform(-self.hue, self.hue).item(),
+            order=tuple(torch.randperm(4, generator=generator).tolist()),
+        )
 
 
 def warp(images, draw, size, samples=None):
@@ -136,8 +149,9 @@ def warp(images, draw, size, samples=None):
     steps = (torch.arange(fine, device=images.device) + 0.5) * (2 / fine) - 1  # of sample centers, in half sizes
     centers = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1)
     grid = transform_points(homography, centers.view(1, -1, 2)).view(1, fine, fine, 2)
-    views = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="border",
-                          align_corners=False)
+    views = F.grid_sample(
+        images, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
     return views if fine == size else F.avg_pool2d(views, fine // size)
 
 
@@ -186,8 +200,11 @@ def adjust_hue(images, turn):
     value = images.amax(dim=1)
     chroma = value - images.amin(dim=1)
     sixth = 1 / (6 * chroma.clamp(min=1e-12))
-    hue = torch.where(value == red, (green - blue) * sixth,
-                      torch.where(value == green, (blue - red) * sixth + 1 / 3, (red - green) * sixth + 2 / 3))
+    hue = torch.where(
+        value == red,
+        (green - blue) * sixth,
+        torch.where(value == green, (blue - red) * sixth + 1 / 3, (red - green) * sixth + 2 / 3),
+    )
     turned = torch.empty_like(images)
     for channel, n in enumerate((5, 3, 1)):
         k = (hue + (n / 6 + 1 + turn)).frac_().mul_(6)  # + 1: frac of a negative number would be negative

@@ -30,8 +30,18 @@ def made_up_queries(regions):
     names = []
     for number, corners in enumerate(grid.footprints(regions)):
         middle = corners.mean(axis=0).round(1)
-        names.append(str(ImageName(tuple(map(tuple, corners.tolist())), f"MADE00-E-{number}", "20200101",
-                                   tuple(middle.tolist()), int(grid.quadrilateral_area(corners)), 0.0)))
+        names.append(
+            str(
+                ImageName(
+                    tuple(map(tuple, corners.tolist())),
+                    f"MADE00-E-{number}",
+                    "20200101",
+                    tuple(middle.tolist()),
+                    int(grid.quadrilateral_area(corners)),
+                    0.0,
+                )
+            )
+        )
     return names
 
 
@@ -50,11 +60,19 @@ def make_tree(folder, queries, regions):
         raise ValueError(f"{folder}: is not empty and no tree of this script; name a new folder")
     done.write_text(json.dumps({"files": 0}))
     regions = regions()
-    names = [Path(path).name for path in Catalogue.read_source(queries, "queries").paths] if queries else \
-        made_up_queries(regions[regions[:, 0] == regions[0, 0]])
+    names = (
+        [Path(path).name for path in Catalogue.read_source(queries, "queries").paths]
+        if queries
+        else made_up_queries(regions[regions[:, 0] == regions[0, 0]])
+    )
     paths = [grid.image_path(*region, DATABASE_YEAR) for region in regions.tolist()]
-    of_year = {year: [f"database/{year}{path[len('database/2021'):path.rfind('/')]}/"
-                      f"{ImageName.parse(path).in_year(year)}" for path in paths] for year in YEARS}
+    of_year = {
+        year: [
+            f"database/{year}{path[len('database/2021') : path.rfind('/')]}/{ImageName.parse(path).in_year(year)}"
+            for path in paths
+        ]
+        for year in YEARS
+    }
     everything = [path for year in YEARS for path in of_year[year]] + [f"queries/{name}" for name in names]
     for place in {path.rsplit("/", 1)[0] for path in everything}:
         (folder / place).mkdir(parents=True, exist_ok=True)
@@ -122,11 +140,15 @@ def main(args):
             file.unlink()
         time.sleep(3)  # folders that changed a moment ago are not trusted
         one = next((folder / "database" / f"{DATABASE_YEAR}_{args.zooms[0]:02d}").iterdir())
-        steps = [("training, no index", open_for_training, None), ("training, index", open_for_training, None),
-                 ("evaluation, no index", open_for_evaluation, None), ("evaluation, index", open_for_evaluation, None),
-                 ("train.py: both, index", open_both, None),
-                 ("both, one folder changed", open_both, one / "@stranger.txt"),
-                 ("neutral test", neutral_test, None)]
+        steps = [
+            ("training, no index", open_for_training, None),
+            ("training, index", open_for_training, None),
+            ("evaluation, no index", open_for_evaluation, None),
+            ("evaluation, index", open_for_evaluation, None),
+            ("train.py: both, index", open_both, None),
+            ("both, one folder changed", open_both, one / "@stranger.txt"),
+            ("neutral test", neutral_test, None),
+        ]
         print(f"{'':26}{'seconds':>8}{'CPU s':>8}{'GB imports':>12}{'GB peak':>9}")
         for title, function, touched in steps:
             if touched:

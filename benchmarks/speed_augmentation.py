@@ -28,7 +28,7 @@ def pictures(count, side, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(400, mosaic.shape[1] - side - 800, (8 * count,), generator=generator).tolist()
     columns = torch.randint(mosaic.shape[2] - side, (8 * count,), generator=generator).tolist()
-    cuts = [mosaic[:, row:row + side, column:column + side] for row, column in zip(rows, columns)]
+    cuts = [mosaic[:, row : row + side, column : column + side] for row, column in zip(rows, columns)]
     cuts.sort(key=lambda cut: -cut.float().std())  # the sea compresses and resamples too well
     return torch.stack(cuts[:count])
 
@@ -52,10 +52,13 @@ def quality(size, draws=6):
         drawn = draw_chain(size, torch.Generator().manual_seed(seed))
         draw = as_one(drawn)
         best, chained = ideal(full, draw, size), geometry(full.float() / 255, drawn)
-        ways = {"torchvision's chain": chained, "one warp from 1024, as it is": warp(full, draw, size, samples=1),
-                "one warp from 1024, filtered": warp(full, draw, size),
-                "one warp from 512, as it is": warp(half, draw, size, samples=1),
-                "one warp from 512, filtered": warp(half, draw, size)}
+        ways = {
+            "torchvision's chain": chained,
+            "one warp from 1024, as it is": warp(full, draw, size, samples=1),
+            "one warp from 1024, filtered": warp(full, draw, size),
+            "one warp from 512, as it is": warp(half, draw, size, samples=1),
+            "one warp from 512, filtered": warp(half, draw, size),
+        }
         for name, views in ways.items():
             found.setdefault(name, []).append((psnr(views, best), psnr(views, chained)))
     return {name: tuple(sum(column) / len(column) for column in zip(*rows)) for name, rows in found.items()}
@@ -77,11 +80,16 @@ def main(args):
     for hue in (0.0, 0.05):
         augment = Augmentation(args.image_size, hue=hue)
         cases[f"chain, hue {hue}"] = lambda hue=hue: chain(
-            floats, draw_chain(args.image_size, generator, colours=(0.9, 0.9, 0.9, hue)))
+            floats, draw_chain(args.image_size, generator, colours=(0.9, 0.9, 0.9, hue))
+        )
         cases[f"one warp, hue {hue}"] = lambda augment=augment: augment.view(loaded, generator, everything)
     draw = augment.draw(generator)
-    cases |= {"warp alone": lambda: warp(loaded, draw, args.image_size), "colours alone": lambda: jitter(views, draw),
-              "hue: kornia": lambda: enhance.adjust_hue(views, 0.3), "hue: ours": lambda: adjust_hue(views, 0.05)}
+    cases |= {
+        "warp alone": lambda: warp(loaded, draw, args.image_size),
+        "colours alone": lambda: jitter(views, draw),
+        "hue: kornia": lambda: enhance.adjust_hue(views, 0.3),
+        "hue: ours": lambda: adjust_hue(views, 0.05),
+    }
     found = take_turns(cases, args.repeats, seconds_on(device))
     title = f"one year of {args.batch_size} images at {args.image_size} px, {device}"
     print(f"\n{title:44} ms")

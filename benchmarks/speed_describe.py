@@ -65,11 +65,28 @@ def plain(model, data, args, device):
     with tqdm(total=count, desc="plain", unit="img", leave=False) as bar:
         for one in data.sets:
             parts = []
-            for catalogue, rows, rotations in ((data.queries, one.query_rows, (0,)),
-                                               (data.database, one.database_rows, ROTATIONS)):
+            for catalogue, rows, rotations in (
+                (data.queries, one.query_rows, (0,)),
+                (data.database, one.database_rows, ROTATIONS),
+            ):
                 paths = [catalogue.root / catalogue.paths[row] for row in rows]
-                parts.append(np.stack([describe_plainly(model, paths, model.config.image_size, turn, args.batch_size,
-                                                        args.num_workers, device, bar) for turn in rotations]))
+                parts.append(
+                    np.stack(
+                        [
+                            describe_plainly(
+                                model,
+                                paths,
+                                model.config.image_size,
+                                turn,
+                                args.batch_size,
+                                args.num_workers,
+                                device,
+                                bar,
+                            )
+                            for turn in rotations
+                        ]
+                    )
+                )
             results[one.name] = (parts[0][0], parts[1])
     return results, count, clocks() - began
 
@@ -94,8 +111,14 @@ def network_alone(model, views, args, device, precision):
 
 def thinned(data, every):
     """Only each `every`-th image of the database, and each such query."""
-    sets = [replace(one, query_rows=one.query_rows[one.query_rows % every == 0],
-                    database_rows=one.database_rows[one.database_rows % every == 0]) for one in data.sets]
+    sets = [
+        replace(
+            one,
+            query_rows=one.query_rows[one.query_rows % every == 0],
+            database_rows=one.database_rows[one.database_rows % every == 0],
+        )
+        for one in data.sets
+    ]
     return replace(data, sets=[one for one in sets if not one.is_empty])
 
 
@@ -129,18 +152,34 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         for title, read, seen in (("union once", images, views), ("again, kept", 0, 0)):
             began = clocks()
-            found, _ = describe_sets(model, data, model.config.image_size, args.batch_size, args.num_workers, device,
-                                     precision, keep=Path(folder))
+            found, _ = describe_sets(
+                model,
+                data,
+                model.config.image_size,
+                args.batch_size,
+                args.num_workers,
+                device,
+                precision,
+                keep=Path(folder),
+            )
             rows.append((title, read, seen, clocks() - began))
     rows.append((f"limit ({precision} alone)", 0, views, network_alone(model, views, args, device, precision)))
     print(f"{len(data.sets)} sets, {images} images in their union, on {device}")
     print(f"{'':20} {'images read':>12} {'views':>8} {'seconds':>9} {'ratio':>7} {'CPU s':>8} {'ratio':>7}")
     for title, read, seen, (seconds, cpu) in rows:
-        print(f"{title:20} {read:12} {seen:8} {seconds:9.1f} {plain_seconds[0] / seconds:6.1f}x {cpu:8.1f} "
-              f"{plain_seconds[1] / cpu:6.1f}x")
+        print(
+            f"{title:20} {read:12} {seen:8} {seconds:9.1f} {plain_seconds[0] / seconds:6.1f}x {cpu:8.1f} "
+            f"{plain_seconds[1] / cpu:6.1f}x"
+        )
     print("CPU s: of this process; with --num_workers 0 it does the reading as well")
-    agreement = [np.sum(per_set[one.name][1] * found.database[:, np.searchsorted(found.database_rows,
-                 one.database_rows)].astype(np.float32), axis=-1).mean() for one in data.sets]
+    agreement = [
+        np.sum(
+            per_set[one.name][1]
+            * found.database[:, np.searchsorted(found.database_rows, one.database_rows)].astype(np.float32),
+            axis=-1,
+        ).mean()
+        for one in data.sets
+    ]
     print(f"mean cosine of the two ways' descriptors: {np.mean(agreement):.4f}")
 
 

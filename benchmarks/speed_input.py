@@ -56,16 +56,20 @@ def decoders(image_size):
     """{name: function of a JPEG's bytes}."""
     ways = {
         f"baseline: PIL, {round(2.5 * image_size)} px, float32": lambda content: TF.to_tensor(
-            pil(content, round(2.5 * image_size))),
-        "PIL, whole": pil, "PIL, half": lambda content: pil(content, SIDE // 2, draft=True),
+            pil(content, round(2.5 * image_size))
+        ),
+        "PIL, whole": pil,
+        "PIL, half": lambda content: pil(content, SIDE // 2, draft=True),
         f"PIL, half, to {image_size} px": lambda content: pil(content, image_size, draft=True),
         "simplejpeg, whole": simplejpeg.decode_jpeg,
         "simplejpeg, half": lambda content: simplejpeg.decode_jpeg(content, min_height=512, min_width=512),
-        f"simplejpeg, half, to {image_size} px": lambda content: resize(torch.from_numpy(
-            simplejpeg.decode_jpeg(content, min_height=512, min_width=512)), image_size),
+        f"simplejpeg, half, to {image_size} px": lambda content: resize(
+            torch.from_numpy(simplejpeg.decode_jpeg(content, min_height=512, min_width=512)), image_size
+        ),
     }
     try:
         from torchcodec.decoders import decode_jpeg
+
         ways["torchcodec, whole"] = decode_jpeg
     except (ImportError, RuntimeError):
         print("torchcodec is not installed: left out")
@@ -93,10 +97,18 @@ def make_regions(folder, paths, count):
 def loader_rates(regions, size, workers, batches, repeats):
     """-> images a second of bare decoding in the workers, and of the loader; elapsed time, the two taking turns."""
     schedule = np.arange(len(regions)).reshape(-1, 16)[np.arange(batches) % (len(regions) // 16)]
-    with closing(BatchLoader(Decoding(regions, size), workers)) as bare, \
-            closing(BatchLoader(RegionDataset(regions, size), workers)) as loader:
-        found = take_turns({name: lambda each=each: [None for _ in each.serve(schedule)]
-                       for name, each in (("bare", bare), ("loader", loader))}, repeats, time.perf_counter)
+    with (
+        closing(BatchLoader(Decoding(regions, size), workers)) as bare,
+        closing(BatchLoader(RegionDataset(regions, size), workers)) as loader,
+    ):
+        found = take_turns(
+            {
+                name: lambda each=each: [None for _ in each.serve(schedule)]
+                for name, each in (("bare", bare), ("loader", loader))
+            },
+            repeats,
+            time.perf_counter,
+        )
     return {name: schedule.size * 4 / each for name, each in found.items()}
 
 
@@ -114,19 +126,27 @@ def main(args):
         cases["cached 512 px, simplejpeg"] = lambda: [simplejpeg.decode_jpeg(each) for each in cached]
         cases["cached 512 px, PIL"] = lambda: [pil(each) for each in cached]
         for size in sorted({args.image_size, 512}):
-            cases[f"ours: file to {size} px"] = lambda size=size: [read_pixels(Path(folder, path), size)
-                                                                  for path in paths]
+            cases[f"ours: file to {size} px"] = lambda size=size: [
+                read_pixels(Path(folder, path), size) for path in paths
+            ]
             cases[f"ours: cached file to {size} px"] = lambda size=size: [
-                read_pixels(Path(folder, "cache", path), size) for path in paths]
+                read_pixels(Path(folder, "cache", path), size) for path in paths
+            ]
         found = take_turns(cases, args.repeats, time.process_time)
-        print(f"{np.mean([len(each) for each in contents]) / 1000:.0f} KB a file, {SIDE} px; cached: "
-              f"{np.mean([len(each) for each in cached]) / 1000:.0f} KB\n{'one image, one core':40} ms")
+        print(
+            f"{np.mean([len(each) for each in contents]) / 1000:.0f} KB a file, {SIDE} px; cached: "
+            f"{np.mean([len(each) for each in cached]) / 1000:.0f} KB\n{'one image, one core':40} ms"
+        )
         for name, each in found.items():
             print(f"{name:36} {each / len(paths) * 1000:7.2f}")
 
         print(f"\n{'loader, ' + str(args.num_workers) + ' workers':36} {'bare/s':>8} {'loader/s':>8} {'share':>6}")
-        for size, title, root in ((512, "files", folder), (512, "cached files", Path(folder, "cache")),
-                                  (256, "files", folder), (256, "cached files", Path(folder, "cache"))):
+        for size, title, root in (
+            (512, "files", folder),
+            (512, "cached files", Path(folder, "cache")),
+            (256, "files", folder),
+            (256, "cached files", Path(folder, "cache")),
+        ):
             rates = loader_rates(make_regions(root, paths, 64), size, args.num_workers, args.batches, args.repeats)
             name = f"{title} to {size} px"
             print(f"{name:36} {rates['bare']:8.0f} {rates['loader']:8.0f} {rates['loader'] / rates['bare']:6.1%}")

@@ -44,13 +44,14 @@ def objective(points, labels, block=16384):
     """Mean squared distance of unit vectors to the mean of their cluster: 1 - sum of n |mean|² / N, in float64."""
     sums = np.zeros((labels.max() + 1, points.shape[1]))
     for start in range(0, len(points), block):
-        own, part = labels[start:start + block], points[start:start + block]
+        own, part = labels[start : start + block], points[start : start + block]
         for k in np.unique(own):
             sums[k] += part[own == k].sum(axis=0, dtype=np.float64)
     counts = np.bincount(labels).clip(min=1)
-    squares = sum(float((points[start:start + block].astype(np.float64) ** 2).sum())
-                  for start in range(0, len(points), block))
-    return (squares - ((sums ** 2).sum(axis=1) / counts).sum()) / len(points)
+    squares = sum(
+        float((points[start : start + block].astype(np.float64) ** 2).sum()) for start in range(0, len(points), block)
+    )
+    return (squares - ((sums**2).sum(axis=1) / counts).sum()) / len(points)
 
 
 def mini_batch(points, args):
@@ -62,7 +63,7 @@ def mini_batch(points, args):
 def bare_products(points, args, device, dtype):
     """Seconds of ITERATIONS products of all points with the centers, from one block's, best of three."""
     block = torch.from_numpy(points[:16384]).to(device, dtype)
-    centers = block[:args.num_clusters].T.contiguous()
+    centers = block[: args.num_clusters].T.contiguous()
     one = min(timed(lambda: block @ centers, seconds_on(device))[1] for _ in range(3))
     return one * len(points) / len(block) * ITERATIONS
 
@@ -80,22 +81,26 @@ def main(args):
     # The descriptors of a period ago: another direction for each image, `drift` long.
     before = np.empty_like(points)
     for start in range(0, len(points), 16384):
-        part = points[start:start + 16384]
+        part = points[start : start + 16384]
         noise = rng.standard_normal(part.shape, dtype=np.float32)
-        before[start:start + 16384] = unit(part + args.drift * unit(noise))
+        before[start : start + 16384] = unit(part + args.drift * unit(noise))
     old = kmeans(before, count, seed + 1, ITERATIONS, device)[0]
     del before
     warm = np.stack([points[old == k].mean(axis=0) for k in range(count)])
 
     limit = bare_products(points, args, device, low)
     short = limit * WARM_ITERATIONS / ITERATIONS
-    ways = [(f"torch, {str(low)[6:]}, {device}", lambda: kmeans(points, count, seed, ITERATIONS, device)[0], limit),
-            (f"torch, warm, {WARM_ITERATIONS} it.", lambda: kmeans(points, count, seed, WARM_ITERATIONS, device,
-                                                                  centers=warm)[0], short),
-            (f"torch, cold, {WARM_ITERATIONS} it.", lambda: kmeans(points, count, seed, WARM_ITERATIONS, device)[0],
-             short),
-            ("faiss, float32, cpu", lambda: faiss_kmeans(points, count, seed, ITERATIONS)[0], None),
-            ("sklearn MiniBatch", lambda: mini_batch(points, args), None)]
+    ways = [
+        (f"torch, {str(low)[6:]}, {device}", lambda: kmeans(points, count, seed, ITERATIONS, device)[0], limit),
+        (
+            f"torch, warm, {WARM_ITERATIONS} it.",
+            lambda: kmeans(points, count, seed, WARM_ITERATIONS, device, centers=warm)[0],
+            short,
+        ),
+        (f"torch, cold, {WARM_ITERATIONS} it.", lambda: kmeans(points, count, seed, WARM_ITERATIONS, device)[0], short),
+        ("faiss, float32, cpu", lambda: faiss_kmeans(points, count, seed, ITERATIONS)[0], None),
+        ("sklearn MiniBatch", lambda: mini_batch(points, args), None),
+    ]
     print(f"{len(points)} points, dimension {points.shape[1]}, {count} clusters, {ITERATIONS} iterations")
     print(f"{'':26} {'seconds':>8} {'CPU s':>8} {'limit':>7} {'objective':>10} {'against the best':>17}")
     results = []
@@ -104,8 +109,10 @@ def main(args):
         results.append((name, seconds, cpu, bound, objective(points, labels)))
     best = min(value for *_, value in results)
     for name, seconds, cpu, bound, value in results:
-        print(f"{name:26} {seconds:8.1f} {cpu:8.1f} {'' if bound is None else f'{bound:.1f}':>7} {value:10.4f} "
-              f"{100 * (value / best - 1):+16.2f} %")
+        print(
+            f"{name:26} {seconds:8.1f} {cpu:8.1f} {'' if bound is None else f'{bound:.1f}':>7} {value:10.4f} "
+            f"{100 * (value / best - 1):+16.2f} %"
+        )
 
 
 if __name__ == "__main__":

@@ -72,8 +72,14 @@ def real_descriptors(args, device):
     if model.config.descriptor_dim != args.dim:
         model = Wide(model, args.dim)
         size = model.image_size
-    found, data = describe_sets(model.to(device, memory_format=torch.channels_last), load_evaluation_data(
-        args.dataset_path), size, device=device, precision=default_precision(device), keep=args.descriptors)
+    found, data = describe_sets(
+        model.to(device, memory_format=torch.channels_last),
+        load_evaluation_data(args.dataset_path),
+        size,
+        device=device,
+        precision=default_precision(device),
+        keep=args.descriptors,
+    )
     layers, images, dim = found.database.shape
     database = np.asarray(found.database.reshape(-1, dim), dtype=np.float32)
     mean = database.mean(axis=0)
@@ -82,8 +88,12 @@ def real_descriptors(args, device):
     pairs = data.pairs[position[data.pairs[:, 1]] >= 0]
     right = [position[pairs[pairs[:, 0] == row, 1]] for row in found.query_rows]
     counted = [q for q, each in enumerate(right) if len(each)]
-    return (unit(found.queries[counted].astype(np.float32) - mean), unit(database - mean),
-            np.tile(np.arange(images), layers), [right[q] for q in counted])
+    return (
+        unit(found.queries[counted].astype(np.float32) - mean),
+        unit(database - mean),
+        np.tile(np.arange(images), layers),
+        [right[q] for q in counted],
+    )
 
 
 def unit(vectors):
@@ -97,21 +107,25 @@ def spread(real, count, path, seed=0, block=2048):
     """
     rng = np.random.default_rng(seed)
     tensor = torch.from_numpy(real)
-    nearest = np.concatenate([(tensor[start:start + block] @ tensor.T).topk(NEAREST + 1, dim=1).indices[:, 1:].numpy()
-                              for start in range(0, len(real), block)])
+    nearest = np.concatenate(
+        [
+            (tensor[start : start + block] @ tensor.T).topk(NEAREST + 1, dim=1).indices[:, 1:].numpy()
+            for start in range(0, len(real), block)
+        ]
+    )
     around = np.concatenate([np.arange(len(real)), rng.integers(len(real), size=max(0, count - len(real)))])[:count]
     made = np.lib.format.open_memmap(path, "w+", np.float16, (count, real.shape[1]))
     for start in range(0, count, block):
-        rows = around[start:start + block]
+        rows = around[start : start + block]
         fresh = (np.arange(start, start + len(rows)) >= len(real))[:, None]
-        share = rng.uniform(0, 0.5, len(rows)) / NEAREST ** 0.5
-        weights = rng.normal(size=(len(rows), NEAREST)) * 0.3 / NEAREST ** 0.5
-        weights[np.arange(len(rows)), rng.integers(NEAREST, size=len(rows))] += share * NEAREST ** 0.5
+        share = rng.uniform(0, 0.5, len(rows)) / NEAREST**0.5
+        weights = rng.normal(size=(len(rows), NEAREST)) * 0.3 / NEAREST**0.5
+        weights[np.arange(len(rows)), rng.integers(NEAREST, size=len(rows))] += share * NEAREST**0.5
         weights = (weights * fresh).astype(np.float32)
         vectors = real[rows] * (1 - weights.sum(axis=1, keepdims=True))
         for j in range(NEAREST):
             vectors += weights[:, j, None] * real[nearest[rows, j]]
-        made[start:start + block] = unit(vectors)
+        made[start : start + block] = unit(vectors)
     return made, around
 
 
@@ -123,7 +137,7 @@ class FaissFlat:
 
         self.index = faiss.IndexFlatIP(database.shape[1])
         for start in range(0, len(database), 16384):
-            self.index.add(database[start:start + 16384].astype(np.float32))
+            self.index.add(database[start : start + 16384].astype(np.float32))
 
     def search(self, queries, k):
         return self.index.search(queries, k)
@@ -147,9 +161,12 @@ def main(args):
         raise ValueError(f"--rows {args.rows}: the data set has {len(real)} descriptors; give at least as many")
     with tempfile.TemporaryDirectory() as temporary:
         (made, around), seconds = timed(
-            lambda: spread(real, args.rows, Path(args.folder or temporary) / "database.npy"))
-        print(f"{len(real)} real descriptors, {args.rows} with those around them ({seconds:.0f} s), dimension "
-              f"{made.shape[1]}, {len(queries)} queries, on {device}")
+            lambda: spread(real, args.rows, Path(args.folder or temporary) / "database.npy")
+        )
+        print(
+            f"{len(real)} real descriptors, {args.rows} with those around them ({seconds:.0f} s), dimension "
+            f"{made.shape[1]}, {len(queries)} queries, on {device}"
+        )
         labels = image[around]
         measure(made, labels, queries, right, args.singles, device)
 
@@ -163,14 +180,16 @@ def measure(database, labels, queries, right, singles, device):
     if low is not None:
         ways.append((f"exact ({str(low)[6:]})", lambda: ExactSearch(database, device, low), 2 * dim, low))
     ways.append(("compressed", lambda: CompressedSearch(database), None, None))
-    print(f"{'':18} {'bytes/vector':>12} {'GB at 700,000':>13} {'build s':>8} {'ms, batch 1':>11} {'ms, 1000':>9} "
-          f"{'QPS':>6} {'CPU ms':>7} {'limit':>6} {'ratio':>6} {'R@1':>6} {'loss':>5} {'same first':>10}")
+    print(
+        f"{'':18} {'bytes/vector':>12} {'GB at 700,000':>13} {'build s':>8} {'ms, batch 1':>11} {'ms, 1000':>9} "
+        f"{'QPS':>6} {'CPU ms':>7} {'limit':>6} {'ratio':>6} {'R@1':>6} {'loss':>5} {'same first':>10}"
+    )
     first_recall = first_best = first_time = None
     for name, make, size, dtype in ways:
         index, build = timed(make)
         size = size or index.bytes_in_memory / rows
         index.search(queries[:2], 20)
-        one = timed(lambda: [index.search(queries[q:q + 1], 20) for q in range(singles)])[1] / singles
+        one = timed(lambda: [index.search(queries[q : q + 1], 20) for q in range(singles)])[1] / singles
         (_, batch), cpu = timed(lambda: timed(lambda: index.search(many, 20)), time.process_time)
         batch, cpu = batch / 1000, cpu / 1000
         limit = "" if dtype is None else f"{bare_product(database, many, dtype, device):.2f}"  # 1,000 queries: ms each
@@ -178,13 +197,18 @@ def measure(database, labels, queries, right, singles, device):
         recall = 100 * np.mean([labels[b] in r for b, r in zip(best, right)])
         if first_best is None:
             first_recall, first_best, first_time = recall, best, (batch, cpu)
-        print(f"{name:18} {size:12.0f} {size * FULL / 1e9:13.2f} {build:8.1f} {1e3 * one:11.2f} {1e3 * batch:9.2f} "
-              f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} "
-              f"{first_recall - recall:5.2f} {100 * np.mean(best == first_best):8.1f} %", flush=True)
+        print(
+            f"{name:18} {size:12.0f} {size * FULL / 1e9:13.2f} {build:8.1f} {1e3 * one:11.2f} {1e3 * batch:9.2f} "
+            f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} "
+            f"{first_recall - recall:5.2f} {100 * np.mean(best == first_best):8.1f} %",
+            flush=True,
+        )
         index = None  # its memory is for the next
-    print(f"GB at 700,000: bytes/vector extrapolated; the float16 file itself is {2 * dim * FULL / 1e9:.2f} GB on "
-          f"disk. ms a query, 20 neighbours. At batch 1,000: QPS and CPU time against the first row, and the limit, "
-          f"in CPU ms (on a GPU: in ms).")
+    print(
+        f"GB at 700,000: bytes/vector extrapolated; the float16 file itself is {2 * dim * FULL / 1e9:.2f} GB on "
+        f"disk. ms a query, 20 neighbours. At batch 1,000: QPS and CPU time against the first row, and the limit, "
+        f"in CPU ms (on a GPU: in ms)."
+    )
 
 
 if __name__ == "__main__":

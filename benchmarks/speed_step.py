@@ -36,8 +36,15 @@ YEARS = 4
 def make_model(args, device):
     """Random weights, the paper's stages frozen: speed does not depend on the values."""
     torch.manual_seed(0)
-    return EarthLoc(ModelConfig(args.backbone, freeze_until="layer2", descriptor_dim=args.descriptor_dim,
-                                image_size=args.image_size)).to(device).train()
+    return (
+        EarthLoc(
+            ModelConfig(
+                args.backbone, freeze_until="layer2", descriptor_dim=args.descriptor_dim, image_size=args.image_size
+            )
+        )
+        .to(device)
+        .train()
+    )
 
 
 def baseline(args, root, regions, labels, device):
@@ -49,12 +56,17 @@ def baseline(args, root, regions, labels, device):
 
     def load():
         size = round(RESIZED * args.image_size)
-        return torch.stack([torch.stack([TF.to_tensor(pil(Path(root, path).read_bytes(), size)) for path in paths])
-                            for paths in regions.paths]).to(device)
+        return torch.stack(
+            [
+                torch.stack([TF.to_tensor(pil(Path(root, path).read_bytes(), size)) for path in paths])
+                for paths in regions.paths
+            ]
+        ).to(device)
 
     def augment(images):
-        return torch.stack([chain(images[:, year], draw_chain(args.image_size, generator))
-                            for year in range(YEARS)], dim=1).flatten(0, 1)
+        return torch.stack(
+            [chain(images[:, year], draw_chain(args.image_size, generator)) for year in range(YEARS)], dim=1
+        ).flatten(0, 1)
 
     def step(views):
         loss = loss_fn(model(views), labels)
@@ -63,17 +75,20 @@ def baseline(args, root, regions, labels, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     return [by_itself(each) for each in (load, augment, step)]
 
 
 def by_itself(function):
     """The function, with memory handled as glibc does if it is not told otherwise."""
+
     def measured(*arguments):
         keep_freed_blocks(GLIBC_KEEPS)
         try:
             return function(*arguments)
         finally:
             keep_freed_blocks()
+
     return measured
 
 
@@ -87,7 +102,7 @@ def ours(args, regions, labels, device, precision, compiled=False):
     loader = BatchLoader(RegionDataset(regions, source_size(args.image_size)), 0)
 
     def load():
-        (_, images, _), = loader.serve(np.arange(len(regions))[None])
+        ((_, images, _),) = loader.serve(np.arange(len(regions))[None])
         return images.to(device)
 
     def augment(images):
@@ -95,6 +110,7 @@ def ours(args, regions, labels, device, precision, compiled=False):
 
     def step(views):
         update(run, views, labels, None, loss_fn, 1e-4, device, precision)
+
     return load, augment, step
 
 
@@ -108,6 +124,7 @@ def bare(args, views, device, precision):
             descriptors = model(views)
         model.zero_grad()
         descriptors.sum().backward()
+
     return run
 
 
@@ -122,17 +139,21 @@ def main(args):
         for path in paths:
             store(path, folder, Path(folder, "cache"), 512, 90)
         whole, cached = (make_regions(root, paths, args.batch_size) for root in (folder, Path(folder, "cache")))
-        ways = {"baseline": baseline(args, folder, whole, labels, device),
-                "ours": ours(args, whole, labels, device, precision)}
+        ways = {
+            "baseline": baseline(args, folder, whole, labels, device),
+            "ours": ours(args, whole, labels, device, precision),
+        }
         if args.compile:
             ways["ours, compiled"] = ours(args, whole, labels, device, precision, compiled=True)
         cases = {}
         for name, (load, augment, step) in ways.items():
             loaded = load()
             views = augment(loaded)
-            cases |= {(name, "input"): load,
-                      (name, "augmentation"): lambda augment=augment, loaded=loaded: augment(loaded),
-                      (name, "step"): lambda step=step, views=views: step(views)}
+            cases |= {
+                (name, "input"): load,
+                (name, "augmentation"): lambda augment=augment, loaded=loaded: augment(loaded),
+                (name, "step"): lambda step=step, views=views: step(views),
+            }
         cases["ours, cached files", "input"] = ours(args, cached, labels, device, precision)[0]
         cases["bare forward and backward", "step"] = bare(args, views, device, precision)
         found = {case: 1000 * each for case, each in take_turns(cases, args.repeats, seconds_on(device)).items()}
@@ -144,18 +165,24 @@ def main(args):
 
 def report(names, found, images, precision, device):
     """Milliseconds of (name, part) -> the table."""
-    print(f"{images} images, {device}, {precision}; ms an iteration\n"
-          f"{'':26} {'input':>7} {'augment':>7} {'step':>7} {'sum':>7} {'images/s':>9} {'times':>6}")
+    print(
+        f"{images} images, {device}, {precision}; ms an iteration\n"
+        f"{'':26} {'input':>7} {'augment':>7} {'step':>7} {'sum':>7} {'images/s':>9} {'times':>6}"
+    )
     base = sum(found["baseline", part] for part in ("input", "augmentation", "step"))
     for name in names:
         parts = [found[name, part] for part in ("input", "augmentation", "step")]
-        print(f"{name:26} {parts[0]:7.0f} {parts[1]:7.0f} {parts[2]:7.0f} {sum(parts):7.0f} "
-              f"{images / sum(parts) * 1000:9.0f} {base / sum(parts):6.1f}")
+        print(
+            f"{name:26} {parts[0]:7.0f} {parts[1]:7.0f} {parts[2]:7.0f} {sum(parts):7.0f} "
+            f"{images / sum(parts) * 1000:9.0f} {base / sum(parts):6.1f}"
+        )
     limit = found["bare forward and backward", "step"]
     print(f"{'bare forward and backward':26} {'':7} {'':7} {limit:7.0f}")
-    print(f"share of the bare rate: step {limit / found['ours', 'step']:.1%}, with augmentation "
-          f"{limit / (found['ours', 'step'] + found['ours', 'augmentation']):.1%}, all of it from a cache "
-          f"{limit / sum(found['ours, cached files', part] for part in ('input', 'augmentation', 'step')):.1%}")
+    print(
+        f"share of the bare rate: step {limit / found['ours', 'step']:.1%}, with augmentation "
+        f"{limit / (found['ours', 'step'] + found['ours', 'augmentation']):.1%}, all of it from a cache "
+        f"{limit / sum(found['ours, cached files', part] for part in ('input', 'augmentation', 'step')):.1%}"
+    )
 
 
 def parse_arguments(argv=None):

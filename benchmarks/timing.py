@@ -16,9 +16,11 @@ def timed(function, clock=time.perf_counter):
 
 def seconds_on(device):
     """-> a clock for what runs on a device: CPU time of this process, or elapsed time once a GPU has done its work."""
+
     def synchronised():
         torch.cuda.synchronize()
         return time.perf_counter()
+
     return synchronised if torch.device(device).type == "cuda" else time.process_time
 
 

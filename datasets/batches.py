@@ -21,8 +21,10 @@ def schedule(clusters, batch_size, count, seed, draw="size"):
     """
     small = [len(each) for each in clusters if len(each) < batch_size]
     if small or not clusters:
-        raise ValueError(f"--batch_size {batch_size}: a cluster has only {min(small, default=0)} regions; "
-                         f"use a smaller --batch_size or fewer --num_clusters")
+        raise ValueError(
+            f"--batch_size {batch_size}: a cluster has only {min(small, default=0)} regions; "
+            f"use a smaller --batch_size or fewer --num_clusters"
+        )
     rng = np.random.default_rng(seed)
     if draw == "uniform":
         chosen = rng.integers(len(clusters), size=count)
@@ -32,7 +34,7 @@ def schedule(clusters, batch_size, count, seed, draw="size"):
         cuts = [_cut(rng.permutation(members), batch_size) for members in clusters]
         if len(cuts) > 1:  # with more than half of a pass, the largest would have to follow itself
             largest = max(range(len(cuts)), key=lambda cluster: len(cuts[cluster]))
-            cuts[largest] = cuts[largest][:sum(map(len, cuts)) - len(cuts[largest])]
+            cuts[largest] = cuts[largest][: sum(map(len, cuts)) - len(cuts[largest])]
         passing = [(cluster, rows) for cluster, batches_of in enumerate(cuts) for rows in batches_of]
         ordered = spread([cluster for cluster, _ in passing], rng, last)
         batches += [passing[position][1] for position in ordered]
@@ -41,7 +43,7 @@ def schedule(clusters, batch_size, count, seed, draw="size"):
 
 
 def _cut(rows, size):
-    return [rows[start:start + size] for start in range(0, len(rows) - size + 1, size)]
+    return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
 
 
 def spread(labels, rng, last=-1):
@@ -85,13 +87,13 @@ def spares(batch, clusters, seed):
     found = rng.permutation(np.setdiff1d(own, batch))[:wanted]
     if len(found) < wanted:
         others = np.setdiff1d(np.concatenate(clusters), np.concatenate([own, batch]))
-        found = np.concatenate([found, rng.permutation(others)[:wanted - len(found)]])
+        found = np.concatenate([found, rng.permutation(others)[: wanted - len(found)]])
     found = np.concatenate([found, np.full(wanted - len(found), -1)]).astype(np.int64)
     return found.reshape(SPARES, len(batch)).T  # every place gets a first choice before any gets a second
 
 
 class Batches(Dataset):
-    """(slot, rows (B,), spares (B, K)) -> the rows that could be read, the slot of the pool that now holds their images,
+    """(slot, rows (B,), spares (B, K)) -> the rows that could be read, the slot of the pool that now has their images,
     and [(row, what went wrong), …].
 
     A place whose region and spares all cannot be read has row -1. pool: uint8 (slots, B, *dataset.shape).
@@ -130,8 +132,10 @@ class BatchLoader:
 
     def __iter__(self):
         none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
-        return ((number % len(self.pool), rows, self.spares(number) if self.spares else none)
-                for number, rows in enumerate(self.batches))
+        return (
+            (number % len(self.pool), rows, self.spares(number) if self.spares else none)
+            for number, rows in enumerate(self.batches)
+        )
 
     def __len__(self):
         return len(self.batches)
@@ -169,10 +173,15 @@ class BatchLoader:
         self.pool = torch.empty((slots, batch_size, *self.dataset.shape), dtype=torch.uint8)
         if self.num_workers:
             self.pool.share_memory_()
-        self.loader = DataLoader(Batches(self.dataset, self.pool), batch_size=None, sampler=self,
-                                 num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
-                                 prefetch_factor=PREFETCH if self.num_workers else None,
-                                 worker_init_fn=ignore_signals)
+        self.loader = DataLoader(
+            Batches(self.dataset, self.pool),
+            batch_size=None,
+            sampler=self,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=PREFETCH if self.num_workers else None,
+            worker_init_fn=ignore_signals,
+        )
 
     def _place(self, item):
         rows, slot, errors = item
@@ -184,5 +193,7 @@ def page_lock(tensor):
     the driver refuses."""
     code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))  # 1: for every device
     if code:
-        raise RuntimeError(f"{tensor.nbytes / 1e6:.0f} MB for batches could not be page-locked (CUDA error {code}); "
-                           f"fewer --num_workers or a smaller --batch_size need less")
+        raise RuntimeError(
+            f"{tensor.nbytes / 1e6:.0f} MB for batches could not be page-locked (CUDA error {code}); "
+            f"fewer --num_workers or a smaller --batch_size need less"
+        )

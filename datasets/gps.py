@@ -33,8 +33,12 @@ class Photos:
     def select(self, rows):
         """Rows by integer or boolean index -> Photos."""
         rows = np.arange(len(self))[rows]
-        return Photos([self.paths[i] for i in rows], self.points[rows],
-                      None if self.nadirs is None else self.nadirs[rows], self.notes)
+        return Photos(
+            [self.paths[i] for i in rows],
+            self.points[rows],
+            None if self.nadirs is None else self.nadirs[rows],
+            self.notes,
+        )
 
 
 def check_points(points, source, first_row=1):
@@ -124,10 +128,18 @@ def read_photos(path, folder=None):
     paths = [_image_file(folder, name) for name in names]
     missing = [name for name, file in zip(names, paths) if file is None]
     if len(missing) == len(paths):
-        raise ValueError(f"{path}: none of its {len(paths)} images is in {folder} (the first is {names[0]}); give the "
-                         "folder of the images with --images")
-    notes = [f"{path}: {len(missing)} of {len(paths)} images are not in {folder}: {', '.join(missing[:20])}"
-             + (" …" if len(missing) > 20 else "")] if missing else []
+        raise ValueError(
+            f"{path}: none of its {len(paths)} images is in {folder} (the first is {names[0]}); give the "
+            "folder of the images with --images"
+        )
+    notes = (
+        [
+            f"{path}: {len(missing)} of {len(paths)} images are not in {folder}: {', '.join(missing[:20])}"
+            + (" …" if len(missing) > 20 else "")
+        ]
+        if missing
+        else []
+    )
     found = [i for i, file in enumerate(paths) if file is not None]
     return Photos([paths[i] for i in found], points[found], notes=notes)
 
@@ -148,7 +160,7 @@ def photos_of_dataset(root, part="database"):
 
 
 def find_images(paths):
-    """Files and folders (searched through) -> image files, folders' ones sorted by folder, then name. ValueError where there is none."""
+    """Files and folders (searched through) -> image files, those of a folder sorted. ValueError where there is none."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -178,8 +190,12 @@ def grid_points(spacing_km, land_only=False):
     rows = int(np.ceil(np.pi * geo.EARTH_RADIUS_KM / spacing_km))
     lats = (np.arange(rows) + 0.5) / rows * 180 - 90
     counts = np.ceil(2 * np.pi * geo.EARTH_RADIUS_KM * np.cos(np.radians(lats)) / spacing_km).astype(int)
-    points = np.concatenate([np.stack([np.full(count, lat), (np.arange(count) + 0.5) / count * 360 - 180], axis=1)
-                             for lat, count in zip(lats, counts)])
+    points = np.concatenate(
+        [
+            np.stack([np.full(count, lat), (np.arange(count) + 0.5) / count * 360 - 180], axis=1)
+            for lat, count in zip(lats, counts)
+        ]
+    )
     if land_only:
         from global_land_mask import globe  # loads a mask of 1 GB, so only where it is used
 
@@ -196,8 +212,10 @@ def gallery_points(spec, training=None):
         return package_gallery()
     if spec == "train":
         if training is None or not len(training):
-            raise ValueError("--gallery train: these weights carry no training coordinates; give a CSV with LAT,LON, "
-                             "grid:KM or package")
+            raise ValueError(
+                "--gallery train: these weights carry no training coordinates; give a CSV with LAT,LON, "
+                "grid:KM or package"
+            )
         return check_points(training, "training gallery")
     kind, _, spacing = spec.partition(":")
     if kind in ("grid", "land") and not Path(spec).exists():

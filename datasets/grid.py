@@ -55,10 +55,18 @@ def name_area(footprints):
 def image_name(zoom, row, col, year):
     """Region and year -> ImageName, as the public data set names it."""
     footprint = footprints([(zoom, row, col)])[0]
-    center = (float(tile_latitude(zoom, row) + tile_latitude(zoom, row + TILES)) / 2,
-              float(tile_longitude(zoom, col) + tile_longitude(zoom, col + TILES)) / 2)
-    return ImageName(footprint=tuple(map(tuple, footprint.tolist())), image_id=f"{zoom:02d}_{row:04d}_{col:04d}",
-                     timestamp=f"{year:04d}", nadir=center, area=int(name_area(footprint)), orientation=0.0)
+    center = (
+        float(tile_latitude(zoom, row) + tile_latitude(zoom, row + TILES)) / 2,
+        float(tile_longitude(zoom, col) + tile_longitude(zoom, col + TILES)) / 2,
+    )
+    return ImageName(
+        footprint=tuple(map(tuple, footprint.tolist())),
+        image_id=f"{zoom:02d}_{row:04d}_{col:04d}",
+        timestamp=f"{year:04d}",
+        nadir=center,
+        area=int(name_area(footprint)),
+        orientation=0.0,
+    )
 
 
 def image_path(zoom, row, col, year):

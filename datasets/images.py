@@ -83,8 +83,11 @@ def errors_name(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:  # at broken files PIL raises nearly every kind there is
-        why = ("of no known kind, or of bands or bits that are not a picture's"
-               if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__)
+        why = (
+            "of no known kind, or of bands or bits that are not a picture's"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error) or type(error).__name__
+        )
         raise ValueError(f"{path}: cannot be read as an image ({why}); replace or remove the file") from error
 
 
@@ -96,8 +99,10 @@ def open_image(file):
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"{image.width} × {image.height} pixels, too small for an image")
     if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
-        raise ValueError(f"its values are {'floating point' if image.mode == 'F' else 'signed or of 32 bits'}, and "
-                         f"nothing says which are black and white: gdal_translate -ot Byte -scale LOW HIGH")
+        raise ValueError(
+            f"its values are {'floating point' if image.mode == 'F' else 'signed or of 32 bits'}, and "
+            f"nothing says which are black and white: gdal_translate -ot Byte -scale LOW HIGH"
+        )
     if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and max(image.tag_v2[BITS]) > 8:  # PIL reads noise
         raise ValueError("16 bits, and a plane for each colour: gdal_translate -co INTERLEAVE=PIXEL")
     return image
@@ -148,8 +153,10 @@ def to_rgb(image):
     else:
         rgb = image.convert("RGB")
     if has_16_bits and 0 < max(high for _, high in rgb.getextrema()) <= 16:
-        raise ValueError("its 16-bit values reach no more than a sixteenth of 65,535, as those of 12 bits do: "
-                         "gdal_translate -ot Byte -scale 0 4095")
+        raise ValueError(
+            "its 16-bit values reach no more than a sixteenth of 65,535, as those of 12 bits do: "
+            "gdal_translate -ot Byte -scale 0 4095"
+        )
     return rgb
 
 

@@ -33,8 +33,11 @@ from utils.tables import ROW_GROUP, Damaged, as_text, opened, or_anew, read_rows
 
 VERSION = 2  # raise when the columns change
 MIN_IMAGES = 20_000  # below, listing takes less than a second and no index is written
-GEO = {"version": "1.1.0", "primary_column": "geometry",
-       "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}}}
+GEO = {
+    "version": "1.1.0",
+    "primary_column": "geometry",
+    "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}},
+}
 
 
 def read_table(root, folder, parse, prefix="", min_images=None):
@@ -56,11 +59,13 @@ def _read(root, folder, parse, prefix, min_images, file, trusted):
         raise Damaged("another version")
     known = {os.fsencode(name): (tuple(times), count) for name, times, count in old[1]["folders"]} if old else {}
     unchanged = as_known({name: times for name, (times, _) in known.items()})
-    found = [(name, times, images if images is None else pa.array([name + b"/" + each for each in images], pa.binary()))
-             for name, times, images, _ in walk(root, folder, unchanged)]
+    found = [
+        (name, times, images if images is None else pa.array([name + b"/" + each for each in images], pa.binary()))
+        for name, times, images, _ in walk(root, folder, unchanged)
+    ]
     wanted = [(name + b"/").startswith(os.fsencode(prefix)) for name, *_ in found]
     counts = np.array([known[name][1] if images is None else len(images) for name, _, images in found], dtype=np.int64)
-    first, count = int(counts[:np.argmax(wanted)].sum()) if any(wanted) else 0, int(counts[wanted].sum())
+    first, count = int(counts[: np.argmax(wanted)].sum()) if any(wanted) else 0, int(counts[wanted].sum())
     columns = [name for name in old[0].schema_arrow.names if name != "geometry"] if old else []
     if old and len(found) == len(known) and all(images is None for *_, images in found):
         return _checked(read_rows(old[0], columns, first, count), folder)
@@ -70,10 +75,13 @@ def _read(root, folder, parse, prefix, min_images, file, trusted):
         found, first = [each for each, is_wanted in zip(found, wanted) if is_wanted], 0
     table = _joined(found, known, lambda: _checked(read_rows(old[0], columns), folder), parse)
     if old or counts.sum() >= min_images:
-        state = {"version": VERSION, "folders": [[os.fsdecode(name), times, int(count)]
-                                                 for (name, times, _), count in zip(found, counts)]}
-        if writable and store(file, _for_others(table), state, {b"geo": json.dumps(GEO).encode()},
-                              distinct=("path", "geometry")):
+        state = {
+            "version": VERSION,
+            "folders": [[os.fsdecode(name), times, int(count)] for (name, times, _), count in zip(found, counts)],
+        }
+        if writable and store(
+            file, _for_others(table), state, {b"geo": json.dumps(GEO).encode()}, distinct=("path", "geometry")
+        ):
             end = f"{file.name} written for the next start"
         else:
             end = f"{root} cannot be written to, so there is no {file.name} and every start lists them"
@@ -110,8 +118,9 @@ def _for_others(table):
     for start in range(0, max(len(table), 1), ROW_GROUP):
         part = table.slice(start, ROW_GROUP)
         corners = np.stack([part[f"{axis}{corner}"] for corner in range(1, 5) for axis in ("lat", "lon")], axis=-1)
-        yield part.append_column("geometry", pa.array(shapely.to_wkb(polygons(corners.reshape(-1, 4, 2))).tolist(),
-                                                      pa.binary()))
+        yield part.append_column(
+            "geometry", pa.array(shapely.to_wkb(polygons(corners.reshape(-1, 4, 2))).tolist(), pa.binary())
+        )
 
 
 def polygons(footprints):

@@ -43,8 +43,10 @@ class ImageName:
         base = PurePosixPath(name).name
         parts = base.split("@")
         if len(parts) != len(FIELDS) + 2 or parts[0]:
-            raise ValueError(f"{name}: expected {len(FIELDS)} fields between '@' "
-                             f"(@{'@'.join(FIELDS)}@.jpg), found {max(len(parts) - 2, 0)}")
+            raise ValueError(
+                f"{name}: expected {len(FIELDS)} fields between '@' "
+                f"(@{'@'.join(FIELDS)}@.jpg), found {max(len(parts) - 2, 0)}"
+            )
         text = dict(zip(FIELDS, parts[1:-1]))
         number = {}
         for field in NUMBERS:
@@ -54,9 +56,15 @@ class ImageName:
         if not (text["timestamp"].isdigit() and len(text["timestamp"]) in (4, 8)):
             raise ValueError(f"{name}: field timestamp is {text['timestamp']!r}, expected yyyy or yyyymmdd")
         corners = [number[field] for field in CORNER_FIELDS]
-        return cls(footprint=tuple(zip(corners[0::2], corners[1::2])), image_id=text["image_id"],
-                   timestamp=text["timestamp"], nadir=(number["nadir_lat"], number["nadir_lon"]),
-                   area=int(number["sq_km_area"]), orientation=number["orientation"], suffix=parts[-1])
+        return cls(
+            footprint=tuple(zip(corners[0::2], corners[1::2])),
+            image_id=text["image_id"],
+            timestamp=text["timestamp"],
+            nadir=(number["nadir_lat"], number["nadir_lon"]),
+            area=int(number["sq_km_area"]),
+            orientation=number["orientation"],
+            suffix=parts[-1],
+        )
 
     def __str__(self):
         """The file name. Queries and database images are written with the decimals of the public data set."""
@@ -64,8 +72,12 @@ class ImageName:
         fields = [format(value, corner) for point in self.footprint for value in point]
         fields += [self.image_id, self.timestamp, *(format(value, nadir) for value in self.nadir)]
         # The public names write an orientation of 0.0 as ".0" and of -0.9 as "-.9".
-        fields += [str(self.area), format(self.orientation, orientation).replace("0.", ".") if abs(self.orientation) < 1
-                   else format(self.orientation, orientation)]
+        fields += [
+            str(self.area),
+            format(self.orientation, orientation).replace("0.", ".")
+            if abs(self.orientation) < 1
+            else format(self.orientation, orientation),
+        ]
         return "@" + "@".join(fields) + "@" + self.suffix
 
     @property
@@ -118,11 +130,15 @@ def _parse_block(paths, wrong):
             columns.update({field: columns[field].cast(pa.string()).cast(pa.float64()) for field in NUMBERS})
         except pa.ArrowInvalid:  # no number, or one that only Python's float reads
             return _parse_each(paths, wrong)
-        if (all((np.abs(columns[field]) <= _limit(field)).all() and np.isfinite(columns[field]).all()
-                for field in NUMBERS)
-                and pc.all(pc.match_substring_regex(columns["timestamp"], r"^(\d{4}|\d{8})$")).as_py()
-                and pc.all(pc.not_equal(columns["image_id"], b"")).as_py()
-                and pc.all(pc.equal(texts.take(pa.array(np.arange(0, len(texts), width))), b"")).as_py()):
+        if (
+            all(
+                (np.abs(columns[field]) <= _limit(field)).all() and np.isfinite(columns[field]).all()
+                for field in NUMBERS
+            )
+            and pc.all(pc.match_substring_regex(columns["timestamp"], r"^(\d{4}|\d{8})$")).as_py()
+            and pc.all(pc.not_equal(columns["image_id"], b"")).as_py()
+            and pc.all(pc.equal(texts.take(pa.array(np.arange(0, len(texts), width))), b"")).as_py()
+        ):
             return pa.table({"path": paths, **columns})
     return _parse_each(paths, wrong)
 
@@ -137,12 +153,22 @@ def _parse_each(paths, wrong):
                 raise
             wrong.append(str(error))
             continue
-        rows.append([path, *(corner for point in name.footprint for corner in point), os.fsencode(name.image_id),
-                     os.fsencode(name.timestamp), *name.nadir, float(name.area), name.orientation])
+        rows.append(
+            [
+                path,
+                *(corner for point in name.footprint for corner in point),
+                os.fsencode(name.image_id),
+                os.fsencode(name.timestamp),
+                *name.nadir,
+                float(name.area),
+                name.orientation,
+            ]
+        )
     columns = ("path", *FIELDS)
     kinds = [pa.float64() if column in NUMBERS else pa.binary() for column in columns]
-    return pa.table([pa.array(column, kind) for column, kind in zip(zip(*rows) if rows else [[]] * len(kinds), kinds)],
-                    columns)
+    return pa.table(
+        [pa.array(column, kind) for column, kind in zip(zip(*rows) if rows else [[]] * len(kinds), kinds)], columns
+    )
 
 
 @dataclass(frozen=True)
@@ -178,11 +204,20 @@ class Catalogue:
             for k, field in enumerate(fields):
                 out[:, k] = columns.pop(field)
             return out
+
         footprints, nadirs = points(CORNER_FIELDS).reshape(-1, 4, 2), points(("nadir_lat", "nadir_lon"))
         stamps = in_one(columns.pop("timestamp")).dictionary_encode()
         years = np.array([int(stamp[:4]) for stamp in stamps.dictionary.to_pylist()], dtype=np.int64)
-        return cls(Path(root), Strings(columns["path"]), footprints, nadirs, np.trunc(columns["sq_km_area"]),
-                   np.array(columns["orientation"]), years[stamps.indices], Strings(columns["image_id"]))
+        return cls(
+            Path(root),
+            Strings(columns["path"]),
+            footprints,
+            nadirs,
+            np.trunc(columns["sq_km_area"]),
+            np.array(columns["orientation"]),
+            years[stamps.indices],
+            Strings(columns["image_id"]),
+        )
 
     @classmethod
     def read(cls, root, folder, year=None):
@@ -193,8 +228,10 @@ class Catalogue:
         """
         top = Path(root) / folder
         if not top.is_dir():
-            raise FileNotFoundError(f"{top}: no such folder; is --dataset_path right? A data set has the folders "
-                                    f"database/ and queries/ (README, 'The real data set')")
+            raise FileNotFoundError(
+                f"{top}: no such folder; is --dataset_path right? A data set has the folders "
+                f"database/ and queries/ (README, 'The real data set')"
+            )
         prefix = "" if year is None else f"{folder}/{year}_"
         return cls.from_table(root, index.read_table(root, folder, parse_paths, prefix))
 
@@ -206,8 +243,9 @@ class Catalogue:
         """
         source = Path(source)
         year = DATABASE_YEAR if folder == "database" else None
-        needed = (f"give the folder of a data set (with {folder}/ in it), or a text file with one name of {folder} a "
-                  f"line")
+        needed = (
+            f"give the folder of a data set (with {folder}/ in it), or a text file with one name of {folder} a line"
+        )
         if source.is_dir():
             catalogue = cls.read(source, folder, year)
         elif not source.is_file():
@@ -221,8 +259,10 @@ class Catalogue:
             except ValueError as error:
                 raise ValueError(f"{source}: {error}; {needed}") from None
             if len(catalogue) and ImageName.parse(catalogue.paths[0]).is_database != (folder == "database"):
-                raise ValueError(f"{source}: {catalogue.paths[0]} is no name of {folder} (a database image's timestamp "
-                                 f"is a year, a query's a day); {needed}")
+                raise ValueError(
+                    f"{source}: {catalogue.paths[0]} is no name of {folder} (a database image's timestamp "
+                    f"is a year, a query's a day); {needed}"
+                )
             if year is not None:
                 catalogue = catalogue.select(catalogue.years == year)
         if not len(catalogue):
@@ -235,8 +275,16 @@ class Catalogue:
     def select(self, indices):
         """Rows by integer or boolean index -> Catalogue."""
         rows = np.arange(len(self))[indices]
-        return Catalogue(self.root, self.paths[rows], self.footprints[rows], self.nadirs[rows], self.areas[rows],
-                         self.orientations[rows], self.years[rows], self.ids[rows])
+        return Catalogue(
+            self.root,
+            self.paths[rows],
+            self.footprints[rows],
+            self.nadirs[rows],
+            self.areas[rows],
+            self.orientations[rows],
+            self.years[rows],
+            self.ids[rows],
+        )
 
     @property
     def names(self):

@@ -37,8 +37,12 @@ def degenerate(footprints):
     area, or half the globe wide, as when a pole lies inside: then four corners do not say what they enclose."""
     points = ring(np.nan_to_num(footprints))
     lat, lon = points[..., 0], points[..., 1]
-    return (~np.isfinite(footprints).all(axis=(-1, -2)) | (np.abs(_area(points)) < TOUCHING_DEGREES**2)
-            | (np.ptp(lon, axis=-1) >= 180) | (np.abs(lat) > 90).any(axis=-1))
+    return (
+        ~np.isfinite(footprints).all(axis=(-1, -2))
+        | (np.abs(_area(points)) < TOUCHING_DEGREES**2)
+        | (np.ptp(lon, axis=-1) >= 180)
+        | (np.abs(lat) > 90).any(axis=-1)
+    )
 
 
 def self_crossing(footprints):
@@ -109,7 +113,7 @@ def intersections(queries, database, block=512, num_threads=2):
     def of_block(start):
         parts = []
         for turn in (-360, 0, 360):  # unwrapped longitudes run from -360 to 360, so one ground has three addresses
-            moved = shapely.transform(query_polygons[start:start + block], lambda xy: xy + [turn, 0])
+            moved = shapely.transform(query_polygons[start : start + block], lambda xy: xy + [turn, 0])
             of_query, of_database = tree.query(moved, predicate="intersects")
             whole_q, whole_d = shapely.area(moved)[of_query], database_areas[of_database]
             area = shapely.area(shapely.intersection(moved[of_query], database_polygons[of_database]))
@@ -165,8 +169,10 @@ class Positives:
         found = counts[query] > 0
         image, iou = np.zeros(len(query), dtype=np.int32), np.zeros(len(query))
         image[found], iou[found] = self.pairs[:, 1], self.iou
-        texts = {"query": pa.DictionaryArray.from_arrays(query, as_text(self.queries.column)),
-                 "image": pa.DictionaryArray.from_arrays(pa.array(image, mask=~found), as_text(self.images.column))}
+        texts = {
+            "query": pa.DictionaryArray.from_arrays(query, as_text(self.queries.column)),
+            "image": pa.DictionaryArray.from_arrays(pa.array(image, mask=~found), as_text(self.images.column)),
+        }
         return pa.table({**texts, "iou": pa.array(iou, mask=~found)})
 
 
@@ -193,21 +199,29 @@ def load_intersections(path):
     """-> the table. Raises FileNotFoundError or ValueError naming the file and the command that makes it."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; the positives of a data set are its file {path / INTERSECTIONS_FILE}, "
-                         f"which python -m datasets.overlap {path} writes")
+        raise ValueError(
+            f"{path}: is a folder; the positives of a data set are its file {path / INTERSECTIONS_FILE}, "
+            f"which python -m datasets.overlap {path} writes"
+        )
     remedy = f"python -m datasets.overlap {path.parent} writes it"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {remedy}")
     table = load_tensors(path)
-    if not isinstance(table, dict) or not all(isinstance(name, str) and isinstance(found, (list, tuple))
-                                              for name, found in table.items()):
+    if not isinstance(table, dict) or not all(
+        isinstance(name, str) and isinstance(found, (list, tuple)) for name, found in table.items()
+    ):
         raise ValueError(f"{path}: expected a dict, query name -> list of (database path, IoU); {remedy}")
     for name, found in table.items():
         for entry in found:
-            if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)
-                    and _is_number(entry[1])):
-                raise ValueError(f"{path}: query {name} has the entry {str(entry)[:80]}, expected (database path, "
-                                 f"IoU); {remedy}")
+            if not (
+                isinstance(entry, (list, tuple))
+                and len(entry) == 2
+                and isinstance(entry[0], str)
+                and _is_number(entry[1])
+            ):
+                raise ValueError(
+                    f"{path}: query {name} has the entry {str(entry)[:80]}, expected (database path, IoU); {remedy}"
+                )
     return table
 
 
@@ -245,8 +259,10 @@ def report(catalogue, kind, shown=10):
     lines = []
     rows = np.flatnonzero(degenerate(catalogue.footprints))
     if len(rows):
-        lines.append(f"{len(rows)} {kind} have a degenerate footprint (no area, or half the globe wide) and share "
-                     f"ground with nothing:")
+        lines.append(
+            f"{len(rows)} {kind} have a degenerate footprint (no area, or half the globe wide) and share "
+            f"ground with nothing:"
+        )
         lines += [f"    {catalogue.paths[row]}" for row in rows[:shown].tolist()]
         lines += [f"    and {len(rows) - shown} more"] if len(rows) > shown else []
     crossing = int(self_crossing(catalogue.footprints).sum())
@@ -270,8 +286,10 @@ def main(args):
     table = intersections_table(queries, database)
     save_intersections(output, table)
     found = sum(bool(positives) for positives in table.values())
-    print(f"{output}: {found} of {len(table)} queries have a positive among {len(database)} images, "
-          f"{sum(map(len, table.values())):,} pairs in {time.perf_counter() - began:.1f} s")
+    print(
+        f"{output}: {found} of {len(table)} queries have a positive among {len(database)} images, "
+        f"{sum(map(len, table.values())):,} pairs in {time.perf_counter() - began:.1f} s"
+    )
 
 
 def parse_arguments(argv=None):

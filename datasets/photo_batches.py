@@ -25,7 +25,7 @@ class Schedule:
         epoch, step = divmod(iteration, self.per_epoch)
         if self.order[0] != epoch:
             self.order = (epoch, np.random.default_rng([self.seed, 5, epoch]).permutation(self.count))
-        return self.order[1][step * self.batch_size:(step + 1) * self.batch_size]
+        return self.order[1][step * self.batch_size : (step + 1) * self.batch_size]
 
     def own(self):
         return slice(self.rank * self.share, (self.rank + 1) * self.share)

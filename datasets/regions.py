@@ -42,11 +42,14 @@ class Regions:
         whole = (rows >= 0).all(axis=1)
         missing = list(Strings(ids[~whole]))
         if not whole.any():
-            raise ValueError(f"{Path(root) / 'database'}: {len(ids)} regions, none with an image of every year "
-                             f"({', '.join(map(str, years))}); is the data set complete?")
+            raise ValueError(
+                f"{Path(root) / 'database'}: {len(ids)} regions, none with an image of every year "
+                f"({', '.join(map(str, years))}); is the data set complete?"
+            )
         rows = rows[whole]
-        return cls(Path(root), catalogue.paths[rows], catalogue.footprints[rows[:, -1]], Strings(ids[whole]),
-                   tuple(years)), missing
+        return cls(
+            Path(root), catalogue.paths[rows], catalogue.footprints[rows[:, -1]], Strings(ids[whole]), tuple(years)
+        ), missing
 
     def __len__(self):
         return len(self.paths)

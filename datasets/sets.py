@@ -75,8 +75,15 @@ class EvaluationData:
 
     def without(self, query_rows, database_rows):
         """Leaves images out (unreadable ones) of every set; queries that lose their last positive go too."""
-        sets = [build_set(one.name, np.setdiff1d(np.union1d(one.query_rows, one.left_out), query_rows),
-                          np.setdiff1d(one.database_rows, database_rows), self.pairs) for one in self.sets]
+        sets = [
+            build_set(
+                one.name,
+                np.setdiff1d(np.union1d(one.query_rows, one.left_out), query_rows),
+                np.setdiff1d(one.database_rows, database_rows),
+                self.pairs,
+            )
+            for one in self.sets
+        ]
         notes = [_empty_note(one) for one in sets if one.is_empty]
         return replace(self, sets=[one for one in sets if not one.is_empty], notes=self.notes + notes)
 
@@ -85,8 +92,10 @@ def read_database(root):
     """The images that are searched, those of 2021 -> Catalogue. Raises FileNotFoundError where there is none."""
     database = Catalogue.read(root, "database", year=DATABASE_YEAR)
     if not len(database):
-        raise FileNotFoundError(f"{Path(root) / 'database'}: no image in a folder {DATABASE_YEAR}_*; searched are the "
-                                f"images of {DATABASE_YEAR}")
+        raise FileNotFoundError(
+            f"{Path(root) / 'database'}: no image in a folder {DATABASE_YEAR}_*; searched are the "
+            f"images of {DATABASE_YEAR}"
+        )
     return database
 
 
@@ -108,8 +117,9 @@ def make_evaluation_data(queries, database, intersections, validation=True):
     pairs, notes = positive_pairs(queries, database, intersections)
     wanted = [(name, center, QUERY_RADIUS_KM, DATABASE_RADIUS_KM) for name, center in POINTS_OF_INTEREST.items()]
     if validation:
-        wanted.append((VALIDATION, POINTS_OF_INTEREST["Texas"],
-                       VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM))
+        wanted.append(
+            (VALIDATION, POINTS_OF_INTEREST["Texas"], VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM)
+        )
     centers = database.centers
     sets = []
     for name, center, query_radius, database_radius in wanted:
@@ -119,13 +129,22 @@ def make_evaluation_data(queries, database, intersections, validation=True):
             continue
         sets.append(one)
         if len(one.left_out):
-            notes.append(f"{name}: {len(one.left_out)} of {len(one.query_rows) + len(one.left_out)} queries left out, "
-                         "they have no positive in the set's database")
+            notes.append(
+                f"{name}: {len(one.left_out)} of {len(one.query_rows) + len(one.left_out)} queries left out, "
+                "they have no positive in the set's database"
+            )
     return EvaluationData(queries, database, pairs, sets, notes)
 
 
-def select_set(name, center, nadirs, database_centers, pairs, query_radius_km=QUERY_RADIUS_KM,
-               database_radius_km=DATABASE_RADIUS_KM):
+def select_set(
+    name,
+    center,
+    nadirs,
+    database_centers,
+    pairs,
+    query_radius_km=QUERY_RADIUS_KM,
+    database_radius_km=DATABASE_RADIUS_KM,
+):
     """Queries by nadir (N, 2), database images by centre (M, 2), great-circle distance to center (lat, lon)."""
     query_rows = np.flatnonzero(geo.distance_km(nadirs, center) <= query_radius_km)
     database_rows = np.flatnonzero(geo.distance_km(database_centers, center) <= database_radius_km)
@@ -161,17 +180,23 @@ def positive_pairs(queries, database, intersections):
     pairs = np.stack(np.divmod(key, max(len(database), 1)), axis=1)
     notes = []
     if missing:
-        notes.append(f"{missing} of {missing + len(pairs)} positives of {INTERSECTIONS_FILE} are not in the database "
-                     "on disk: recalls count the others only")
+        notes.append(
+            f"{missing} of {missing + len(pairs)} positives of {INTERSECTIONS_FILE} are not in the database "
+            "on disk: recalls count the others only"
+        )
     if unlisted:
-        notes.append(f"{unlisted} of {len(queries)} queries are not listed in {INTERSECTIONS_FILE}: counted as without "
-                     "a positive")
+        notes.append(
+            f"{unlisted} of {len(queries)} queries are not listed in {INTERSECTIONS_FILE}: counted as without "
+            "a positive"
+        )
     return pairs, notes
 
 
 def _empty_note(one):
-    return (f"{one.name}: skipped, it has {len(one.query_rows)} queries with a positive ({len(one.left_out)} without) "
-            f"and {len(one.database_rows)} database images")
+    return (
+        f"{one.name}: skipped, it has {len(one.query_rows)} queries with a positive ({len(one.left_out)} without) "
+        f"and {len(one.database_rows)} database images"
+    )
 
 
 def _union(rows):

@@ -20,8 +20,9 @@ def read_regions(dataset_path, batch_size):
         logging.info(f"{len(incomplete)} regions lack a year and are left out: {', '.join(incomplete[:10])} …")
         logging.debug(f"Regions that lack a year: {incomplete}")
     if len(regions) < batch_size:
-        raise ValueError(f"{dataset_path}: {len(regions)} regions do not fill a batch; --batch_size {len(regions)} "
-                         f"or smaller would")
+        raise ValueError(
+            f"{dataset_path}: {len(regions)} regions do not fill a batch; --batch_size {len(regions)} or smaller would"
+        )
     return regions
 
 
@@ -35,8 +36,10 @@ def note_unreadable(errors, unreadable, regions, share):
             unreadable[row] = text
             logging.warning(f"Left out, another region takes its place: {text}")
     if len(unreadable) > share * regions:
-        raise ValueError(f"{len(unreadable)} of {regions} regions have an image that cannot be read, more than "
-                         f"--max_unreadable {share:g} allows; the last one: {list(unreadable.values())[-1]}")
+        raise ValueError(
+            f"{len(unreadable)} of {regions} regions have an image that cannot be read, more than "
+            f"--max_unreadable {share:g} allows; the last one: {list(unreadable.values())[-1]}"
+        )
 
 
 def serve_period(loader, clusters, batch_size, iteration, every, iterations, seed, part, draw="size"):
@@ -46,16 +49,16 @@ def serve_period(loader, clusters, batch_size, iteration, every, iterations, see
     Schedule and substitutes depend on the seed, the clusters and the iteration's number alone.
     """
     period, since = divmod(iteration, every)
-    batches = schedule(clusters, batch_size, min(every, iterations - period * every), [seed, 2, period],
-                       draw)[since:]
-    return loader.serve(batches[:, part], lambda number: spares(
-        batches[number], clusters, [seed, 5, iteration + number])[part])
+    batches = schedule(clusters, batch_size, min(every, iterations - period * every), [seed, 2, period], draw)[since:]
+    return loader.serve(
+        batches[:, part], lambda number: spares(batches[number], clusters, [seed, 5, iteration + number])[part]
+    )
 
 
 def serve_sample(loader, regions, batch_size, seed, count=512):
     """-> The loader's batches of `count` of so many regions, drawn by seed, in whole batches."""
     rows = np.random.default_rng([seed, 1]).permutation(regions)[:count]
-    batches = rows[:len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+    batches = rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
     substitutes = [spares(each, [np.arange(regions)], [seed, 6, k]) for k, each in enumerate(batches)]
     return loader.serve(batches, substitutes.__getitem__)
 

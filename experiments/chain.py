@@ -25,7 +25,7 @@ BILINEAR = TF.InterpolationMode.BILINEAR
 
 @dataclass(frozen=True)
 class ChainDraw:
-    """angle: degrees counter-clockwise. inner, last: sides of the two crops, pixels; inner_at, last_at: their upper left
+    """angle: degrees counter-clockwise. inner, last: sides of both crops, pixels; inner_at, last_at: their upper left
     corners, (x, y). ends (4, 2): where the corners of the first crop go, (x, y) pixels. colours: brightness, contrast,
     saturation, hue. size: of the output."""
 
@@ -51,6 +51,7 @@ def draw_chain(size, generator, rotation=45.0, distortion=0.5, colours=(0.9, 0.9
     released: as in the released code instead, where the first crop lies anywhere and has one size, wedges or not, and
     the last one is the middle of the upright rectangle that the perspective leaves.
     """
+
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
@@ -129,12 +130,16 @@ def shown(draws, image_size, loaded):
 def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     size, loaded = args.image_size, args.source_size or source_size(args.image_size)
-    ways = {"the released chain": lambda: as_one(draw_chain(size, generator, released=True)),
-            "the chain without wedges": lambda: as_one(draw_chain(size, generator))}
+    ways = {
+        "the released chain": lambda: as_one(draw_chain(size, generator, released=True)),
+        "the chain without wedges": lambda: as_one(draw_chain(size, generator)),
+    }
     for least in args.min_crop:
         ways[f"one warp, --min_crop {least:g}"] = lambda least=least: Augmentation(size, min_crop=least).draw(generator)
-    print(f"{'to ' + str(size) + ' px from ' + str(loaded):28} {'side shown':>10} {'upsampled':>10} "
-          f"{'IoU of two years':>17} {'beyond the image':>17}")
+    print(
+        f"{'to ' + str(size) + ' px from ' + str(loaded):28} {'side shown':>10} {'upsampled':>10} "
+        f"{'IoU of two years':>17} {'beyond the image':>17}"
+    )
     for name, draw in ways.items():
         side, upsampled, overlap, beyond = shown([draw() for _ in range(args.draws)], size, loaded)
         print(f"{name:28} {side:10.3f} {upsampled:10.1%} {overlap:17.3f} {beyond:17.1%}")

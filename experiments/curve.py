@@ -33,8 +33,15 @@ def main(args):
     for iteration, path in checkpoints.items():
         if str(iteration) not in recalls:
             model = load_model(path).to(device, memory_format=torch.channels_last).eval()
-            result = evaluate(model, data, model.config.image_size, args.batch_size, args.num_workers, device,
-                              default_precision(device))
+            result = evaluate(
+                model,
+                data,
+                model.config.image_size,
+                args.batch_size,
+                args.num_workers,
+                device,
+                default_precision(device),
+            )
             recalls[str(iteration)] = {each.set.name: each.recalls for each in result.results}
             recalls[str(iteration)]["average"] = result.average()
             table.write_text(json.dumps(recalls, indent=1))

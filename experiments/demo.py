@@ -25,8 +25,9 @@ def main():
     print(f"\n{'':16} {'R@1 of each set':42}    average R@1   R@10  R@100")
     for title, checkpoint in rows:
         results, place = evaluated(checkpoint, "demo_eval", "--dataset_path", args.dataset_path, "--batch_size", "64")
-        sets = "  ".join(f"{name.split()[0]} {results['sets'][name]['recalls']['1']:.1f}"
-                         for name in results["average"]["over"])
+        sets = "  ".join(
+            f"{name.split()[0]} {results['sets'][name]['recalls']['1']:.1f}" for name in results["average"]["over"]
+        )
         mean = results["average"]["recalls"]
         print(f"{title:16} {sets}   {mean['1']:.1f}   {mean['10']:.1f}   {mean['100']:.1f}")
         if (place / "predictions.jpg").exists():

@@ -46,8 +46,9 @@ def earthloc_scores(checkpoint, queries, database, args):
     described = []
     for catalogue, rotations in ((queries, (0,)), (database, retrieval.ROTATIONS)):
         files = [catalogue.root / path for path in catalogue.paths]
-        descriptors, failures = retrieval.describe(model, files, model.config.image_size, args.batch_size,
-                                                   args.num_workers, rotations=rotations)
+        descriptors, failures = retrieval.describe(
+            model, files, model.config.image_size, args.batch_size, args.num_workers, rotations=rotations
+        )
         if failures:
             raise ValueError(failures[0][1])
         described.append(descriptors)
@@ -97,8 +98,12 @@ def methods(geoclip, earthloc, nadirs, centers, truth, validation):
         "EarthLoc + GeoCLIP": earthloc + weight * geoclip,
         f"EarthLoc + GeoCLIP, within {NADIR_KM} km of the nadir": earthloc + near_weight * geoclip + far,
         "database image nearest to the nadir": -km,
-    }, {"nadir prior, km": scale, "nadir prior of EarthLoc, km": earthloc_scale, "weight of GeoCLIP": weight,
-        "weight of GeoCLIP near the nadir": near_weight}
+    }, {
+        "nadir prior, km": scale,
+        "nadir prior of EarthLoc, km": earthloc_scale,
+        "weight of GeoCLIP": weight,
+        "weight of GeoCLIP near the nadir": near_weight,
+    }
 
 
 def main(args):
@@ -116,8 +121,10 @@ def main(args):
     findable = test & right.any(axis=1)
 
     training = photos_of_dataset(args.dataset_path).points
-    rows = {"mean of the training GPS": table_row(geo.distance_km(mean_point(training), truth[test])),
-            "nadir": table_row(geo.distance_km(nadirs, truth)[test])}
+    rows = {
+        "mean of the training GPS": table_row(geo.distance_km(mean_point(training), truth[test])),
+        "nadir": table_row(geo.distance_km(nadirs, truth)[test]),
+    }
     named, chosen = methods(geoclip, earthloc, nadirs, centers, truth, validation)
     for name, scores in named.items():
         picked = scores.argmax(axis=1)
@@ -126,8 +133,10 @@ def main(args):
     nearest = geo.distance_km(truth[:, None], centers[None]).min(axis=1)
     rows["limit: the nearest centre"] = table_row(nearest[test])
 
-    logging.info(f"{test.sum()} queries, R@1 over the {findable.sum()} with a positive; chosen on {validation.sum()} "
-                 f"validation queries: {chosen}")
+    logging.info(
+        f"{test.sum()} queries, R@1 over the {findable.sum()} with a positive; chosen on {validation.sum()} "
+        f"validation queries: {chosen}"
+    )
     logging.info("| | " + " | ".join(f"{km} km" for km in SHOWN_KM) + " | median km | R@1 |")
     for name, row in rows.items():
         recall = "" if row["recall_at_1"] is None else f"{row['recall_at_1']:.1f}"

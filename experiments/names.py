@@ -33,24 +33,29 @@ def differing_fields(real, made):
 def compare(paths, make):
     """-> [(path, what make(path) gives, fields that differ)] of those that differ."""
     pairs = ((path, make(path)) for path in paths)
-    return [(path, made, differing_fields(path, made)) for path, made in pairs
-            if made != path and made.rsplit("/", 1)[-1] != path]
+    return [
+        (path, made, differing_fields(path, made))
+        for path, made in pairs
+        if made != path and made.rsplit("/", 1)[-1] != path
+    ]
 
 
 def main(args):
     jobs = [(args.names, "database", made_path)]
     if args.queries:
-        jobs.append((args.queries, "queries", lambda path: path[:path.find("@")] + str(ImageName.parse(path))))
+        jobs.append((args.queries, "queries", lambda path: path[: path.find("@")] + str(ImageName.parse(path))))
     different = 0
     for names, folder, make in jobs:
         catalogue = Catalogue.read_source(names, folder)
         found = compare(catalogue.paths, make)
         different += len(found)
-        for real, made, fields in found[:args.shown]:
+        for real, made, fields in found[: args.shown]:
             print(f"{', '.join(fields)}:\n    is   {real}\n    made {made}")
         counts = Counter(field for *_, fields in found for field in fields)
-        print(f"{names}: {len(catalogue) - len(found):,} of {len(catalogue):,} names of {folder} come out the same"
-              + (f"; fields that differ: {dict(counts)}" if found else ""))
+        print(
+            f"{names}: {len(catalogue) - len(found):,} of {len(catalogue):,} names of {folder} come out the same"
+            + (f"; fields that differ: {dict(counts)}" if found else "")
+        )
     return different
 
 

@@ -34,9 +34,11 @@ class PlainDataset(RegionDataset):
 
 def year_wise(size, colours, one_draw):
     """-> augmentation of (B, Y, 3, H, W) uint8 by one chain draw a year, which one_draw(images, draw) applies."""
+
     def augment(images, generator, part=None, batch=None):
         draws = [draw_chain(size, generator, colours=colours) for _ in range(images.shape[1])]
         return torch.stack([one_draw(images[:, year], draw) for year, draw in enumerate(draws)], dim=1)
+
     return augment
 
 
@@ -52,8 +54,9 @@ def at_once(images, draw):
 def prepare(args, plain):
     """As train.prepare, with chain draws."""
     regions, loader, _, validation = train_prepare(args)
-    augment = year_wise(args.image_size, (args.brightness, args.contrast, args.saturation, args.hue),
-                        one_by_one if plain else at_once)
+    augment = year_wise(
+        args.image_size, (args.brightness, args.contrast, args.saturation, args.hue), one_by_one if plain else at_once
+    )
     if plain:
         loader.close()
         loader = BatchLoader(PlainDataset(regions, round(RESIZED * args.image_size)), args.num_workers)
@@ -79,19 +82,25 @@ def recalls(flags, name, plain):
             average = trained_and_evaluated(name, flags)
         else:  # plain parts in place of train.py's own
             with patch.object(train, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
-                average = trained_and_evaluated(name, [*flags, "--precision", "fp32"], "--search", "flat",
-                                                "--descriptors", "none")
+                average = trained_and_evaluated(
+                    name, [*flags, "--precision", "fp32"], "--search", "flat", "--descriptors", "none"
+                )
     return [average[rank] for rank in RANKS]
 
 
 def main(args):
     table = {}
     for way in ("plain", "fast"):
-        table[way] = np.array([recalls([*args.flags, "--seed", str(seed)], f"plain_recall/{way}_{seed}",
-                                       way == "plain")
-                               for seed in args.seeds])
-    print(f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}\n"
-          f"{'':6} {'seed':>5} " + " ".join(f"{'R@' + rank:>6}" for rank in RANKS))
+        table[way] = np.array(
+            [
+                recalls([*args.flags, "--seed", str(seed)], f"plain_recall/{way}_{seed}", way == "plain")
+                for seed in args.seeds
+            ]
+        )
+    print(
+        f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}\n"
+        f"{'':6} {'seed':>5} " + " ".join(f"{'R@' + rank:>6}" for rank in RANKS)
+    )
     for way, rows in table.items():
         for seed, row in zip(args.seeds, rows):
             print(f"{way:6} {seed:5} " + " ".join(f"{value:6.1f}" for value in row))

@@ -53,29 +53,43 @@ def spherical_iou(query, region):
     outline, edges = ring(query[None])[0], along_parallels(region)
     (a, back), (b, _) = gnomonic(outline, center), gnomonic(edges, center)
     common = shapely.intersection(shapely.Polygon(a), shapely.Polygon(b))
-    shared = sum(spherical_area(back(shapely.get_coordinates(part)[:-1])) for part in shapely.get_parts(common)
-                 if part.geom_type == "Polygon" and not part.is_empty)
+    shared = sum(
+        spherical_area(back(shapely.get_coordinates(part)[:-1]))
+        for part in shapely.get_parts(common)
+        if part.geom_type == "Polygon" and not part.is_empty
+    )
     return shared / (spherical_area(outline) + spherical_area(edges) - shared)
 
 
 def main(args):
     queries = Catalogue.read_source(args.names, "queries")
-    footprints = Catalogue.read_source(args.database, "database").footprints if args.database else \
-        grid.footprints(grid.land_regions(ZOOMS))
+    footprints = (
+        Catalogue.read_source(args.database, "database").footprints
+        if args.database
+        else grid.footprints(grid.land_regions(ZOOMS))
+    )
     began, spent = time.perf_counter(), time.process_time()
     pairs, iou = intersections(queries.footprints, footprints)
-    print(f"{len(queries):,} queries, {len(footprints):,} regions: {len(pairs):,} pairs in "
-          f"{time.perf_counter() - began:.1f} s ({time.process_time() - spent:.1f} s of CPU)")
-    print(f"{int(degenerate(queries.footprints).sum())} queries are degenerate, "
-          f"{int(self_crossing(queries.footprints).sum())} list their corners crosswise")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
-          f"{'' if args.database else ' (1 GB of it is the land mask)'}")
-    chosen = np.random.default_rng(0).permutation(len(pairs))[:args.pairs]
+    print(
+        f"{len(queries):,} queries, {len(footprints):,} regions: {len(pairs):,} pairs in "
+        f"{time.perf_counter() - began:.1f} s ({time.process_time() - spent:.1f} s of CPU)"
+    )
+    print(
+        f"{int(degenerate(queries.footprints).sum())} queries are degenerate, "
+        f"{int(self_crossing(queries.footprints).sum())} list their corners crosswise"
+    )
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
+        f"{'' if args.database else ' (1 GB of it is the land mask)'}"
+    )
+    chosen = np.random.default_rng(0).permutation(len(pairs))[: args.pairs]
     exact = np.array([spherical_iou(queries.footprints[q], footprints[d]) for q, d in pairs[chosen]])
     error = np.abs(iou[chosen] - exact)
-    print(f"IoU against the sphere, {len(chosen):,} pairs: mean error {error.mean():.5f}, 99 % below "
-          f"{np.quantile(error, 0.99):.5f}, largest {error.max():.5f}; {int((exact == 0).sum())} pairs share nothing "
-          f"there, their largest IoU here is {iou[chosen][exact == 0].max(initial=0):.5f}")
+    print(
+        f"IoU against the sphere, {len(chosen):,} pairs: mean error {error.mean():.5f}, 99 % below "
+        f"{np.quantile(error, 0.99):.5f}, largest {error.max():.5f}; {int((exact == 0).sum())} pairs share nothing "
+        f"there, their largest IoU here is {iou[chosen][exact == 0].max(initial=0):.5f}"
+    )
     return error
 
 

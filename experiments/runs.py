@@ -28,7 +28,17 @@ def trained_and_evaluated(name, flags, *evaluation_flags):
     """Trains under logs/name by train.py's flags and evaluates last.pt, each once -> {"1": average R@1, …}."""
     args = train.parse_arguments([*flags, "--log_dir", name])
     folder = finished(name) or train.main(args)
-    results, _ = evaluated(folder / "last.pt", f"{name}_eval", "--dataset_path", args.dataset_path, "--num_workers",
-                           str(args.num_workers), "--device", args.device, "--precision", args.precision,
-                           *evaluation_flags)
+    results, _ = evaluated(
+        folder / "last.pt",
+        f"{name}_eval",
+        "--dataset_path",
+        args.dataset_path,
+        "--num_workers",
+        str(args.num_workers),
+        "--device",
+        args.device,
+        "--precision",
+        args.precision,
+        *evaluation_flags,
+    )
     return results["average"]["recalls"]

@@ -30,10 +30,22 @@ from utils.arguments import make_parser, run
 
 ZOOMS = (9, 10, 11)
 RANKS = (1, 10, 100)
-TABLE_1 = {"Texas": (6142, 34_000), "Alps": (2394, 53_000), "California": (3568, 30_000),
-           "Gobi Desert": (726, 54_000), "Amazon": (682, 19_000), "Toshka Lakes": (2164, 63_000)}
-RANDOM_CHOICE = {"Texas": (0.2, 1.7, 15.5), "Alps": (0.1, 1.1, 11.6), "California": (0.2, 2.3, 20.1),
-                 "Gobi Desert": (0.1, 1.0, 13.2), "Amazon": (0.1, 1.1, 11.5), "Toshka Lakes": (0.2, 1.2, 9.1)}
+TABLE_1 = {
+    "Texas": (6142, 34_000),
+    "Alps": (2394, 53_000),
+    "California": (3568, 30_000),
+    "Gobi Desert": (726, 54_000),
+    "Amazon": (682, 19_000),
+    "Toshka Lakes": (2164, 63_000),
+}
+RANDOM_CHOICE = {
+    "Texas": (0.2, 1.7, 15.5),
+    "Alps": (0.1, 1.1, 11.6),
+    "California": (0.2, 2.3, 20.1),
+    "Gobi Desert": (0.1, 1.0, 13.2),
+    "Amazon": (0.1, 1.1, 11.5),
+    "Toshka Lakes": (0.2, 1.2, 9.1),
+}
 NADIR = {"Texas": 2.4, "Alps": 1.2, "California": 2.4, "Gobi Desert": 1.8, "Amazon": 3.1, "Toshka Lakes": 1.4}
 
 
@@ -50,13 +62,17 @@ def compute_sets(queries, footprints):
 
 def table_1(sets):
     """-> lines: queries and database images of each set beside the paper's."""
-    lines = [f"Table 1 (queries within {QUERY_RADIUS_KM:,} km, database within {DATABASE_RADIUS_KM:,} km)",
-             f"{'':14}{'in reach':>10}{'queries':>9}{'paper':>7}{'diff':>6}{'database':>11}{'paper':>8}{'diff':>8}"]
+    lines = [
+        f"Table 1 (queries within {QUERY_RADIUS_KM:,} km, database within {DATABASE_RADIUS_KM:,} km)",
+        f"{'':14}{'in reach':>10}{'queries':>9}{'paper':>7}{'diff':>6}{'database':>11}{'paper':>8}{'diff':>8}",
+    ]
     for name, (reach, one) in sets.items():
         found, images = len(one.query_rows), len(one.database_rows)
         queries, database = TABLE_1[name]
-        lines.append(f"{name:14}{reach:10}{found:9}{queries:7}{found - queries:+6}{images:11,}"
-                     f"{database // 1000:7}k{100 * (images / database - 1):+7.1f}%")
+        lines.append(
+            f"{name:14}{reach:10}{found:9}{queries:7}{found - queries:+6}{images:11,}"
+            f"{database // 1000:7}k{100 * (images / database - 1):+7.1f}%"
+        )
     return lines
 
 
@@ -86,12 +102,19 @@ def table_2(sets, ks=RANKS):
 
 
 def nadir_recalls(queries, footprints, sets):
-    """-> {set: (R@1 of the image with its centre nearest to the nadir, share of photos that show their nadir)}, percent;
+    """-> {set: (R@1 of the image with its centre nearest to the nadir, share of photos showing their nadir)}, percent;
     a set without queries is left out."""
     centers, shown = geo.centers(footprints), nadir_inside(queries.footprints, queries.nadirs)
-    return {name: (recall_at(nearest_to_nadir(queries.nadirs[one.query_rows], centers[one.database_rows], 1),
-                             one.positives, (1,))[1], 100 * shown[one.query_rows].mean())
-            for name, (_, one) in sets.items() if len(one.query_rows)}
+    return {
+        name: (
+            recall_at(
+                nearest_to_nadir(queries.nadirs[one.query_rows], centers[one.database_rows], 1), one.positives, (1,)
+            )[1],
+            100 * shown[one.query_rows].mean(),
+        )
+        for name, (_, one) in sets.items()
+        if len(one.query_rows)
+    }
 
 
 def nadir_inside(footprints, nadirs):
@@ -104,8 +127,9 @@ def nadir_inside(footprints, nadirs):
 def nadir_lines(recalls):
     """nadir_recalls' -> lines: beside the paper's row."""
     lines = ["Table 2, row Nadir (R@1, percent)", f"{'':14}{'nearest centre':>16}{'nadir in photo':>16}{'paper':>7}"]
-    return lines + [f"{name:14}{nearest:16.1f}{shown:16.1f}{NADIR[name]:7.1f}"
-                    for name, (nearest, shown) in recalls.items()]
+    return lines + [
+        f"{name:14}{nearest:16.1f}{shown:16.1f}{NADIR[name]:7.1f}" for name, (nearest, shown) in recalls.items()
+    ]
 
 
 def main(args):

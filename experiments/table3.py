@@ -13,7 +13,12 @@ from utils.arguments import make_parser, run
 
 # What changes, the flags that make it so, and the paper's average R@1 and R@100.
 ROWS = {
-    "views": ("views of one image", "--positives views --batches random --augmentation image --neutral off", 26.2, 72.7),
+    "views": (
+        "views of one image",
+        "--positives views --batches random --augmentation image --neutral off",
+        26.2,
+        72.7,
+    ),
     "quadruplets": ("regional quadruplets", "--batches random --augmentation image --neutral off", 45.4, 85.2),
     "clustered": ("+ clustered batches", "--batches clustered --augmentation image --neutral off", 49.8, 88.0),
     "year": ("+ year-wise augmentation", "--batches clustered --augmentation year --neutral off", 54.1, 87.2),
@@ -26,16 +31,20 @@ def main(args):
     table = []
     for name in args.rows:
         title, flags, *paper = ROWS[name]
-        runs = [trained_and_evaluated(f"table3/{name}_{seed}", [*args.flags, *flags.split(), "--seed", str(seed)])
-                for seed in args.seeds]
+        runs = [
+            trained_and_evaluated(f"table3/{name}_{seed}", [*args.flags, *flags.split(), "--seed", str(seed)])
+            for seed in args.seeds
+        ]
         ours = np.array([[recalls["1"], recalls["100"]] for recalls in runs])
         table.append((title, paper, ours))
     print(f"\n| {'mean (spread) of ' + str(len(args.seeds)) + ' seeds':26} | R@1 | R@100 | paper R@1 | paper R@100 |")
     print("| --- | --- | --- | --- | --- |")
     for title, paper, ours in table:
         mean, spread = ours.mean(axis=0), ours.std(axis=0, ddof=1) if len(ours) > 1 else np.zeros(2)
-        print(f"| {title:26} | {mean[0]:.1f} ({spread[0]:.1f}) | {mean[1]:.1f} ({spread[1]:.1f}) "
-              f"| {paper[0]} | {paper[1]} |")
+        print(
+            f"| {title:26} | {mean[0]:.1f} ({spread[0]:.1f}) | {mean[1]:.1f} ({spread[1]:.1f}) "
+            f"| {paper[0]} | {paper[1]} |"
+        )
 
 
 def parse_arguments(argv=None):

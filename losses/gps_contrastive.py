@@ -19,7 +19,7 @@ def advance_queue(queue, points):
 
     A pure function of its arguments, so the queue is the same in every process.
     """
-    return np.concatenate([queue, points])[len(points):][-len(queue):] if len(queue) else queue
+    return np.concatenate([queue, points])[len(points) :][-len(queue) :] if len(queue) else queue
 
 
 def neutral_mask(points, candidates, km):

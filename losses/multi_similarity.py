@@ -47,12 +47,16 @@ class MultiSimilarityLoss(nn.Module):
     "after" it (the released code): there a neutral pair is mined like a negative and decides which positives are kept.
     """
 
-    def __init__(self, alpha: Annotated[float, "weight of positives"] = 1.0,
-                 beta: Annotated[float, "weight of negatives"] = 50.0,
-                 base: Annotated[float, "lambda in the paper"] = 0.0,
-                 epsilon: Annotated[float, "margin of the mining"] = 0.1,
-                 neutral_filter: Annotated[Literal["before", "after"], "neutral pairs leave before or after the mining"]
-                 = "before"):
+    def __init__(
+        self,
+        alpha: Annotated[float, "weight of positives"] = 1.0,
+        beta: Annotated[float, "weight of negatives"] = 50.0,
+        base: Annotated[float, "lambda in the paper"] = 0.0,
+        epsilon: Annotated[float, "margin of the mining"] = 0.1,
+        neutral_filter: Annotated[
+            Literal["before", "after"], "neutral pairs leave before or after the mining"
+        ] = "before",
+    ):
         super().__init__()
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
         self.neutral_filter = neutral_filter

@@ -76,14 +76,22 @@ def stages_of(name: str, image_size: int = PROBE) -> dict[str, Stage]:
             channels, patch = model.feature_info[0]["num_chs"], model.feature_info[0]["reduction"]
             if image_size % patch:
                 low = image_size // patch * patch
-                raise ValueError(f"--image_size {image_size}: no multiple of {patch}, the side of a patch of {name}; "
-                                 f"use {f'{low} or ' if low else ''}{low + patch}")
+                raise ValueError(
+                    f"--image_size {image_size}: no multiple of {patch}, the side of a patch of {name}; "
+                    f"use {f'{low} or ' if low else ''}{low + patch}"
+                )
             parts = {"stem": tuple(before), **{block.replace(".", ""): (block,) for block in listed}}
             return {stage: Stage(each, channels, image_size // patch) for stage, each in parts.items()}
         # Members of a Sequential count by themselves where timm lists them as stages (blocks.4).
-        modules = [part for child in children for part in (
-            [f"{child}.{member}" for member, _ in model.get_submodule(child).named_children()]
-            if any(each.startswith(f"{child}.") for each in listed) else [child])]
+        modules = [
+            part
+            for child in children
+            for part in (
+                [f"{child}.{member}" for member, _ in model.get_submodule(child).named_children()]
+                if any(each.startswith(f"{child}.") for each in listed)
+                else [child]
+            )
+        ]
         places = [i for i, part in enumerate(modules) if part in listed and [*model.get_submodule(part).parameters()]]
         stages, x = {}, torch.empty(1, 3, image_size, image_size)
         try:
@@ -93,8 +101,10 @@ def stages_of(name: str, image_size: int = PROBE) -> dict[str, Stage]:
                 if parts:
                     stage = "conv1" if "conv1" in parts else "stem" if len(parts) > 1 else parts[0].replace(".", "")
                     stages[stage] = Stage(tuple(parts), x.shape[1], x.shape[3])
-            sequential = all(stages[part.replace(".", "")].channels == listed[part]["num_chs"]
-                             for part in [modules[place] for place in places])
+            sequential = all(
+                stages[part.replace(".", "")].channels == listed[part]["num_chs"]
+                for part in [modules[place] for place in places]
+            )
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
             sequential = False
         if not sequential:
@@ -120,8 +130,10 @@ def kept_and_frozen(name: str, cut_after: str | None, freeze_until: str) -> tupl
     names = stage_names(name)
     cut_after = cut_after or default_cut(name)
     # A ViT's features come out of a block.
-    for flag, stage, choices in (("--cut_after", cut_after, names[1:] if is_vit(name) else names),
-                                 ("--freeze_until", freeze_until, (*names, "none"))):
+    for flag, stage, choices in (
+        ("--cut_after", cut_after, names[1:] if is_vit(name) else names),
+        ("--freeze_until", freeze_until, (*names, "none")),
+    ):
         if stage not in choices:
             raise ValueError(f"{flag} {stage}: {name} has no such stage; choose one of {', '.join(choices)}")
     kept = names[: names.index(cut_after) + 1]
@@ -141,8 +153,10 @@ def choose_stages(name: str, cut_after: str | None, freeze_until: str | None, pr
     """Last kept and last frozen stage, None filled in: the default cut; frozen is what has stride 8 or less, of a ViT
     all but four blocks. Nothing that was never pre-trained is frozen: ValueError if that is asked."""
     if not pretrained and freeze_until not in (None, "none"):
-        raise ValueError(f"--freeze_until {freeze_until} with --weights none would freeze stages that were never "
-                         "trained: leave --freeze_until out, or give --weights imagenet | FILE")
+        raise ValueError(
+            f"--freeze_until {freeze_until} with --weights none would freeze stages that were never "
+            "trained: leave --freeze_until out, or give --weights imagenet | FILE"
+        )
     kept, _ = kept_and_frozen(name, cut_after, freeze_until or "none")
     if freeze_until is None and pretrained:
         shallow = [stage for stage in kept if stride_of(name, stage) <= 8]
@@ -170,8 +184,9 @@ class Backbone(nn.Module):
     `stages`, `frozen`: names of all and of frozen stages. `mean`, `std`: the normalisation of the input, RGB in [0, 1].
     """
 
-    def __init__(self, name: str, cut_after: str | None = None, freeze_until: str = "none",
-                 frozen_batchnorm: str = "fixed"):
+    def __init__(
+        self, name: str, cut_after: str | None = None, freeze_until: str = "none", frozen_batchnorm: str = "fixed"
+    ):
         super().__init__()
         self.name, self.frozen_batchnorm = name, frozen_batchnorm
         self.stages, self.frozen = kept_and_frozen(name, cut_after, freeze_until)
@@ -201,8 +216,11 @@ class Backbone(nn.Module):
 
     def _modules_of(self, stages: tuple[str, ...]) -> list[nn.Module]:
         parts = self._part_names(stages)  # a ViT's tokens among them are no modules
-        return [self.model.get_submodule(part) for part in parts
-                if not isinstance(getattr(self.model, part, None), nn.Parameter)]
+        return [
+            self.model.get_submodule(part)
+            for part in parts
+            if not isinstance(getattr(self.model, part, None), nn.Parameter)
+        ]
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
@@ -235,8 +253,9 @@ class Backbone(nn.Module):
         """-> features as `forward`, and one vector (B, out_channels) of the whole image: a ViT's class token after its
         last norm, else the mean of the features."""
         if self.vit:  # without gradients up to the first parameter that learns
-            found = self.model.forward_intermediates(x, indices=[len(self.stages) - 2], return_prefix_tokens=True,
-                                                     norm=True, intermediates_only=True)[0]
+            found = self.model.forward_intermediates(
+                x, indices=[len(self.stages) - 2], return_prefix_tokens=True, norm=True, intermediates_only=True
+            )[0]
             if self.model.num_prefix_tokens:
                 return found[0], found[1][:, 0]
             return found, found.mean(dim=(2, 3))

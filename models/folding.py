@@ -18,8 +18,9 @@ def fold_batchnorm(parts: list[nn.Module]) -> nn.Sequential:
         folded = nn.Sequential(*[copy.deepcopy(part) for part in parts]).eval().requires_grad_(False)
         for convolution, norm in _pairs(folded):
             layer = folded.get_submodule(norm)
-            folded.set_submodule(convolution, fuse_conv_bn_eval(folded.get_submodule(convolution), layer)
-                                 .requires_grad_(False))
+            folded.set_submodule(
+                convolution, fuse_conv_bn_eval(folded.get_submodule(convolution), layer).requires_grad_(False)
+            )
             folded.set_submodule(norm, getattr(layer, "act", nn.Identity()))  # timm's BatchNorm brings its activation
     return folded
 
@@ -29,12 +30,17 @@ def _pairs(network: nn.Module) -> list[tuple[str, str]]:
     outputs, pairs, hooks = [], [], []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(
-                lambda module, inputs, output, name=name: outputs.append((output, name))))
+            hooks.append(
+                module.register_forward_hook(lambda module, inputs, output, name=name: outputs.append((output, name)))
+            )
         elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(
-                lambda module, inputs, name=name: pairs.extend(
-                    (convolution, name) for output, convolution in outputs if output is inputs[0])))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda module, inputs, name=name: pairs.extend(
+                        (convolution, name) for output, convolution in outputs if output is inputs[0]
+                    )
+                )
+            )
     if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         example = next(network.parameters())
         network(torch.zeros(1, 3, 64, 64, dtype=example.dtype, device=example.device))

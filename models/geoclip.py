@@ -56,7 +56,8 @@ class GeoClipConfig:
         if self.image_encoder == "clip":
             return self
         cut_after, freeze_until = choose_stages(
-            self.image_encoder, self.cut_after or stage_names(self.image_encoder)[-1], self.freeze_until, pretrained)
+            self.image_encoder, self.cut_after or stage_names(self.image_encoder)[-1], self.freeze_until, pretrained
+        )
         return replace(self, cut_after=cut_after, freeze_until=freeze_until, image_size=self.image_size or 128)
 
 
@@ -73,8 +74,9 @@ class GeoCLIP(nn.Module):
         if config.image_encoder == "clip":
             self.image_encoder = ClipEncoder(config.clip)
         else:
-            self.image_encoder = BackboneEncoder(config.image_encoder, config.cut_after, config.freeze_until,
-                                                 config.image_size, config.gem_grid)
+            self.image_encoder = BackboneEncoder(
+                config.image_encoder, config.cut_after, config.freeze_until, config.image_size, config.gem_grid
+            )
         self.location_encoder = LocationEncoder(config.sigmas)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -112,13 +114,20 @@ class GeoCLIP(nn.Module):
     def load_own_state(self, state: dict[str, Tensor], source: str = "state dict") -> None:
         """Strictly, but for the frozen CLIP. ValueError lists what does not fit."""
         own = self.own_state()
-        misfits = [f"{kind}: {', '.join(sorted(keys)[:10])}" for kind, keys in (
-            ("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()),
-            ("of another shape", {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}),
-        ) if keys]
+        misfits = [
+            f"{kind}: {', '.join(sorted(keys)[:10])}"
+            for kind, keys in (
+                ("missing", own.keys() - state.keys()),
+                ("unexpected", state.keys() - own.keys()),
+                ("of another shape", {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}),
+            )
+            if keys
+        ]
         if misfits:
-            raise ValueError(f"{source} does not fit this GeoCLIP ({'; '.join(misfits)}); is it a checkpoint of "
-                             "train_geoclip.py, with the same --image_encoder?")
+            raise ValueError(
+                f"{source} does not fit this GeoCLIP ({'; '.join(misfits)}); is it a checkpoint of "
+                "train_geoclip.py, with the same --image_encoder?"
+            )
         self.load_state_dict(self.state_dict() | state)
 
 

@@ -17,8 +17,11 @@ from utils.checkpoint import load_tensors
 from utils.files import GALLERY_PACKAGE, package_files
 
 # File of the package -> where its tensors belong.
-PTH_FILES = {"location_encoder_weights.pth": "location_encoder.", "image_encoder_mlp_weights.pth": "image_encoder.mlp.",
-             "logit_scale_weights.pth": "logit_scale"}
+PTH_FILES = {
+    "location_encoder_weights.pth": "location_encoder.",
+    "image_encoder_mlp_weights.pth": "image_encoder.mlp.",
+    "logit_scale_weights.pth": "logit_scale",
+}
 HUB_FILE = "model.safetensors"
 
 
@@ -55,8 +58,10 @@ def read_geoclip(path: str | Path) -> tuple[dict[str, Tensor], GeoClipConfig, Te
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights; give a checkpoint of train_geoclip.py, a folder with the "
-                                f"published files, or {GALLERY_PACKAGE} for those of the installed package")
+        raise FileNotFoundError(
+            f"{path}: no such weights; give a checkpoint of train_geoclip.py, a folder with the "
+            f"published files, or {GALLERY_PACKAGE} for those of the installed package"
+        )
     if path.suffix == ".safetensors":
         return _named(_load_safetensors(path), path), GeoClipConfig(sigmas=_sigmas_beside(path)), None
     loaded = load_tensors(path)

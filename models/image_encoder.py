@@ -80,14 +80,15 @@ class BackboneEncoder(nn.Module):
 
 
 def load_clip(clip: str) -> nn.Module:
-    """CLIP's vision half from the Hugging Face hub, its cache, or a folder. RuntimeError says what to install or give.
-    """
+    """CLIP's vision half from the Hugging Face hub, its cache, or a folder. RuntimeError says what to install."""
     try:
         from transformers import CLIPVisionModelWithProjection
         from transformers.utils import logging
     except ImportError as error:
-        raise RuntimeError("the CLIP image encoder needs transformers: pip install transformers (or train with "
-                           "--image_encoder efficientnet_lite0, which needs nothing more)") from error
+        raise RuntimeError(
+            "the CLIP image encoder needs transformers: pip install transformers (or train with "
+            "--image_encoder efficientnet_lite0, which needs nothing more)"
+        ) from error
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the text half of the file is unused, which is no news
     try:
@@ -96,7 +97,9 @@ def load_clip(clip: str) -> nn.Module:
             return CLIPVisionModelWithProjection.from_pretrained(clip).float()
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RuntimeError(f"CLIP {clip} could not be loaded ({reason}). It is fetched once from the Hugging Face hub; "
-                           "without a network give --clip FOLDER with its config.json and model.safetensors") from error
+        raise RuntimeError(
+            f"CLIP {clip} could not be loaded ({reason}). It is fetched once from the Hugging Face hub; "
+            "without a network give --clip FOLDER with its config.json and model.safetensors"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)

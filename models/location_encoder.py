@@ -69,9 +69,12 @@ class Capsule(nn.Module):
         super().__init__()
         self.capsule = nn.Sequential(
             FourierFeatures(sigma),
-            nn.Linear(512, 1024), nn.ReLU(),
-            nn.Linear(1024, 1024), nn.ReLU(),
-            nn.Linear(1024, 1024), nn.ReLU(),
+            nn.Linear(512, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
         )
         self.head = nn.Sequential(nn.Linear(1024, EMBEDDING_DIM))
 

@@ -143,11 +143,15 @@ def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
     state = {key: value for key, value in state.items() if key not in unused}
     misfits = _misfits(own, state)
     if misfits:
-        raise ValueError("\n".join([
-            f"{source} does not fit the backbone {backbone.name}:",
-            *misfits,
-            "Change --backbone, or give --weights another file.",
-        ]))
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{source} does not fit the backbone {backbone.name}:",
+                    *misfits,
+                    "Change --backbone, or give --weights another file.",
+                ]
+            )
+        )
     _copy(backbone.model, state)
 
 
@@ -180,8 +184,11 @@ def _flags_that_fit(model: nn.Module, state: dict[str, Tensor]) -> str:
     except ValueError:
         return "Is it an EarthLoc checkpoint? Check --backbone, --cut_after, --aggregator, --descriptor_dim."
     ignored = ["freeze_until", "frozen_batchnorm"] + ["image_size"] * (fitting["aggregator"] == "gem")  # any size fits
-    flags = [f"--{flag} {value}" for flag, value in fitting.items()
-             if flag not in ignored and value is not None and value != own.get(flag)]
+    flags = [
+        f"--{flag} {value}"
+        for flag, value in fitting.items()
+        if flag not in ignored and value is not None and value != own.get(flag)
+    ]
     return f"It would fit with {' '.join(flags)}" if flags else "No flag makes it fit."
 
 
@@ -211,8 +218,9 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
         settings = {"mix_depth": len(depths), "out_rows": out_rows}
         if channels * out_rows != descriptor_dim:
             settings["mix_channels"] = channels
-        return ModelConfig(**shape, image_size=math.isqrt(positions) * stride_of(backbone, cut_after),
-                           aggregator_settings=settings)
+        return ModelConfig(
+            **shape, image_size=math.isqrt(positions) * stride_of(backbone, cut_after), aggregator_settings=settings
+        )
     except KeyError as error:
         raise ValueError(f"not the state dict of an EarthLoc model: it has no {error.args[0]}") from error
 
@@ -220,8 +228,11 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
 def _infer_backbone(state: dict[str, Tensor]) -> tuple[str, str]:
     """Name and last stage of the backbone of a whole model's state dict. Depths that agree up to the cut: the first."""
     prefix = "backbone.model."
-    given = {key.removeprefix(prefix): value.shape for key, value in state.items()
-             if key.startswith(prefix) and not key.endswith(COUNTER)}
+    given = {
+        key.removeprefix(prefix): value.shape
+        for key, value in state.items()
+        if key.startswith(prefix) and not key.endswith(COUNTER)
+    }
     if not given:
         raise KeyError(f"{prefix}conv1.weight")
     for name in (*RESNETS, LITE0):
@@ -231,9 +242,12 @@ def _infer_backbone(state: dict[str, Tensor]) -> tuple[str, str]:
             inside = tuple(f"{part}." for part in parts)
             if any(key.startswith(inside) for key in given):
                 last = stage
-                own |= {key: shape for key, shape in whole.items()
-                        if key.startswith(inside) and not key.endswith(COUNTER)}
+                own |= {
+                    key: shape for key, shape in whole.items() if key.startswith(inside) and not key.endswith(COUNTER)
+                }
         if own == given:
             return name, last
-    raise ValueError("its backbone is no ResNet and no efficientnet_lite0, whole up to a stage; a model of another "
-                     "backbone is read from a file with its config, as train.py and experiments/export.py write it")
+    raise ValueError(
+        "its backbone is no ResNet and no efficientnet_lite0, whole up to a stage; a model of another "
+        "backbone is read from a file with its config, as train.py and experiments/export.py write it"
+    )

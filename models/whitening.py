@@ -9,7 +9,7 @@ from utils.precision import autocast
 def whiten(model, batches, augment, seed, std, regulariser, device, precision):
     """Sets the model's fc to the whitening of augmented views, in the mode that training uses.
 
-    batches: of (rows, images uint8 (B, Y, 3, H, W), errors), as the loader gives. std, regulariser: see EarthLoc.whiten_.
+    batches: of (rows, images uint8 (B, Y, 3, H, W), errors), from the loader. std, regulariser: see EarthLoc.whiten_.
     """
     generator = torch.Generator().manual_seed(seed)
     features = []

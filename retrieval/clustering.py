@@ -16,7 +16,7 @@ def cluster(descriptors, count, min_size, seed, device="cpu"):
         raise ValueError("clustering: a descriptor is nan or infinite")
     count = max(1, min(count, len(descriptors) // min_size))
     on_cpu = torch.device(device).type == "cpu"
-    labels, _ = (faiss_kmeans(descriptors, count, seed) if on_cpu else kmeans(descriptors, count, seed, device=device))
+    labels, _ = faiss_kmeans(descriptors, count, seed) if on_cpu else kmeans(descriptors, count, seed, device=device)
     return merge_small([np.flatnonzero(labels == k) for k in range(count)], descriptors, min_size)
 
 
@@ -24,8 +24,14 @@ def faiss_kmeans(descriptors, count, seed, iterations=20):
     """descriptors (N, D) float32 -> labels (N,), centers (count, D). Splits large clusters to reseed empty ones."""
     import faiss
 
-    means = faiss.Kmeans(descriptors.shape[1], count, niter=iterations, seed=int(seed), min_points_per_centroid=1,
-                         max_points_per_centroid=len(descriptors))
+    means = faiss.Kmeans(
+        descriptors.shape[1],
+        count,
+        niter=iterations,
+        seed=int(seed),
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(descriptors),
+    )
     means.train(descriptors)
     return means.index.search(descriptors, 1)[1][:, 0], means.centroids
 
@@ -42,8 +48,8 @@ def kmeans(descriptors, count, seed, iterations=20, device="cpu", dtype=None, ce
     points = torch.empty(descriptors.shape, dtype=dtype, device=device)
     squares = torch.empty(len(points), device=device)
     for start in range(0, len(points), block):
-        part = torch.as_tensor(descriptors[start:start + block]).to(device, torch.float32)
-        points[start:start + block], squares[start:start + block] = part.to(dtype), part.square().sum(1)
+        part = torch.as_tensor(descriptors[start : start + block]).to(device, torch.float32)
+        points[start : start + block], squares[start : start + block] = part.to(dtype), part.square().sum(1)
     if centers is None:
         first = np.sort(np.random.default_rng(seed).choice(len(points), count, replace=False))
         centers = torch.as_tensor(descriptors[first])
@@ -54,12 +60,12 @@ def kmeans(descriptors, count, seed, iterations=20, device="cpu", dtype=None, ce
         for start in range(0, len(points), block):
             # A product with one-hot rows, not index_add_: that adds in any order on a GPU, and a run could not be
             # repeated.
-            own = labels[start:start + block]
+            own = labels[start : start + block]
             if device.type == "cpu":
-                sums.index_add_(0, own, points[start:start + block].float())
+                sums.index_add_(0, own, points[start : start + block].float())
             else:
                 hot = torch.zeros(count, len(own), device=device).scatter_(0, own[None], 1.0)
-                sums += hot @ points[start:start + block].float()
+                sums += hot @ points[start : start + block].float()
         counts += torch.bincount(labels, minlength=count)
         centers = sums / counts.clamp(min=1)[:, None]
         empty = torch.nonzero(counts == 0)[:, 0]
@@ -75,8 +81,8 @@ def _assign(points, squares, centers, block):
     distances = torch.empty(len(points), device=points.device)
     low, half = centers.to(points.dtype).T, centers.square().sum(1) / 2
     for start in range(0, len(points), block):
-        best, labels[start:start + block] = ((points[start:start + block] @ low).float() - half).max(1)
-        distances[start:start + block] = squares[start:start + block] - 2 * best
+        best, labels[start : start + block] = ((points[start : start + block] @ low).float() - half).max(1)
+        distances[start : start + block] = squares[start : start + block] - 2 * best
     return labels, distances
 
 

@@ -56,20 +56,41 @@ def evaluating(model):
         model.train(was_training)
 
 
-def describe(model, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32", rotations=(0,),
-             label="describing", progress=True, upright=False):
+def describe(
+    model,
+    paths,
+    image_size,
+    batch_size=32,
+    num_workers=0,
+    device="cpu",
+    precision="fp32",
+    rotations=(0,),
+    label="describing",
+    progress=True,
+    upright=False,
+):
     """Image files -> descriptors (len(rotations), N, D) float32, and failures: a list of (row, what went wrong).
 
     Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: a search refuses them, so
     they have to be left out. The model takes float RGB in [0, 1], (B, 3, H, W) -> (B, D). Of several processes, each
     describes every world-th batch, and all of them return all of it. upright: by the photos' EXIF orientation.
     """
-    shares = [batches_of(len(paths), batch_size)[rank::distributed.world()] for rank in range(distributed.world())]
+    shares = [batches_of(len(paths), batch_size)[rank :: distributed.world()] for rank in range(distributed.world())]
     descriptors, failures = None, []
     with evaluating(model):
-        for rows, described, failed in _describe_batches(model, paths, shares[distributed.rank()], image_size,
-                                                         num_workers, device, precision, rotations, label, progress,
-                                                         upright):
+        for rows, described, failed in _describe_batches(
+            model,
+            paths,
+            shares[distributed.rank()],
+            image_size,
+            num_workers,
+            device,
+            precision,
+            rotations,
+            label,
+            progress,
+            upright,
+        ):
             if descriptors is None:
                 shape = (len(rotations), len(paths), described.shape[2])
                 descriptors = np.full(shape, np.nan, dtype=np.float32)
@@ -98,9 +119,23 @@ def _from_all(descriptors, failures, shares, shape):
     return descriptors, failures
 
 
-def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
-                  rotations=(0,), label="images", progress=True, commit_every=2.0, wanted=None):
-    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> Rows of it (float16).
+def describe_kept(
+    folder,
+    model,
+    root,
+    paths,
+    image_size,
+    batch_size=32,
+    num_workers=0,
+    device="cpu",
+    precision="fp32",
+    rotations=(0,),
+    label="images",
+    progress=True,
+    commit_every=2.0,
+    wanted=None,
+):
+    """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> its Rows (float16).
 
     What the file has for this model and these images is not described again (retrieval/store.py). New ones are safe
     on disk every commit_every seconds, so a killed run goes on where it was. Unreadable images are tried each time.
@@ -113,14 +148,28 @@ def describe_kept(folder, model, root, paths, image_size, batch_size=32, num_wor
     with evaluating(model):
         with torch.inference_mode(), autocast(torch.device(device), precision):
             dim = model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
-        with descriptor_file(Path(folder) / file_name(root, fingerprint, rotations), fingerprint, rotations, dim,
-                             image_fingerprints(root, names)) as kept:
+        with descriptor_file(
+            Path(folder) / file_name(root, fingerprint, rotations),
+            fingerprint,
+            rotations,
+            dim,
+            image_fingerprints(root, names),
+        ) as kept:
             missing = np.flatnonzero(~kept.described)
             committed = time.monotonic()
             batches = [missing[each] for each in batches_of(len(missing), batch_size)]
             for rows, described, failed in _describe_batches(
-                    model, [Path(root) / name for name in names], batches, image_size, num_workers, device, precision,
-                    rotations, f"describing {label}", progress):
+                model,
+                [Path(root) / name for name in names],
+                batches,
+                image_size,
+                num_workers,
+                device,
+                precision,
+                rotations,
+                f"describing {label}",
+                progress,
+            ):
                 kept.write(rows, described)
                 failures += [(int(wanted[row]), error) for row, error in failed]
                 if time.monotonic() - committed >= commit_every:
@@ -136,15 +185,26 @@ def batches_of(count, batch_size):
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _describe_batches(model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress,
-                      upright=False):
+def _describe_batches(
+    model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress, upright=False
+):
     """Of each batch of rows of paths, yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures,
     and these: (row, error)."""
     device = torch.device(device)
-    loader = DataLoader(ImageFiles(paths, image_size, upright), batch_sampler=batches, num_workers=num_workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    with tqdm(total=sum(map(len, batches)), desc=label, unit="img", leave=False,
-              disable=not progress or distributed.rank() > 0) as bar:
+    loader = DataLoader(
+        ImageFiles(paths, image_size, upright),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+    with tqdm(
+        total=sum(map(len, batches)),
+        desc=label,
+        unit="img",
+        leave=False,
+        disable=not progress or distributed.rank() > 0,
+    ) as bar:
         for rows, images, errors in iterate(loader):
             layers = []
             with torch.inference_mode():
@@ -222,8 +282,12 @@ def random_choice_recall(positives, images, ks=RANKS):
     for k in ks:
         drawn = min(k, images)
         rest = images - positives - drawn  # wrong images that are not drawn
-        log_miss = (log_factorial[images - positives] + log_factorial[images - drawn]
-                    - log_factorial[np.maximum(rest, 0)] - log_factorial[images])
+        log_miss = (
+            log_factorial[images - positives]
+            + log_factorial[images - drawn]
+            - log_factorial[np.maximum(rest, 0)]
+            - log_factorial[images]
+        )
         recalls[k] = 100 * float(np.where(rest < 0, 1, -np.expm1(np.minimum(log_miss, 0))).mean())
     return recalls
 
@@ -238,10 +302,10 @@ def nearest_to_nadir(nadirs, centers, k, block=512):
     width = min(k, len(centers))
     ranked = np.full((len(nadirs), k), -1, dtype=np.int64)
     for start in range(0, len(nadirs), block):
-        cosines = nadirs[start:start + block] @ centers.T
+        cosines = nadirs[start : start + block] @ centers.T
         near = np.argpartition(-cosines, width - 1, axis=1)[:, :width]
         order = np.argsort(-np.take_along_axis(cosines, near, axis=1), axis=1, kind="stable")
-        ranked[start:start + block, :width] = np.take_along_axis(near, order, axis=1)
+        ranked[start : start + block, :width] = np.take_along_axis(near, order, axis=1)
     return ranked
 
 

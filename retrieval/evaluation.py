@@ -90,37 +90,54 @@ class Evaluation:
         lines = [recall_line(result.set.name, result.set, result.recalls) for result in self.results]
         tests = self.test_results
         if tests:
-            count = f"< {len(tests)} sets - #q: {sum(len(result.set.query_rows) for result in tests)}; " \
-                    f"#db: {len(self.data.only(*[result.set.name for result in tests]).database_rows)} >"
+            count = (
+                f"< {len(tests)} sets - #q: {sum(len(result.set.query_rows) for result in tests)}; "
+                f"#db: {len(self.data.only(*[result.set.name for result in tests]).database_rows)} >"
+            )
             lines.append(recall_line("average", count, self.average()))
             if len(self.rotations) > 1:
-                lines.append("Counted as they come: each rotated copy takes a place in the list, the paper's protocol. "
-                             "Over distinct images:")
+                lines.append(
+                    "Counted as they come: each rotated copy takes a place in the list, the paper's protocol. "
+                    "Over distinct images:"
+                )
                 lines += [recall_line(result.set.name, result.set, result.distinct, "Distinct") for result in tests]
                 lines.append(recall_line("average", count, self.average("distinct"), "Distinct"))
-            lines.append(recall_line("average", count, self.average("nearest_to_nadir"),
-                                     "Nearest centre to the nadir"))
+            lines.append(recall_line("average", count, self.average("nearest_to_nadir"), "Nearest centre to the nadir"))
             lines.append(recall_line("average", count, self.average("random_choice"), "Random  "))
         for result in self.results:
             if result.orientation and result.orientation["queries"]:
-                lines.append("Orientation of {:15} over {queries} queries whose first prediction is right: "
-                             "{within_45:.1f} % within 45 degrees of the label, mean error {mean_error:.1f}"
-                             .format(result.set.name, **result.orientation))
+                lines.append(
+                    "Orientation of {:15} over {queries} queries whose first prediction is right: "
+                    "{within_45:.1f} % within 45 degrees of the label, mean error {mean_error:.1f}".format(
+                        result.set.name, **result.orientation
+                    )
+                )
         if any(result.set.name == VALIDATION for result in self.results):
             lines.append(f"{VALIDATION} lies inside the Texas set and is not in the average")
         return lines
 
     def as_dict(self):
         """What results.json holds."""
-        sets = {result.set.name: {
-            "queries": len(result.set.query_rows), "database": len(result.set.database_rows),
-            "left_out": len(result.set.left_out), "recalls": result.recalls, "recalls_distinct": result.distinct,
-            "nearest_to_nadir": result.nearest_to_nadir, "random_choice": result.random_choice,
-            "orientation": result.orientation,
-        } for result in self.results}
-        average = {"over": [result.set.name for result in self.test_results], "recalls": self.average(),
-                   "recalls_distinct": self.average("distinct"),
-                   "nearest_to_nadir": self.average("nearest_to_nadir"), "random_choice": self.average("random_choice")}
+        sets = {
+            result.set.name: {
+                "queries": len(result.set.query_rows),
+                "database": len(result.set.database_rows),
+                "left_out": len(result.set.left_out),
+                "recalls": result.recalls,
+                "recalls_distinct": result.distinct,
+                "nearest_to_nadir": result.nearest_to_nadir,
+                "random_choice": result.random_choice,
+                "orientation": result.orientation,
+            }
+            for result in self.results
+        }
+        average = {
+            "over": [result.set.name for result in self.test_results],
+            "recalls": self.average(),
+            "recalls_distinct": self.average("distinct"),
+            "nearest_to_nadir": self.average("nearest_to_nadir"),
+            "random_choice": self.average("random_choice"),
+        }
         return {"sets": sets, "average": average, "rotations": list(self.rotations), "notes": self.notes}
 
 
@@ -130,31 +147,58 @@ def recall_line(name, described, recalls, title="Recalls"):
     return f"{title} on {name:15} {described}: {values}"
 
 
-def evaluate(model, data, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
-             rotations=ROTATIONS, ks=RANKS, progress=True, rotate="database", keep=None, search="flat"):
+def evaluate(
+    model,
+    data,
+    image_size,
+    batch_size=32,
+    num_workers=0,
+    device="cpu",
+    precision="fp32",
+    rotations=ROTATIONS,
+    ks=RANKS,
+    progress=True,
+    rotate="database",
+    keep=None,
+    search="flat",
+):
     """The whole evaluation: describe the union of the sets once, search and score each set -> Evaluation.
 
     data: datasets.sets.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation;
     rotate="queries" turns these instead. keep: a folder for the descriptors, None for memory. search: one of SEARCHES.
     """
-    descriptors, data = describe_sets(model, data, image_size, batch_size, num_workers, device, precision, rotations,
-                                      progress, rotate, keep)
+    descriptors, data = describe_sets(
+        model, data, image_size, batch_size, num_workers, device, precision, rotations, progress, rotate, keep
+    )
     return score_sets(data, descriptors, ks, search, device)
 
 
-def describe_sets(model, data, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32",
-                  rotations=ROTATIONS, progress=True, rotate="database", keep=None):
+def describe_sets(
+    model,
+    data,
+    image_size,
+    batch_size=32,
+    num_workers=0,
+    device="cpu",
+    precision="fp32",
+    rotations=ROTATIONS,
+    progress=True,
+    rotate="database",
+    keep=None,
+):
     """-> Descriptors of the union of the sets, and the data without the images that could not be read."""
     parts, lost = [], []
     rotations, still = tuple(rotations), (0,)
     for label, catalogue, rows, turns in (
-            ("queries", data.queries, data.query_rows, rotations if rotate == "queries" else still),
-            ("database", data.database, data.database_rows, still if rotate == "queries" else rotations)):
+        ("queries", data.queries, data.query_rows, rotations if rotate == "queries" else still),
+        ("database", data.database, data.database_rows, still if rotate == "queries" else rotations),
+    ):
         paths = [catalogue.paths[row] for row in rows]
         common = (image_size, batch_size, num_workers, device, precision, turns)
         if keep is None:
-            described, failures = retrieval.describe(model, [catalogue.root / path for path in paths], *common,
-                                                     f"describing {label}", progress)
+            described, failures = retrieval.describe(
+                model, [catalogue.root / path for path in paths], *common, f"describing {label}", progress
+            )
         else:
             described, failures = retrieval.describe_kept(keep, model, catalogue.root, paths, *common, label, progress)
         parts += [described, rows]
@@ -175,8 +219,10 @@ def score_sets(data, descriptors, ks=RANKS, search="flat", device="cpu"):
     notes = list(data.notes)
     for one in data.sets:
         if len(one.database_rows) < max(ks):
-            notes.append(f"{one.name}: the database has {len(one.database_rows)} images, recalls beyond "
-                         f"R@{len(one.database_rows)} are over all of them")
+            notes.append(
+                f"{one.name}: the database has {len(one.database_rows)} images, recalls beyond "
+                f"R@{len(one.database_rows)} are over all of them"
+            )
     return Evaluation(data, results, descriptors.rotations, tuple(ks), notes)
 
 
@@ -199,9 +245,10 @@ def search_set(one, descriptors, depth, index):
         found = [index.search(layer[query_rows], turns * depth, columns) for layer in descriptors.queries]
         scores, positions = (np.concatenate(each, axis=1) for each in zip(*found))
         turn = np.repeat(np.arange(turns), turns * depth)[None]
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :turns * depth]
-        scores, positions, turn = (np.take_along_axis(each, order, axis=1) for each in (
-            scores, positions, np.broadcast_to(turn, scores.shape)))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : turns * depth]
+        scores, positions, turn = (
+            np.take_along_axis(each, order, axis=1) for each in (scores, positions, np.broadcast_to(turn, scores.shape))
+        )
         rotations = -np.array(descriptors.rotations) % 360
     none = np.isneginf(scores)
     return scores, np.where(none, -1, positions), np.where(none, rotations[0], rotations[np.where(none, 0, turn)])
@@ -218,12 +265,19 @@ def score_set(one, data, descriptors, ks, index):
     nearest = retrieval.nearest_to_nadir(nadirs, centers, depth)
     counts = np.array([len(each) for each in one.positives])
     return SetResult(
-        one, scores, positions, rotations, correct,
-        recalls=retrieval.recall_of(correct, ks), distinct=retrieval.recall_of(distinct, ks),
+        one,
+        scores,
+        positions,
+        rotations,
+        correct,
+        recalls=retrieval.recall_of(correct, ks),
+        distinct=retrieval.recall_of(distinct, ks),
         nearest_to_nadir=retrieval.recall_at(nearest, one.positives, ks),
         random_choice=retrieval.random_choice_recall(counts, len(one.database_rows), ks),
         orientation=score_orientation(rotations[:, 0], data.queries.orientations[one.query_rows], correct[:, 0])
-        if turns > 1 else None)
+        if turns > 1
+        else None,
+    )
 
 
 def score_orientation(rotations, labels, right):
@@ -232,8 +286,11 @@ def score_orientation(rotations, labels, right):
     (Q,), (Q,) degrees, (Q,) bool -> queries counted, within_45 percent, mean_error degrees (None without queries).
     """
     error = retrieval.orientation_error(retrieval.orientation_of(rotations), labels)[right]
-    return {"queries": len(error), "within_45": 100 * float((error <= 45).mean()) if len(error) else None,
-            "mean_error": float(error.mean()) if len(error) else None}
+    return {
+        "queries": len(error),
+        "within_45": 100 * float((error <= 45).mean()) if len(error) else None,
+        "mean_error": float(error.mean()) if len(error) else None,
+    }
 
 
 def write_results(path, evaluation, **more):
@@ -256,10 +313,19 @@ def write_predictions(path, evaluation, depth=10):
             km = geo.distance_km(query_centers[result.set.query_rows][:, None], database_centers[images])
             for q, row in enumerate(result.set.query_rows):
                 writer.writerows(
-                    (result.set.name, data.queries.paths[row], rank + 1, data.database.paths[image],
-                     f"{result.scores[q, rank]:.4f}", result.rotations[q, rank], int(result.correct[q, rank]),
-                     f"{km[q, rank]:.1f}")
-                    for rank, image in enumerate(images[q]) if image >= 0)
+                    (
+                        result.set.name,
+                        data.queries.paths[row],
+                        rank + 1,
+                        data.database.paths[image],
+                        f"{result.scores[q, rank]:.4f}",
+                        result.rotations[q, rank],
+                        int(result.correct[q, rank]),
+                        f"{km[q, rank]:.1f}",
+                    )
+                    for rank, image in enumerate(images[q])
+                    if image >= 0
+                )
     os.replace(temporary, path)
 
 
@@ -272,9 +338,17 @@ def evaluation_figure(evaluation, queries_per_set=4, depth=3, size=160, seed=0):
     for result in evaluation.test_results:
         images, count = result.database_images, len(result.set.query_rows)
         for q in sorted(generator.choice(count, min(queries_per_set, count), replace=False)):
-            found = [(retrieval.rotate(read_image(data.database.root / data.database.paths[image], size),
-                             int(result.rotations[q, rank])), bool(result.correct[q, rank]))
-                     for rank, image in enumerate(images[q, :depth]) if image >= 0]
+            found = [
+                (
+                    retrieval.rotate(
+                        read_image(data.database.root / data.database.paths[image], size),
+                        int(result.rotations[q, rank]),
+                    ),
+                    bool(result.correct[q, rank]),
+                )
+                for rank, image in enumerate(images[q, :depth])
+                if image >= 0
+            ]
             query = read_image(data.queries.root / data.queries.paths[result.set.query_rows[q]], size)
             rows.append((query, found, result.set.name))
     return figures.predictions_figure(rows, size) if rows else None

@@ -58,8 +58,9 @@ def views_of(images, size, crops):
 
 
 @torch.inference_mode()
-def embed_photos(model, paths, batch_size=32, num_workers=0, device="cpu", precision="fp32", crops="one",
-                 progress=True):
+def embed_photos(
+    model, paths, batch_size=32, num_workers=0, device="cpu", precision="fp32", crops="one", progress=True
+):
     """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures: a list of (row, what happened).
 
     crops: see `views_of`; the views' embeddings are averaged, which averages their logits.
@@ -68,8 +69,12 @@ def embed_photos(model, paths, batch_size=32, num_workers=0, device="cpu", preci
         raise ValueError(f"--crops {crops}: choose one of {', '.join(CROPS)}")
     device, size = torch.device(device), model.image_encoder.image_size
     margin = round(size * 8 / 7) if crops == "ten" else size  # 256 for crops of 224
-    loader = DataLoader(PhotoFiles(paths, margin, model.image_encoder.fit), batch_size=batch_size,
-                        num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        PhotoFiles(paths, margin, model.image_encoder.fit),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
     was_training = model.training
     model.eval()
     embeddings, failures = np.full((len(paths), 512), np.nan, dtype=np.float32), []
@@ -95,7 +100,7 @@ def embed_gallery(location_encoder, points, device="cpu", block=4096, progress=T
         raise ValueError("the gallery is empty: no coordinates to choose from")
     parts = []
     for start in tqdm(range(0, len(points), block), desc="embedding gallery", disable=not progress, leave=False):
-        part = torch.as_tensor(np.asarray(points[start:start + block]), dtype=torch.float32, device=device)
+        part = torch.as_tensor(np.asarray(points[start : start + block]), dtype=torch.float32, device=device)
         parts.append(torch.nn.functional.normalize(location_encoder(part), dim=1).cpu().numpy())
     return np.concatenate(parts)
 
@@ -147,8 +152,10 @@ def locate(embeddings, gallery, scale, top_k=1, bias=None, block=256):
     """
     check_top_k(top_k, len(gallery))
     if not np.isfinite(embeddings).all():
-        raise ValueError(f"{int((~np.isfinite(embeddings).all(axis=1)).sum())} photos have no finite embedding: leave "
-                         "out those that could not be read")
+        raise ValueError(
+            f"{int((~np.isfinite(embeddings).all(axis=1)).sum())} photos have no finite embedding: leave "
+            "out those that could not be read"
+        )
     gallery = torch.as_tensor(gallery)
     rows = np.zeros((len(embeddings), top_k), dtype=np.int64)
     probabilities = np.zeros((len(embeddings), top_k), dtype=np.float32)

@@ -37,10 +37,14 @@ def write_predictions(folder, predictions, footprints=None):
         writer = csv.DictWriter(file, predictions[0].keys())
         writer.writeheader()
         writer.writerows(predictions)
-    features = [{"type": "Feature",
-                 "geometry": point(each) if footprints is None else area(footprints[number]),
-                 "properties": {key: value for key, value in each.items() if key not in ("latitude", "longitude")}}
-                for number, each in enumerate(predictions)]
+    features = [
+        {
+            "type": "Feature",
+            "geometry": point(each) if footprints is None else area(footprints[number]),
+            "properties": {key: value for key, value in each.items() if key not in ("latitude", "longitude")},
+        }
+        for number, each in enumerate(predictions)
+    ]
     collection = {"type": "FeatureCollection", "features": features}
     (folder / "predictions.geojson").write_text(json.dumps(collection) + "\n")
 

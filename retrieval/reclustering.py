@@ -19,12 +19,21 @@ def make_clusters(model, regions, period, count, batch_size, seed, image_size, n
     """
     if period == 0:
         return random_clusters(len(regions), count, batch_size, [seed, 4])
-    descriptors, failures = describe(model, regions.files(DATABASE_YEAR), image_size, 4 * batch_size, num_workers,
-                                     device, precision, label="describing regions")
+    descriptors, failures = describe(
+        model,
+        regions.files(DATABASE_YEAR),
+        image_size,
+        4 * batch_size,
+        num_workers,
+        device,
+        precision,
+        label="describing regions",
+    )
     note(failures)
     rows = np.setdiff1d(np.arange(len(regions)), [row for row, _ in failures])
-    return distributed.from_first(lambda: [rows[each] for each in cluster(
-        descriptors[0][rows], count, batch_size, seed + period, device)])
+    return distributed.from_first(
+        lambda: [rows[each] for each in cluster(descriptors[0][rows], count, batch_size, seed + period, device)]
+    )
 
 
 def save_clusters_figure(folder, regions, clusters, shown=8, images=12):

@@ -50,7 +50,7 @@ def search(database, queries, k, rows=None, block=65536):
     if not len(queries):
         return scores, indices
     for start in range(0, len(rows), block):
-        part = rows[start:start + block]
+        part = rows[start : start + block]
         vectors = np.ascontiguousarray(database[part], dtype=np.float32)
         _require_finite(~np.isfinite(vectors).all(axis=1), "database", part)
         found, where = faiss.knn(queries, vectors, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
@@ -86,23 +86,25 @@ class ExactSearch:
         try:
             self.vectors = torch.empty(database.shape, dtype=dtype, device=device)
         except RuntimeError as error:  # torch's for no memory, of the host or of a GPU
-            raise ValueError(f"--search exact: {2 * np.prod(database.shape) / 1e9:.2f} GB for the database do not fit "
-                             f"on {device}; --search flat and compressed leave it on the disk") from error
+            raise ValueError(
+                f"--search exact: {2 * np.prod(database.shape) / 1e9:.2f} GB for the database do not fit "
+                f"on {device}; --search flat and compressed leave it on the disk"
+            ) from error
         self.bad = np.zeros(len(database), dtype=bool)
         self.longest = 0.0
         for start in range(0, len(database), block):
-            part = np.asarray(database[start:start + block], dtype=np.float32)
+            part = np.asarray(database[start : start + block], dtype=np.float32)
             norms = np.linalg.norm(part, axis=1)
-            self.bad[start:start + block] = ~np.isfinite(norms)
+            self.bad[start : start + block] = ~np.isfinite(norms)
             self.longest = max(self.longest, float(norms[np.isfinite(norms)].max(initial=0)))
-            self.vectors[start:start + block] = torch.from_numpy(part).to(device, dtype)
+            self.vectors[start : start + block] = torch.from_numpy(part).to(device, dtype)
 
     def search(self, queries, k, rows=None):
         """As `make_search` says."""
         queries = _as_queries(queries, self.database.shape[1])
         rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
         _require_finite(self.bad if rows is None else self.bad[rows], "database", rows)
-        results = [self._search(queries[start:start + 1024], k, rows) for start in range(0, len(queries), 1024)]
+        results = [self._search(queries[start : start + 1024], k, rows) for start in range(0, len(queries), 1024)]
         return tuple(map(np.concatenate, zip(*results))) if results else _nothing(0, k)
 
     def _search(self, queries, k, rows):
@@ -130,8 +132,10 @@ class ExactSearch:
         device = self.vectors.device
         turned = torch.from_numpy(queries).to(device, self.vectors.dtype)
         rows = None if rows is None else torch.as_tensor(rows, device=device)
-        best, where = torch.empty(len(queries), 0, device=device), torch.empty(len(queries), 0, dtype=torch.long,
-                                                                              device=device)
+        best, where = (
+            torch.empty(len(queries), 0, device=device),
+            torch.empty(len(queries), 0, dtype=torch.long, device=device),
+        )
         count = len(self.vectors) if rows is None else len(rows)
         for start in range(0, count, self.block):
             stop = min(start + self.block, count)
@@ -153,7 +157,7 @@ class ExactSearch:
         length = np.linalg.norm(queries, axis=1) * self.longest
         factors = 6 * unit * (2 / 3) ** 0.5 * np.abs(queries).max(axis=1, initial=0) * self.longest
         factors = np.minimum(factors, 2 * unit * length)  # by Cauchy and Schwarz it is never more
-        return factors + unit * np.abs(low).max(axis=1) + queries.shape[1] ** 0.5 * 2.0 ** -23 * length
+        return factors + unit * np.abs(low).max(axis=1) + queries.shape[1] ** 0.5 * 2.0**-23 * length
 
 
 class CompressedSearch:
@@ -175,9 +179,11 @@ class CompressedSearch:
         sample = np.asarray(database[sample], dtype=np.float32)
         sample = torch.from_numpy(sample[np.isfinite(sample).all(axis=1)])
         if len(sample) < 16:  # a code of four bits has 16 values
-            raise ValueError(f"--search compressed: only {len(sample)} of the database's descriptors looked at are "
-                             f"finite, too few to learn from; has the model diverged? --search exact needs none")
-        lists = min(lists or int(max(16, min(4096, 1.5 * count ** 0.5))), len(sample))
+            raise ValueError(
+                f"--search compressed: only {len(sample)} of the database's descriptors looked at are "
+                f"finite, too few to learn from; has the model diverged? --search exact needs none"
+            )
+        lists = min(lists or int(max(16, min(4096, 1.5 * count**0.5))), len(sample))
         self.probes = probes or max(8, lists // 8)
         self.mean = sample.mean(0)
         sample -= self.mean
@@ -188,10 +194,10 @@ class CompressedSearch:
         self.index.train((sample @ self.axes).numpy())
         self.bad = np.zeros(count, dtype=bool)
         for start in range(0, count, block):
-            part = torch.from_numpy(np.asarray(database[start:start + block])).float()
+            part = torch.from_numpy(np.asarray(database[start : start + block])).float()
             bad = ~torch.isfinite(part).all(dim=1)
             part[bad] = self.mean  # holds the row's place; no search gets as far as to return it
-            self.bad[start:start + block] = bad.numpy()
+            self.bad[start : start + block] = bad.numpy()
             self.index.add(((part - self.mean) @ self.axes).numpy())
 
     @property
@@ -272,5 +278,7 @@ def _require_finite(bad, kind, rows):
     """bad (n,) bool of these rows (None: all)."""
     if bad.any():
         first = int(np.argmax(bad)) if rows is None else rows[np.argmax(bad)]
-        raise ValueError(f"{int(bad.sum())} {kind} descriptors are not finite (NaN or infinite), the first is row "
-                         f"{first}: an unreadable image was not left out, or the model diverged")
+        raise ValueError(
+            f"{int(bad.sum())} {kind} descriptors are not finite (NaN or infinite), the first is row "
+            f"{first}: an unreadable image was not left out, or the model diverged"
+        )

@@ -69,8 +69,9 @@ def model_fingerprint(model, image_size, precision):
 
     Counts the modules and their settings as the model prints them, all parameters and buffers, and how it is used.
     """
-    digest = hashlib.sha256(json.dumps([RECIPE, str(model), getattr(model, "config", None), image_size, precision],
-                                       default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([RECIPE, str(model), getattr(model, "config", None), image_size, precision], default=str).encode()
+    )
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -79,8 +80,7 @@ def model_fingerprint(model, image_size, precision):
 
 
 def image_fingerprints(root, paths):
-    """Files -> (N, 2) uint64: of each one's path, and of its path, size and time of change (0: there is no such file).
-    """
+    """Files -> (N, 2) uint64: of each one's path, and of its path, size and time of change (0: no such file)."""
     marks = np.zeros((len(paths), 2), dtype=np.uint64)
     for row, path in enumerate(paths):
         marks[row, 0] = _digest(path)
@@ -157,8 +157,9 @@ def descriptor_file(path, model, rotations, dim, images):
         slots, known = _reserve(path, file, header, images[:, 0])
         marks = np.memmap(path.with_suffix(".marks"), MARK, "r+", PAGE, (max(1, _count(file)),))
         room = max(1, (path.stat().st_size - PAGE) // (2 * dim))
-        kept = DescriptorFile(marks, slots, np.memmap(path, np.float16, "r+", PAGE, (room, dim)), images[:, 1],
-                              len(rotations))
+        kept = DescriptorFile(
+            marks, slots, np.memmap(path, np.float16, "r+", PAGE, (room, dim)), images[:, 1], len(rotations)
+        )
         count, before = int(kept.described.sum()), int((marks["image"][slots[known]] != 0).sum())
         stale = f", {before - count} entries are stale (image changed or gone, or broken)" if before > count else ""
         rest = f", {len(images) - count} are not yet" if count < len(images) else ""
@@ -185,8 +186,10 @@ def _locked(path, wait=True):
                 logging.info(f"{path}: another process describes with the same model, waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                raise ValueError(f"{path}: cannot be locked ({error.strerror}); give --descriptors a folder on another "
-                                 f"disk, or none to keep no file") from error
+                raise ValueError(
+                    f"{path}: cannot be locked ({error.strerror}); give --descriptors a folder on another "
+                    f"disk, or none to keep no file"
+                ) from error
             if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):  # not removed while it waited
                 yield file
                 return
@@ -240,14 +243,14 @@ def _reserve(path, file, header, paths):
         found = order[np.searchsorted(marks["path"], paths, sorter=order).clip(max=len(marks) - 1)]
         slots = np.where((marks["path"][found] == paths) & (marks["step"][found] > 0), found, -1)
     known, lacking = slots >= 0, np.flatnonzero(slots < 0)
-    left = np.setdiff1d(np.flatnonzero((marks["image"] == 0) & (marks["step"] > 0)), slots)[:len(lacking)]
-    slots[lacking[:len(left)]] = left
+    left = np.setdiff1d(np.flatnonzero((marks["image"] == 0) & (marks["step"] > 0)), slots)[: len(lacking)]
+    slots[lacking[: len(left)]] = left
     new, layers = len(lacking) - len(left), len(header["rotations"])
-    slots[lacking[len(left):]] = len(marks) + np.arange(new)
-    marks["path"][left] = paths[lacking[:len(left)]]
+    slots[lacking[len(left) :]] = len(marks) + np.arange(new)
+    marks["path"][left] = paths[lacking[: len(left)]]
     added = np.zeros(new, MARK)
     begin = int(_lie(marks[marks["step"] > 0], layers).max(initial=-1)) + 1
-    added["path"], added["first"], added["step"] = paths[lacking[len(left):]], begin + np.arange(new), new
+    added["path"], added["first"], added["step"] = paths[lacking[len(left) :]], begin + np.arange(new), new
     _grow(path, PAGE + (begin + layers * new) * header["dim"] * 2)
     if len(lacking):
         os.pwrite(file, np.concatenate([marks, added]).tobytes(), PAGE)
@@ -260,8 +263,10 @@ def _grow(path, size):
     if size <= before:
         return
     free = shutil.disk_usage(path.parent).free
-    remedy = f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors another folder, none to keep no" \
-             f" file, or --forget_descriptors to remove those of other models"
+    remedy = (
+        f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors another folder, none to keep no"
+        f" file, or --forget_descriptors to remove those of other models"
+    )
     if size - before > free:
         raise ValueError(f"{path.parent}: {free / 1e9:.2f} GB are free, fewer than {remedy}")
     with open(path, "r+b") as file:
@@ -288,11 +293,19 @@ def tidy(folder, model, forget=False):
 
     Earlier versions left temporary files when killed: these go always. A file without the header is not ours and stays.
     """
-    found = {path: header for path in sorted(Path(folder).glob("*")) if path.is_file() and not path.is_symlink()
-             and re.search(r"\.(f16|marks|f16\.\d+\.tmp)$", path.name) and (header := read_header(path))}
+    found = {
+        path: header
+        for path in sorted(Path(folder).glob("*"))
+        if path.is_file()
+        and not path.is_symlink()
+        and re.search(r"\.(f16|marks|f16\.\d+\.tmp)$", path.name)
+        and (header := read_header(path))
+    }
     temporary = {path for path in found if path.suffix == ".tmp"}
-    _remove([path for path in temporary if not _is_running(int(path.name.split(".")[-2]))],
-            "left behind by a run that was killed")
+    _remove(
+        [path for path in temporary if not _is_running(int(path.name.split(".")[-2]))],
+        "left behind by a run that was killed",
+    )
     others = [path for path, header in found.items() if header.get("model") != model and path not in temporary]
     if not forget:
         if others:

@@ -44,9 +44,14 @@ def query_of(region, number):
     turns = number % 4
     picture = picture.rotate(90 * turns)  # anticlockwise
     corners = np.roll(corners, -turns, axis=0)  # what was top left is bottom left after one turn
-    name = ImageName(footprint=tuple(map(tuple, corners.round(6).tolist())), image_id=f"TEST00-E-{number}",
-                     timestamp="20200102", nadir=tuple(middle.round(1).tolist()),
-                     area=int(grid.quadrilateral_area(corners)), orientation=(-90.0 * turns + 180) % 360 - 180)
+    name = ImageName(
+        footprint=tuple(map(tuple, corners.round(6).tolist())),
+        image_id=f"TEST00-E-{number}",
+        timestamp="20200102",
+        nadir=tuple(middle.round(1).tolist()),
+        area=int(grid.quadrilateral_area(corners)),
+        orientation=(-90.0 * turns + 180) % 360 - 180,
+    )
     return name, picture
 
 

@@ -32,11 +32,39 @@ def power_token(monkeypatch):
 
 def test_the_readmes_aggregator_is_trained_by_flags_alone(power_token, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer1", "--descriptor_dim", "16",
-             "--image_size", "32", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--iterations", "1",
-             "--recluster_every", "1", "--batch_size", "4", "--num_clusters", "3", "--augmentation", "none"]
-    folder = train.main(train.parse_arguments([
-        "--dataset_path", str(world.path), "--aggregator", power_token, "--token_dim", "3", *flags]))
+    flags = [
+        "--backbone",
+        "resnet18",
+        "--weights",
+        "none",
+        "--cut_after",
+        "layer1",
+        "--descriptor_dim",
+        "16",
+        "--image_size",
+        "32",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--iterations",
+        "1",
+        "--recluster_every",
+        "1",
+        "--batch_size",
+        "4",
+        "--num_clusters",
+        "3",
+        "--augmentation",
+        "none",
+    ]
+    folder = train.main(
+        train.parse_arguments(
+            ["--dataset_path", str(world.path), "--aggregator", power_token, "--token_dim", "3", *flags]
+        )
+    )
     state = load_checkpoint(folder / "last.pt")
     assert state["model_config"]["aggregator_settings"] == {"power": 0.5, "token_dim": 3}
     before = load_checkpoint(folder / "initial.pt")["model"]["aggregator.project.weight"]
@@ -70,8 +98,9 @@ def test_an_aggregator_that_names_the_token_gets_it(monkeypatch):
         torch.testing.assert_close(model.aggregate(images), backbone.features_and_token(normalised)[1])
 
 
-@pytest.mark.parametrize("name, size", [("convnext_atto", 64), ("vit_tiny_patch16_224", 48),
-                                        ("efficientnet_lite0", 64)])
+@pytest.mark.parametrize(
+    "name, size", [("convnext_atto", 64), ("vit_tiny_patch16_224", 48), ("efficientnet_lite0", 64)]
+)
 @pytest.mark.parametrize("aggregator", ["mixvpr", "gem"])
 def test_any_backbone_goes_with_any_aggregator(name, size, aggregator):
     model = EarthLoc(ModelConfig(name, aggregator=aggregator, descriptor_dim=8, image_size=size))

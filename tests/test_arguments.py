@@ -36,9 +36,32 @@ def test_presets_of_geoclip_parse(preset):
 
 
 def test_augmentation_flags_reach_the_augmentation():
-    args = train.parse_arguments(["--rotation", "1", "--hue", "0.2", "--clouds", "0.3", "--haze", "0.4", "--exposure",
-                                  "0.5", "--aspect", "1.1", "--min_crop", "0.6", "--perspective", "0.1",
-                                  "--brightness", "0.7", "--contrast", "0.8", "--saturation", "0.9"])
+    args = train.parse_arguments(
+        [
+            "--rotation",
+            "1",
+            "--hue",
+            "0.2",
+            "--clouds",
+            "0.3",
+            "--haze",
+            "0.4",
+            "--exposure",
+            "0.5",
+            "--aspect",
+            "1.1",
+            "--min_crop",
+            "0.6",
+            "--perspective",
+            "0.1",
+            "--brightness",
+            "0.7",
+            "--contrast",
+            "0.8",
+            "--saturation",
+            "0.9",
+        ]
+    )
     assert augmentation_of(args, 64) == Augmentation(64, "year", 1.0, 0.1, 0.6, 1.1, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -65,8 +88,10 @@ def test_a_preset_can_build_on_another_and_later_flags_win():
 
 
 def test_frozen_batchnorm_is_the_papers_or_the_released_codes():
-    found = {preset: model_config(train.parse_arguments([f"@presets/{preset}.args"])).frozen_batchnorm
-             for preset in ("paper", "released")}
+    found = {
+        preset: model_config(train.parse_arguments([f"@presets/{preset}.args"])).frozen_batchnorm
+        for preset in ("paper", "released")
+    }
     assert found == {"paper": "fixed", "released": "adapt"}
 
 
@@ -93,6 +118,7 @@ def test_default_model_is_the_papers():
 def test_expected_errors_are_one_line(capsys):
     def fails(args):
         raise ValueError("file.jpg: is broken; mend it")
+
     args = train.parse_arguments([])
     with pytest.raises(SystemExit) as stop:
         run(fails, args)
@@ -102,10 +128,14 @@ def test_expected_errors_are_one_line(capsys):
         run(fails, args)
 
 
-@pytest.mark.parametrize("flags, wrong", [
-    (["--batch_size", "0"], "argument --batch_size: 0 is less than 1"),
-    (["--num_workers", "-1"], "argument --num_workers: -1 is less than 0"),
-    (["--image_size", "big"], "argument --image_size: 'big' is no integer")])
+@pytest.mark.parametrize(
+    "flags, wrong",
+    [
+        (["--batch_size", "0"], "argument --batch_size: 0 is less than 1"),
+        (["--num_workers", "-1"], "argument --num_workers: -1 is less than 0"),
+        (["--image_size", "big"], "argument --image_size: 'big' is no integer"),
+    ],
+)
 def test_impossible_numbers_are_refused_at_once(flags, wrong, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(flags)

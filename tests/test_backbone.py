@@ -62,8 +62,10 @@ def test_stages_have_the_names_that_readers_know(name):
 def test_features_have_the_shape_that_timm_lists(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):  # shapes only, so that even ResNet-152 takes no time
-        listed = {each["module"].replace(".", ""): each for each in timm.create_model(
-            {LITE0: "tf_efficientnet_lite0"}.get(name, name)).feature_info}
+        listed = {
+            each["module"].replace(".", ""): each
+            for each in timm.create_model({LITE0: "tf_efficientnet_lite0"}.get(name, name)).feature_info
+        }
         for stage in (CUTS[name][-1], CUTS[name][3]):
             backbone = Backbone(name, cut_after=stage)
             assert (backbone.out_channels, backbone.stride) == (listed[stage]["num_chs"], listed[stage]["reduction"])
@@ -73,10 +75,16 @@ def test_features_have_the_shape_that_timm_lists(name):
             assert shape[2] in (size // backbone.stride, -(-size // backbone.stride))
 
 
-@pytest.mark.parametrize("name, cut, freeze, stride, channels", [
-    ("resnet50", "layer3", "layer2", 16, 1024), ("efficientnet_lite0", "blocks4", "blocks2", 16, 112),
-    ("convnext_atto", "stages2", "stages1", 16, 160), ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384),
-    ("vit_small_patch32_224", "blocks11", "blocks7", 32, 384)])
+@pytest.mark.parametrize(
+    "name, cut, freeze, stride, channels",
+    [
+        ("resnet50", "layer3", "layer2", 16, 1024),
+        ("efficientnet_lite0", "blocks4", "blocks2", 16, 112),
+        ("convnext_atto", "stages2", "stages1", 16, 160),
+        ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384),
+        ("vit_small_patch32_224", "blocks11", "blocks7", 32, 384),
+    ],
+)
 def test_default_cut_is_at_stride_16_and_what_is_before_stride_16_is_frozen(name, cut, freeze, stride, channels):
     with torch.device("meta"):
         backbone = Backbone(name)
@@ -178,6 +186,7 @@ def test_frozen_batchnorm_normalises_by_its_averages_or_by_the_batch(frozen_batc
     def expected(mean, variance):
         scaled = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
         return F.max_pool2d(scaled.relu(), 3, stride=2, padding=1)
+
     found = backbone.train()(images)
     torch.testing.assert_close(found, expected(means[frozen_batchnorm], variances[frozen_batchnorm]))
     torch.testing.assert_close(norm.running_mean, averages[frozen_batchnorm])
@@ -278,6 +287,7 @@ def test_depthwise_convolutions_are_trained_in_float32_on_a_cpu():
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             backbone(images)
         return {dtype: sum(each == dtype for each in found.values()) for dtype in found.values()}
+
     depthwise = sum(module.groups > 1 for module in backbone.modules() if isinstance(module, torch.nn.Conv2d))
     others = len(types(False)) and len(found) - depthwise
     assert depthwise == 3 and others > 3

@@ -40,7 +40,7 @@ def plant(path, kind):
     if kind == "empty":
         path.touch()
     elif kind == "truncated":
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif kind == "no image":
         path.write_bytes(b"<html>404</html>")
     elif kind == "too large":
@@ -64,6 +64,7 @@ def denied(monkeypatch):
         if path.exists() and not path.stat().st_mode & 0o400:
             raise PermissionError(13, "Permission denied", str(path))
         return original(path)
+
     monkeypatch.setattr(images.Path, "read_bytes", ordinary)
 
 
@@ -78,6 +79,7 @@ def go(world, *more):
 
 
 # Substitutes
+
 
 def test_substitutes_come_from_the_cluster_first_and_never_twice():
     clusters = [np.arange(0, 30), np.arange(30, 50)]
@@ -97,16 +99,17 @@ def test_a_place_gets_its_own_substitute_whoever_loads_it(own_world):
         plant(regions.root / regions.paths[row][1], "empty")
     batch, others = np.array([2, 3, 5, 7]), np.array([[1, 4], [6, 8], [11, 9], [10, 12]])
     loader = BatchLoader(RegionDataset(regions, 8), 0)
-    (rows, pixels, errors), = loader.serve(batch[None], lambda _: others)
+    ((rows, pixels, errors),) = loader.serve(batch[None], lambda _: others)
     assert rows.tolist() == [1, 3, 9, 7] and [row for row, _ in errors] == [2, 5, 11]
     assert torch.equal(pixels[2], RegionDataset(regions, 8)[9][1])
-    (half, _, _), = loader.serve(batch[None, 2:], lambda _: others[2:])
+    ((half, _, _),) = loader.serve(batch[None, 2:], lambda _: others[2:])
     assert half.tolist() == [9, 7]
-    (rows, _, errors), = loader.serve(batch[None])
+    ((rows, _, errors),) = loader.serve(batch[None])
     assert rows.tolist() == [-1, 3, -1, 7] and len(errors) == 2
 
 
 # In training
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_of_each_kind_are_replaced(own_world, denied, monkeypatch, workers):
@@ -122,11 +125,24 @@ def test_broken_images_of_each_kind_are_replaced(own_world, denied, monkeypatch,
         if run.iteration == 3:
             plant(broken["vanished"], "vanished")
         return original(run, *rest)
+
     monkeypatch.setattr(train, "update", watched)
     real = train.neutral_pairs
     monkeypatch.setattr(train, "neutral_pairs", lambda shown, labels: seen.append(shown) or real(shown, labels))
-    flags = ("--iterations", 18, "--recluster_every", 8, "--validate_every", 18, "--batch_size", 4,
-             "--max_unreadable", 0.4, "--num_workers", workers)
+    flags = (
+        "--iterations",
+        18,
+        "--recluster_every",
+        8,
+        "--validate_every",
+        18,
+        "--batch_size",
+        4,
+        "--max_unreadable",
+        0.4,
+        "--num_workers",
+        workers,
+    )
     first = go(own_world, *flags)
     log = (first / "info.log").read_text()
     for kind, path in broken.items():
@@ -144,15 +160,38 @@ def test_too_many_broken_images_stop_the_run(own_world):
         plant(own_world.image(region, 2019), "empty")
     message = r"\d of 24 regions have an image that cannot be read, .*--max_unreadable 0.1 .*@"
     with pytest.raises(ValueError, match=message):
-        go(own_world, "--iterations", 9, "--recluster_every", 9, "--batch_size", 8, "--num_workers", 0,
-           "--max_unreadable", 0.1)
+        go(
+            own_world,
+            "--iterations",
+            9,
+            "--recluster_every",
+            9,
+            "--batch_size",
+            8,
+            "--num_workers",
+            0,
+            "--max_unreadable",
+            0.1,
+        )
 
 
 def test_stopped_and_resumed_among_broken_images(own_world, monkeypatch):
     for region in own_world.regions[:6:2]:
         plant(own_world.image(region, 2021), "truncated")
-    flags = ("--iterations", 6, "--recluster_every", 3, "--validate_every", 6, "--batch_size", 5,
-             "--max_unreadable", 0.4, "--num_workers", 0)
+    flags = (
+        "--iterations",
+        6,
+        "--recluster_every",
+        3,
+        "--validate_every",
+        6,
+        "--batch_size",
+        5,
+        "--max_unreadable",
+        0.4,
+        "--num_workers",
+        0,
+    )
     expected = go(own_world, *flags)
     with monkeypatch.context() as patch:
         signal_at(patch, "update", 3)
@@ -174,7 +213,7 @@ def test_one_percent_of_each_kind(world, denied, tmp_path, monkeypatch):
     os.symlink(world.path / "queries", path / "queries")
     os.link(world.path / INTERSECTIONS_FILE, path / INTERSECTIONS_FILE)
     read, _ = Regions.read(path)
-    choice = np.random.default_rng(0).permutation(800)[:8 * len(KINDS)].reshape(len(KINDS), 8)
+    choice = np.random.default_rng(0).permutation(800)[: 8 * len(KINDS)].reshape(len(KINDS), 8)
     files = [[path / read.paths[k // 4][k % 4] for k in row] for row in choice]
     for kind, group in zip(KINDS[:-1], files):
         for file in group:
@@ -186,9 +225,23 @@ def test_one_percent_of_each_kind(world, denied, tmp_path, monkeypatch):
             for file in files[-1]:
                 file.unlink()
         return original(run, *rest)
+
     monkeypatch.setattr(train, "update", watched)
-    folder = go(World(path, regions), "--iterations", 120, "--recluster_every", 40, "--validate_every", 120,
-                "--batch_size", 8, "--num_workers", 2, "--max_unreadable", 0.4)
+    folder = go(
+        World(path, regions),
+        "--iterations",
+        120,
+        "--recluster_every",
+        40,
+        "--validate_every",
+        120,
+        "--batch_size",
+        8,
+        "--num_workers",
+        2,
+        "--max_unreadable",
+        0.4,
+    )
     log = (folder / "info.log").read_text()
     met = [log.count(f"takes its place: {file}") for group in files for file in group]
     assert max(met) == 1 and sum(met) > 0.7 * len(met) and load_checkpoint(folder / "last.pt")["iteration"] == 120
@@ -198,15 +251,33 @@ def test_one_percent_of_each_kind(world, denied, tmp_path, monkeypatch):
 def test_evaluation_leaves_each_kind_out(own_world, denied, kind):
     broken = own_world.image(own_world.regions[1])
     plant(broken, kind)
-    result = eval.main(eval.parse_arguments(["--dataset_path", str(own_world.path), "--weights", "none", *MODEL[:2],
-                                             *MODEL[4:], "--tta", "none", "--device", "cpu", "--precision", "fp32",
-                                             "--num_workers", "0"]))
+    result = eval.main(
+        eval.parse_arguments(
+            [
+                "--dataset_path",
+                str(own_world.path),
+                "--weights",
+                "none",
+                *MODEL[:2],
+                *MODEL[4:],
+                "--tta",
+                "none",
+                "--device",
+                "cpu",
+                "--precision",
+                "fp32",
+                "--num_workers",
+                "0",
+            ]
+        )
+    )
     assert [note for note in result.notes if note.startswith(f"left out: {broken}")]
     row = result.data.database.paths.index(str(broken.relative_to(own_world.path)))
     assert all(row not in one.set.database_rows and row not in one.database_images for one in result.results)
 
 
 # Not finite
+
 
 class Poison:
     """Loss, or its gradient, is not finite in one iteration."""
@@ -221,24 +292,42 @@ class Poison:
                     return loss
                 # sqrt has an infinite slope at 0: a finite loss, and a gradient that is not.
                 return loss + (descriptors[0, 0] * 0).sqrt() if gradient else loss * torch.nan
+
             return original(run, views, labels, neutral, poisoned, *rest)
+
         patch.setattr(train, "update", update)
 
 
-@pytest.mark.parametrize("gradient, what, save_every", [
-    (False, "the loss is nan", 1), (True, "the gradient's norm is", 1), (False, "the loss is nan", 2)])
+@pytest.mark.parametrize(
+    "gradient, what, save_every",
+    [(False, "the loss is nan", 1), (True, "the gradient's norm is", 1), (False, "the loss is nan", 2)],
+)
 def test_the_batch_of_a_nan_is_saved_and_the_run_stops(world, monkeypatch, gradient, what, save_every):
     """On an iteration that is not logged, whether a checkpoint is due right after it or not."""
     Poison(monkeypatch, 2, gradient)
-    flags = ("--iterations", 5, "--recluster_every", 5, "--batch_size", 4, "--num_workers", 0, "--log_every", 100,
-             "--save_every", save_every)
+    flags = (
+        "--iterations",
+        5,
+        "--recluster_every",
+        5,
+        "--batch_size",
+        4,
+        "--num_workers",
+        0,
+        "--log_every",
+        100,
+        "--save_every",
+        save_every,
+    )
     with pytest.raises(RuntimeError, match=f"iteration 2: {what}.*bad_batch_2.pt"):
         go(world, *flags)
     folder = max(pathlib.Path("logs/b").iterdir())
     bad, last = load_checkpoint(folder / "bad_batch_2.pt"), load_checkpoint(folder / "last.pt")
     assert bad["model"]["iteration"] == 2 and bad["model"]["views"].shape == (4, 4, 3, 32, 32)
     regions, _ = Regions.read(world.path)
-    assert all(tuple(paths) in list(regions.paths) for paths in bad["model"]["paths"]) and len(bad["model"]["paths"]) == 4
+    assert (
+        all(tuple(paths) in list(regions.paths) for paths in bad["model"]["paths"]) and len(bad["model"]["paths"]) == 4
+    )
     assert last["iteration"] == 2 and last["skipped"] == 0
 
 
@@ -252,6 +341,7 @@ def test_a_signal_right_after_a_skipped_update_does_not_hide_it(world, monkeypat
             outcome = next(checks)
             if outcome:
                 raise outcome
+
         patch.setattr(Stop, "check", check)
         with pytest.raises(SystemExit):
             go(world, *flags)
@@ -262,14 +352,31 @@ def test_a_signal_right_after_a_skipped_update_does_not_hide_it(world, monkeypat
 
 def test_a_skipped_update_leaves_nothing_behind(world, monkeypatch):
     """Neither weights, nor BatchNorm's averages, nor Adam's moments; and a run resumed around it ends alike."""
-    flags = ("--iterations", 4, "--recluster_every", 4, "--validate_every", 4, "--batch_size", 4, "--num_workers", 0,
-             "--save_every", 1, "--max_skips", 1)
+    flags = (
+        "--iterations",
+        4,
+        "--recluster_every",
+        4,
+        "--validate_every",
+        4,
+        "--batch_size",
+        4,
+        "--num_workers",
+        0,
+        "--save_every",
+        1,
+        "--max_skips",
+        1,
+    )
     with monkeypatch.context() as patch:
         Poison(patch, 2, False)
         states = {}
         save = Run.save
-        patch.setattr(Run, "save", lambda run, path, args: save(run, path, args) or states.update(
-            {run.iteration: load_checkpoint(path)}))
+        patch.setattr(
+            Run,
+            "save",
+            lambda run, path, args: save(run, path, args) or states.update({run.iteration: load_checkpoint(path)}),
+        )
         expected = go(world, *flags)
         before, after = states[2], states[3]
         assert [differences(before[key], after[key]) for key in ("model", "optimizer", "clusters")] == [[], [], []]
@@ -279,20 +386,26 @@ def test_a_skipped_update_leaves_nothing_behind(world, monkeypatch):
         for stop in (2, 3):
             with patch.context() as inner:
                 original = Stop.check
-                inner.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(Stopped("test"))
-                              if state["run"].iteration == stop else original(self))
+                inner.setattr(
+                    Stop,
+                    "check",
+                    lambda self: (
+                        (_ for _ in ()).throw(Stopped("test")) if state["run"].iteration == stop else original(self)
+                    ),
+                )
                 state = {}
                 start = train.start
                 inner.setattr(train, "start", lambda *rest: state.setdefault("run", start(*rest)))
                 before = set(pathlib.Path("logs/b").iterdir())
                 with pytest.raises(SystemExit):
                     go(world, *flags)
-            stopped, = set(pathlib.Path("logs/b").iterdir()) - before
+            (stopped,) = set(pathlib.Path("logs/b").iterdir()) - before
             assert load_checkpoint(stopped / "last.pt")["iteration"] == stop
             assert same_end(expected, go(world, *flags, "--resume", stopped)) == []
 
 
 # Strangers
+
 
 class Trap:
     def __init__(self, path):
@@ -320,8 +433,17 @@ def test_paths_of_the_intersections_reach_nothing_outside(world):
     queries, database = Catalogue.read(world.path, "queries"), Catalogue.read(world.path, "database", 2021)
     name = next(name for name, found in table.items() if found)
     right = pathlib.PurePosixPath(table[name][0][0]).name
-    evil = {name: [("/etc/passwd", 1.0), ("../../../etc/passwd", 1.0), ("database/../../x.jpg", 1.0), ("", 1.0),
-                   (f"../../elsewhere/{right}", 0.5), ("a\n@\x00.jpg", 1.0)], "../../etc/hosts": [(right, 1.0)]}
+    evil = {
+        name: [
+            ("/etc/passwd", 1.0),
+            ("../../../etc/passwd", 1.0),
+            ("database/../../x.jpg", 1.0),
+            ("", 1.0),
+            (f"../../elsewhere/{right}", 0.5),
+            ("a\n@\x00.jpg", 1.0),
+        ],
+        "../../etc/hosts": [(right, 1.0)],
+    }
     pairs, notes = positive_pairs(queries, database, evil)
     # Only what is in the folder's own listing is found, by its name.
     assert pairs.tolist() == [[queries.names.index(name), database.names.index(right)]]

@@ -59,7 +59,7 @@ def test_a_place_that_cannot_be_filled_leaves_the_others(own_world):
     regions, _ = Regions.read(own_world.path)
     for path in regions.paths[2]:
         (regions.root / path).unlink()
-    (rows, images, errors), = BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2, 3]]))
+    ((rows, images, errors),) = BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2, 3]]))
     assert rows.tolist() == [1, -1, 3] and len(errors) == 1
     assert all(torch.equal(images[place], RegionDataset(regions, 16)[row][1]) for place, row in ((0, 1), (2, 3)))
 
@@ -95,8 +95,8 @@ def test_the_pool_is_pinned_for_a_gpu_and_unpinned_at_the_end(world, monkeypatch
     regions, _ = Regions.read(world.path)
     loader = BatchLoader(RegionDataset(regions, 16), 0)
     for batch in ([[1, 2, 3]], [[1, 2, 3]], [[1, 2]]):
-        (_, images, _), = loader.serve(np.array(batch))
-        (pointer, count), = pinned.items()
+        ((_, images, _),) = loader.serve(np.array(batch))
+        ((pointer, count),) = pinned.items()
         assert pointer <= images.data_ptr() and images.data_ptr() + images.nbytes <= pointer + count
     loader.close()
     assert not pinned

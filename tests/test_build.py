@@ -45,8 +45,11 @@ def world(tmp_path_factory, mosaics):
 
 
 def checksums(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*.jpg") if "figures" not in path.parts}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*.jpg")
+        if "figures" not in path.parts
+    }
 
 
 def test_layout_parses_and_every_region_has_every_year(world):
@@ -79,8 +82,7 @@ def test_intersections_file_lists_every_query(world):
 def test_second_run_makes_nothing_and_deleted_files_come_back_the_same(world, mosaics):
     before = checksums(world)
     assert build.build_demo(world, **SMALL, **mosaics) == 0
-    for path in [*list(world.glob("database/2019_*/*/*.jpg"))[:3],
-                 *world.glob("queries/*DEMO00-E-00001*")]:
+    for path in [*list(world.glob("database/2019_*/*/*.jpg"))[:3], *world.glob("queries/*DEMO00-E-00001*")]:
         path.unlink()
     assert build.build_demo(world, **SMALL, **mosaics) >= 4
     assert checksums(world) == before
@@ -189,8 +191,10 @@ def test_photos_without_clouds_or_air_show_the_same_ground():
     mosaic = torch.nn.functional.interpolate(mosaic[None].float(), scale_factor=4, mode="bicubic")[0].clamp(0, 255)
     mosaic = mosaic.to(torch.uint8)
     camera = Camera((10.0, 20.0), 400.0, 0.0, 30.0, 40.0, 24.0)
-    clear, hazy, full = (demo_world.render_query(mosaic, camera, np.random.default_rng(5), (48, 32), photos).float()
-                         for photos in ("clear", "hazy", "full"))
+    clear, hazy, full = (
+        demo_world.render_query(mosaic, camera, np.random.default_rng(5), (48, 32), photos).float()
+        for photos in ("clear", "hazy", "full")
+    )
     assert torch.equal(clear, demo_world.render_ground(mosaic, camera, (48, 32)).round())
     assert (hazy != full).any() and (hazy[2] - hazy[0]).mean() > (clear[2] - clear[0]).mean()  # the air is blue
     same = np.corrcoef(clear.mean(0).flatten(), hazy.mean(0).flatten())[0, 1]

@@ -147,9 +147,15 @@ def test_what_a_note_says(own_world, small):
     assert "not here to compare with" in cache_note(small, 32)
 
 
-@pytest.mark.parametrize("wrong, message", [({"size": 40}, "remove it or choose another --output"),
-                                            ({"quality": 80}, "remove it or choose another --output"),
-                                            ({"size": 0}, "--size 0"), ({"quality": 101}, "--quality 101")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"size": 40}, "remove it or choose another --output"),
+        ({"quality": 80}, "remove it or choose another --output"),
+        ({"size": 0}, "--size 0"),
+        ({"quality": 101}, "--quality 101"),
+    ],
+)
 def test_other_settings_are_refused(own_world, small, wrong, message):
     with pytest.raises(ValueError, match=message):
         make_cache(own_world.path, small, **{"size": 32, "num_workers": 0, **wrong})
@@ -169,14 +175,39 @@ def test_the_command(own_world):
     assert "106 images made now" in done.stdout and len(stamps(f"{own_world.path}_32")) == 106
 
 
-@pytest.mark.parametrize("script, flags", [(train, ["--iterations", "1", "--batch_size", "4", "--num_clusters", "2"]),
-                                           (eval, ["--tta", "none"])])
+@pytest.mark.parametrize(
+    "script, flags",
+    [(train, ["--iterations", "1", "--batch_size", "4", "--num_clusters", "2"]), (eval, ["--tta", "none"])],
+)
 def test_scripts_say_that_they_read_a_cache(own_world, small, tmp_path, monkeypatch, script, flags):
     monkeypatch.chdir(tmp_path)
     replace_image(own_world.image(own_world.regions[0]), "red")
-    script.main(script.parse_arguments([
-        "--dataset_path", str(small), "--backbone", "resnet18", "--weights", "none", "--cut_after", "layer1",
-        "--aggregator", "gem", "--descriptor_dim", "16", "--image_size", "20", "--num_workers", "0", "--device", "cpu",
-        "--log_dir", "t", *flags]))
-    log, = (tmp_path / "logs" / "t").glob("*/info.log")
+    script.main(
+        script.parse_arguments(
+            [
+                "--dataset_path",
+                str(small),
+                "--backbone",
+                "resnet18",
+                "--weights",
+                "none",
+                "--cut_after",
+                "layer1",
+                "--aggregator",
+                "gem",
+                "--descriptor_dim",
+                "16",
+                "--image_size",
+                "20",
+                "--num_workers",
+                "0",
+                "--device",
+                "cpu",
+                "--log_dir",
+                "t",
+                *flags,
+            ]
+        )
+    )
+    (log,) = (tmp_path / "logs" / "t").glob("*/info.log")
     assert f"{small} is a cache of {own_world.path} at 32 px; STALE: 1 images" in log.read_text()

@@ -14,8 +14,14 @@ def ground_angle(off_nadir, altitude_km, radius=6371.0):
 
 
 def random_camera(rng):
-    return Camera((rng.uniform(-51, 51), rng.uniform(-180, 180)), rng.uniform(370, 450), rng.uniform(0, 40),
-                  rng.uniform(0, 360), rng.uniform(-180, 180), rng.uniform(28, 200))
+    return Camera(
+        (rng.uniform(-51, 51), rng.uniform(-180, 180)),
+        rng.uniform(370, 450),
+        rng.uniform(0, 40),
+        rng.uniform(0, 360),
+        rng.uniform(-180, 180),
+        rng.uniform(28, 200),
+    )
 
 
 def test_nadir_shot_sees_its_corners_at_the_known_distance():
@@ -70,8 +76,12 @@ def test_orientation_is_minus_the_azimuth_of_the_photos_up(seed):
     camera = random_camera(np.random.default_rng(seed))
     lat0, lon0 = np.radians(cameras.ground_points(camera, 0.5, 0.5))
     lat1, lon1 = np.radians(cameras.ground_points(camera, 0.5, 0.5 - 1e-5))
-    bearing = np.degrees(np.arctan2(np.sin(lon1 - lon0) * np.cos(lat1), np.cos(lat0) * np.sin(lat1)
-                                    - np.sin(lat0) * np.cos(lat1) * np.cos(lon1 - lon0)))
+    bearing = np.degrees(
+        np.arctan2(
+            np.sin(lon1 - lon0) * np.cos(lat1),
+            np.cos(lat0) * np.sin(lat1) - np.sin(lat0) * np.cos(lat1) * np.cos(lon1 - lon0),
+        )
+    )
     found = cameras.orientation(camera)
     assert -180 <= found < 180
     assert (found + bearing + 180) % 360 - 180 == pytest.approx(0, abs=0.01)

@@ -22,8 +22,11 @@ NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
 def found(path, **options):
     """-> {what: items} of the problems."""
     report = check.check(path, num_workers=1, **options)
-    return {finding.what: finding.items for finding in report["findings"] if finding.items
-            and finding.level == check.PROBLEM}
+    return {
+        finding.what: finding.items
+        for finding in report["findings"]
+        if finding.items and finding.level == check.PROBLEM
+    }
 
 
 def only(problems, text):
@@ -50,8 +53,9 @@ def drop_table(world):
     """Renamed queries would all be missing from it, too: write it for the names that there are."""
     table = load_intersections(world.path / INTERSECTIONS_FILE)
     by_id = {name.split("@")[9]: entries for name, entries in table.items()}
-    save_intersections(world.path / INTERSECTIONS_FILE,
-                       {path.name: by_id.get(path.name.split("@")[9], []) for path in images(world)})
+    save_intersections(
+        world.path / INTERSECTIONS_FILE, {path.name: by_id.get(path.name.split("@")[9], []) for path in images(world)}
+    )
 
 
 def test_the_tiny_world_is_fine(world):
@@ -66,15 +70,17 @@ def test_broken_images(own_world):
     whole = victims[0].read_bytes()
     for path in victims:
         path.unlink()
-    victims[0].write_bytes(whole[:len(whole) // 2])
+    victims[0].write_bytes(whole[: len(whole) // 2])
     victims[1].write_bytes(b"")
     Image.new("RGB", (32, 64), (9, 99, 200)).save(victims[2])
     Image.new("RGB", (64, 64), (9, 99, 200)).save(victims[3])
     os.link(own_world.image(own_world.regions[9], 2018), victims[4])
     problems = found(own_world.path)
     names = [path.relative_to(own_world.path).as_posix() for path in victims]
-    items = {text: [item for what, each in problems.items() if text in what for item in each]
-             for text in ("cannot be read", "not 64 × 64", "one colour", "very bytes")}
+    items = {
+        text: [item for what, each in problems.items() if text in what for item in each]
+        for text in ("cannot be read", "not 64 × 64", "one colour", "very bytes")
+    }
     assert [item.split(": ")[0] for item in items["cannot be read"]] == sorted(names[:2])
     assert list(items["not 64 × 64"]) == [names[2] + ": 32 × 64"]
     assert items["one colour"] == sorted(names[2:4]) and len(items["very bytes"]) == 1 and len(problems) == 4
@@ -82,13 +88,25 @@ def test_broken_images(own_world):
     assert found(own_world.path, names_only=True) == {}
 
 
-@pytest.mark.parametrize("ground, other, share, expected", [
-    (255, 60, 0.008, "extreme"), (252, 60, 0.008, "extreme"), (251, 60, 0.008, "nearly"), (255, 60, 0.012, None),
-    (3, 90, 0.008, "extreme"), (4, 90, 0.008, "nearly"), (90, 200, 0.008, "nearly"), (90, 200, 0.012, None),
-    (90, 93, 0.3, "one"), (90, 94, 0.3, None), (90, 94, 0.008, "nearly")])
+@pytest.mark.parametrize(
+    "ground, other, share, expected",
+    [
+        (255, 60, 0.008, "extreme"),
+        (252, 60, 0.008, "extreme"),
+        (251, 60, 0.008, "nearly"),
+        (255, 60, 0.012, None),
+        (3, 90, 0.008, "extreme"),
+        (4, 90, 0.008, "nearly"),
+        (90, 200, 0.008, "nearly"),
+        (90, 200, 0.012, None),
+        (90, 93, 0.3, "one"),
+        (90, 94, 0.3, None),
+        (90, 94, 0.008, "nearly"),
+    ],
+)
 def test_pictures_nearly_of_one_colour(ground, other, share, expected):
     pixels = np.full((128, 128), ground, dtype=np.uint8)
-    pixels.ravel()[::round(1 / share)] = other
+    pixels.ravel()[:: round(1 / share)] = other
     assert check.flatness(np.dstack([pixels] * 3)) == expected
     larger = np.kron(pixels, np.ones((4, 3), dtype=np.uint8))
     assert check.flatness(np.dstack([larger] * 3)) == expected
@@ -108,7 +126,7 @@ def test_what_a_conversion_ruined_is_found(own_world):
     Image.fromarray(pixels).save(sea, quality=95)
     assert [white.name in item for item in only(found(own_world.path), "black or white but for 1 %")] == [True]
     report = check.check(own_world.path, num_workers=1)
-    note, = [finding for finding in report["findings"] if "islet" in finding.what]
+    (note,) = [finding for finding in report["findings"] if "islet" in finding.what]
     assert note.level == check.NOTE and [sea.name in item for item in note.items] == [True]
     Image.fromarray(np.full((64, 64), 700, dtype=np.uint16)).save(white, "PNG")  # what the loader would refuse
     assert "16-bit" in only(found(own_world.path), "cannot be read")[0]
@@ -120,7 +138,9 @@ def test_another_size_than_wanted(world):
 
 def test_a_missing_year(own_world):
     own_world.image(own_world.regions[3], 2019).unlink()
-    assert only(found(own_world.path), "each year") == ["%02d_%04d_%04d: without 2019" % own_world.regions[3]]
+    assert only(found(own_world.path), "each year") == [
+        "{:02d}_{:04d}_{:04d}: without 2019".format(*own_world.regions[3])
+    ]
 
 
 def test_a_year_twice(own_world):
@@ -133,12 +153,20 @@ def test_a_year_twice(own_world):
     assert "0_0" in problems["database images in a folder that does not fit their name"][0]
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"area": "123"}, "area does not fit"), ({"nadir_lat": "12.00000"}, "centre does not fit"),
-    ({"nadir_lon": "12.00000"}, "centre does not fit"), ({"orientation": "90"}, "orientation other than 0"),
-    ({"image_id": "09_0208_9999"}, "corners are not those"), ({"area": "much"}, "do not parse"),
-    ({"timestamp": "19"}, "do not parse"), ({"nadir_lat": "95.0"}, "do not parse"),
-    ({"nadir_lat": "nan"}, "do not parse")])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"area": "123"}, "area does not fit"),
+        ({"nadir_lat": "12.00000"}, "centre does not fit"),
+        ({"nadir_lon": "12.00000"}, "centre does not fit"),
+        ({"orientation": "90"}, "orientation other than 0"),
+        ({"image_id": "09_0208_9999"}, "corners are not those"),
+        ({"area": "much"}, "do not parse"),
+        ({"timestamp": "19"}, "do not parse"),
+        ({"nadir_lat": "95.0"}, "do not parse"),
+        ({"nadir_lat": "nan"}, "do not parse"),
+    ],
+)
 def test_database_names(own_world, changes, text):
     new = rename(own_world.path, own_world.image(own_world.regions[3], 2019), **changes)
     problems = found(own_world.path, names_only=True)
@@ -155,17 +183,25 @@ def test_folders(own_world):
         target = own_world.path / "database" / folder / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-        item, = only(found(own_world.path, names_only=True), "folder that does not fit")
+        (item,) = only(found(own_world.path, names_only=True), "folder that does not fit")
         assert folder in item and "belongs into database/2019_09/30_-90" in item
         path = target
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"timestamp": "20200231"}, "no date"), ({"timestamp": "2020"}, "no date"), ({"area": "5"}, "area does not fit"),
-    ({"nadir_lat": "-60.0"}, "beyond the horizon"), ({"orientation": "400.0"}, "beyond -180"),
-    ({"orientation": "100.0"}, "differ by more than"), ({"image_id": "TEST00-E-1"}, "image id of another")])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"timestamp": "20200231"}, "no date"),
+        ({"timestamp": "2020"}, "no date"),
+        ({"area": "5"}, "area does not fit"),
+        ({"nadir_lat": "-60.0"}, "beyond the horizon"),
+        ({"orientation": "400.0"}, "beyond -180"),
+        ({"orientation": "100.0"}, "differ by more than"),
+        ({"image_id": "TEST00-E-1"}, "image id of another"),
+    ],
+)
 def test_query_names(own_world, changes, text):
-    first, = [path for path in images(own_world) if "@TEST00-E-0@" in path.name]
+    (first,) = [path for path in images(own_world) if "@TEST00-E-0@" in path.name]
     new = rename(own_world.path, first, **changes)
     drop_table(own_world)
     problems = found(own_world.path, names_only=True)
@@ -194,14 +230,20 @@ def test_positives(own_world):
     assert items["listed queries that are not there"] == ["@old@.jpg"]
     assert names[3] in items["queries without a positive"]
     path.write_bytes(b"nothing")
-    assert INTERSECTIONS_FILE in only({key: value for key, value in found(own_world.path, names_only=True).items()
-                                       if "each year" not in key}, "cannot be used")[0]
+    assert (
+        INTERSECTIONS_FILE
+        in only(
+            {key: value for key, value in found(own_world.path, names_only=True).items() if "each year" not in key},
+            "cannot be used",
+        )[0]
+    )
 
 
 def test_corners_that_cross_or_have_no_area():
     def name(corners, number):
         area_km2 = int(grid.quadrilateral_area(corners))
         return str(ImageName(corners, f"A-E-{number}", "20200101", corners[0], area_km2, 0.0))
+
     crossed = ((0, 0), (1, 1), (0, 1), (1, 0))
     names, _ = parse_names([name(crossed, 1), name(((1, 1),) * 4, 2), name(((0, 0), (1, 0), (1, 1), (0, 1)), 3)])
     items = {finding.what: finding.items for finding in check_queries(names)}
@@ -211,6 +253,7 @@ def test_corners_that_cross_or_have_no_area():
 
 def test_crossing_knows_every_order_of_the_corners():
     from itertools import permutations
+
     corners = np.array([(0, 179), (1, 179.2), (1.1, -179), (0.1, -179.1)])
     for order in permutations(range(4)):
         cross = (order[0] - order[2]) % 4 != 2  # the first and the third are to be opposite
@@ -219,6 +262,7 @@ def test_crossing_knows_every_order_of_the_corners():
 
 def test_orientation_of_the_corners_of_a_camera():
     from datasets.build.camera import Camera, footprint, orientation
+
     for azimuth, roll in ((0, 0), (50, 0), (130, 70), (300, -160)):
         camera = Camera((20.0, 179.9), 400, tilt=10, azimuth=azimuth, roll=roll, focal_mm=50)
         difference = corner_orientations(footprint(camera)[None])[0] - orientation(camera)
@@ -261,6 +305,7 @@ def test_many_names_are_checked_by_columns(tmp_path):
     def profile(_, event, __):
         nonlocal calls
         calls += event == "call"
+
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
@@ -275,6 +320,11 @@ def test_the_real_names():
     assert found(NAMES / "database_2021_sample.txt") == {}
     problems = found(NAMES / "queries.txt")
     assert {len(items) for what, items in problems.items() if "beyond the horizon" in what} == {8}
-    thousands = [item for what, items in problems.items() if "horizon" in what for item in items
-                 if float(item.rsplit(": ", 1)[1].split()[0].replace(",", "")) > 10_000]
+    thousands = [
+        item
+        for what, items in problems.items()
+        if "horizon" in what
+        for item in items
+        if float(item.rsplit(": ", 1)[1].split()[0].replace(",", "")) > 10_000
+    ]
     assert len(thousands) == 4

@@ -43,6 +43,7 @@ def test_the_old_file_survives_a_failed_save(tmp_path, monkeypatch):
     def half(state, file):
         file.write(b"half of it")
         raise OSError("no space left on device")
+
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path / "last.pt", {"model": {}, "iteration": 8})
@@ -52,7 +53,7 @@ def test_the_old_file_survives_a_failed_save(tmp_path, monkeypatch):
 
 def test_what_cannot_be_pickled_leaves_the_old_file(tmp_path):
     save_checkpoint(tmp_path / "last.pt", STATE)
-    with pytest.raises(Exception):
+    with pytest.raises(Exception):  # noqa: B017
         save_checkpoint(tmp_path / "last.pt", {**STATE, "function": lambda: 0})
     assert load_checkpoint(tmp_path / "last.pt")["iteration"] == 7
 
@@ -61,7 +62,7 @@ def test_what_cannot_be_pickled_leaves_the_old_file(tmp_path):
 def test_a_truncated_file_is_named(tmp_path, share):
     path = tmp_path / "last.pt"
     save_checkpoint(path, STATE)
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ValueError, match="last.pt"):
         load_checkpoint(path)
 
@@ -117,12 +118,15 @@ def test_the_one_before_is_kept(tmp_path):
 def test_the_one_before_is_kept_without_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("this file system has no links")
+
     monkeypatch.setattr(os, "link", refuse)
     test_the_one_before_is_kept(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:3000],
-                                    lambda content: content[:3000] + b"?" + content[3001:]])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: content[:3000], lambda content: content[:3000] + b"?" + content[3001:]],
+)
 def test_the_newest_whole_one_is_taken_with_a_line(tmp_path, caplog, damage):
     runs = [tmp_path / name for name in ("2026-01-01_00-00-00", "2026-01-02_00-00-00", "2026-01-03_00-00-00")]
     for run in runs:
@@ -159,6 +163,7 @@ def test_killed_at_every_step_of_saving(tmp_path):
             def profile(frame, *_):
                 if frame.f_code.co_filename == checkpoint.__file__ and next(steps) == step:
                     os.kill(os.getpid(), signal.SIGKILL)
+
             sys.setprofile(profile)
             save_checkpoint(path, {**STATE, "iteration": 3}, "previous.pt")
             os._exit(0)

@@ -55,8 +55,9 @@ def test_the_same_seed_gives_the_same_clusters():
 
 def test_a_small_cluster_joins_the_nearest():
     descriptors = np.array([[0.0], [0.1], [0.2], [5.0], [9.0], [9.1], [9.2]])
-    merged = merge_small([np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 6]), np.array([], dtype=int)],
-                         descriptors, 3)
+    merged = merge_small(
+        [np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 6]), np.array([], dtype=int)], descriptors, 3
+    )
     assert [rows.tolist() for rows in merged] == [[0, 1, 2], [3, 4, 5, 6]]
 
 
@@ -88,7 +89,7 @@ def test_kmeans_is_lloyds_algorithm(block):
 
 def test_low_precision_comes_within_two_percent_of_float32_and_of_faiss():
     rng = np.random.default_rng(5)
-    points = (rng.normal(size=(40, 32))[rng.integers(40, size=1500)] + 0.7 * rng.normal(size=(1500, 32)))
+    points = rng.normal(size=(40, 32))[rng.integers(40, size=1500)] + 0.7 * rng.normal(size=(1500, 32))
     points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
     start = points[:30]
     low = objective(points, kmeans(points, 30, 0, 15, dtype=torch.bfloat16, centers=start)[0])

@@ -1,7 +1,7 @@
 """What would go wrong on a GPU, seen without one: tensors and generators on two devices, looks from the host, which
 wait, and uploads for which it waits.
 
-torch's fake tensors say that they are on a GPU and hold nothing: operations on them only tell shapes, types and devices,
+torch's fake tensors say that they are on a GPU and hold nothing: operations on them tell shapes, types and devices,
 and raise where the devices are mixed. What runs on the CPU is real.
 """
 
@@ -46,8 +46,9 @@ class PretendGPU(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
-        if not any(isinstance(each, FakeTensor) or isinstance(each, torch.device) and each.type == "cuda"
-                   for each in leaves):
+        if not any(
+            isinstance(each, FakeTensor) or isinstance(each, torch.device) and each.type == "cuda" for each in leaves
+        ):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default:
@@ -61,8 +62,13 @@ class PretendGPU(TorchDispatchMode):
             return torch.zeros(args[2], dtype=torch.long, device=GPU)
         if function is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
             self.looks.append("nonzero")
-            args = args[0], [each if each is None or each.dtype != torch.bool else torch.arange(len(each), device=GPU)
-                             for each in args[1]]
+            args = (
+                args[0],
+                [
+                    each if each is None or each.dtype != torch.bool else torch.arange(len(each), device=GPU)
+                    for each in args[1]
+                ],
+            )
         result = function(*args, **kwargs)
         for each in leaves:
             if isinstance(each, torch.Generator) and each.device.type != result.device.type:
@@ -82,9 +88,12 @@ class PretendGPU(TorchDispatchMode):
 @pytest.fixture
 def gpu():
     pretend = PretendGPU()
-    with patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False), \
-            patch.object(torch.cuda, "is_bf16_supported", lambda *_: True), \
-            FakeTensorMode(allow_non_fake_inputs=True), pretend:
+    with (
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pretend,
+    ):
         yield pretend
 
 
@@ -112,10 +121,12 @@ def to_gpu(model):
 
 def backward_of(model):
     """In place of Tensor.backward, whose engine wants a real GPU: gradients of the right shape, type and device."""
+
     def backward(loss):
         assert loss.requires_grad and loss.device == GPU
         for each in model.parameters():
             each.grad = torch.zeros_like(each) if each.requires_grad else None
+
     return patch.object(torch.Tensor, "backward", backward)
 
 
@@ -136,23 +147,39 @@ def test_mistakes_are_noticed(looks):
 def test_generators_of_another_device_are_noticed(looks):
     elsewhere = torch.Generator()
     assert torch.rand(3, generator=elsewhere).shape == (3,)
-    for mistake in (lambda: torch.randn(3, device=GPU, generator=elsewhere),
-                    lambda: torch.randperm(3, device=GPU, generator=elsewhere),
-                    lambda: torch.ones(3, device=GPU).uniform_(generator=elsewhere)):
+    for mistake in (
+        lambda: torch.randn(3, device=GPU, generator=elsewhere),
+        lambda: torch.randperm(3, device=GPU, generator=elsewhere),
+        lambda: torch.ones(3, device=GPU).uniform_(generator=elsewhere),
+    ):
         with pytest.raises(RuntimeError, match="generator for cuda:0 but found one for cpu"):
             mistake()
 
 
 def test_uploads_that_block_are_noticed(uploads):
     on_gpu, on_cpu = torch.ones(3, device=GPU), torch.ones(3)
-    for count, mistake in enumerate((lambda: on_cpu.to(GPU), lambda: torch.as_tensor(0.5, device=GPU),
-                                     lambda: torch.tensor([1, 2], device=GPU), lambda: on_gpu.copy_(on_cpu),
-                                     lambda: on_gpu[[0, 1]]), 1):
+    for count, mistake in enumerate(
+        (
+            lambda: on_cpu.to(GPU),
+            lambda: torch.as_tensor(0.5, device=GPU),
+            lambda: torch.tensor([1, 2], device=GPU),
+            lambda: on_gpu.copy_(on_cpu),
+            lambda: on_gpu[[0, 1]],
+        ),
+        1,
+    ):
         mistake()
         assert len(uploads) == count
-    for fine in (lambda: on_cpu.to(GPU, non_blocking=True), lambda: on_gpu.copy_(on_cpu, non_blocking=True),
-                 lambda: torch.full((3,), 0.5, device=GPU), lambda: on_gpu * 0.5, lambda: on_gpu.double(),
-                 lambda: on_gpu.clone().copy_(on_gpu), lambda: torch.arange(3, device=GPU), lambda: on_gpu.cpu()):
+    for fine in (
+        lambda: on_cpu.to(GPU, non_blocking=True),
+        lambda: on_gpu.copy_(on_cpu, non_blocking=True),
+        lambda: torch.full((3,), 0.5, device=GPU),
+        lambda: on_gpu * 0.5,
+        lambda: on_gpu.double(),
+        lambda: on_gpu.clone().copy_(on_gpu),
+        lambda: torch.arange(3, device=GPU),
+        lambda: on_gpu.cpu(),
+    ):
         fine()
     assert len(uploads) == 5
 
@@ -172,8 +199,9 @@ def test_augmentation_stays_on_the_gpu(looks, uploads, group, weather):
 @pytest.mark.parametrize("aggregator, loss_fn", [("mixvpr", MultiSimilarityLoss()), ("gem", ContrastiveLoss(0.5))])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggregator, loss_fn, precision):
-    model = to_gpu(EarthLoc(ModelConfig(backbone, freeze_until=freeze, aggregator=aggregator, descriptor_dim=32,
-                                        image_size=48)))
+    model = to_gpu(
+        EarthLoc(ModelConfig(backbone, freeze_until=freeze, aggregator=aggregator, descriptor_dim=32, image_size=48))
+    )
     run = Run(model, make_optimizer(model, 1e-3))
     labels = torch.arange(3, device=GPU).repeat_interleave(4)
     views = torch.rand(3, 4, 3, 48, 48).to(GPU, non_blocking=True)
@@ -183,8 +211,9 @@ def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggr
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
         neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), labels)
         for _ in range(2):
-            loss, norm, descriptors = train.update(run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, GPU,
-                                                   precision)
+            loss, norm, descriptors = train.update(
+                run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, GPU, precision
+            )
     handle.remove()
     assert set(kinds) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert run.iteration == 2 and loss.device == norm.device == descriptors.device == GPU
@@ -225,8 +254,16 @@ def test_geoclip_computes_on_the_gpu(looks):
     model = to_gpu(GeoCLIP(GeoClipConfig("resnet18", image_size=48, freeze_until="layer2")))
     assert isinstance(model.image_encoder, BackboneEncoder)
     points = np.random.default_rng(0).uniform(-60, 60, (7, 2))
-    loss, hits = train_geoclip.loss_of(model.train(), torch.rand(3, 3, 48, 48).to(GPU), points[:3], points,
-                                       np.arange(3), torch.ones(3, dtype=torch.bool, device=GPU), 100.0, "bf16")
+    loss, hits = train_geoclip.loss_of(
+        model.train(),
+        torch.rand(3, 3, 48, 48).to(GPU),
+        points[:3],
+        points,
+        np.arange(3),
+        torch.ones(3, dtype=torch.bool, device=GPU),
+        100.0,
+        "bf16",
+    )
     assert loss.device == hits.device == GPU and loss.shape == hits.shape == ()
     assert not looks
 

@@ -38,8 +38,12 @@ def meeting_place():
     """-> where processes find each other, and what they need to know of it. As torchrun does, the parent keeps it: a
     port that was only looked for could be another's by the time the first process opens it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return store, {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
 
 def spawn(function, world, *rest):
@@ -52,6 +56,7 @@ def spawn(function, world, *rest):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), **environment}
         with distributed.processes(torch.device("cpu"), 240):
             results.put((rank, function(rank, *rest)))
+
     children = [mp.get_context("fork").Process(target=body, args=(rank,)) for rank in range(world)]
     for child in children:
         child.start()
@@ -63,6 +68,7 @@ def spawn(function, world, *rest):
 
 
 # Gradients
+
 
 def problem():
     """A small real model in float64, its views (B, Y, 3, S, S), labels, and a neutral mask with some pairs."""
@@ -91,8 +97,8 @@ def one_update(_, wrong=None):
     used = SimpleNamespace(gather=distributed.gather)
     if wrong == "local negatives":
         used.gather = lambda values: values
-        labels = labels[:(mine.stop - mine.start) * YEARS]
-        neutral = neutral[mine.start * YEARS:mine.stop * YEARS, mine.start * YEARS:mine.stop * YEARS]
+        labels = labels[: (mine.stop - mine.start) * YEARS]
+        neutral = neutral[mine.start * YEARS : mine.stop * YEARS, mine.start * YEARS : mine.stop * YEARS]
     if wrong == "detached gather":
         used.gather = own_with_gradient
     if wrong == "1 / world":
@@ -107,8 +113,16 @@ def one_update(_, wrong=None):
     before, train.distributed = train.distributed, used
     try:
         run = Run(model, make_optimizer(model, 1e-3), network=network)
-        loss, *_ = train.update(run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3,
-                               torch.device("cpu"), "fp32")
+        loss, *_ = train.update(
+            run,
+            views[mine].flatten(0, 1),
+            labels,
+            neutral,
+            MultiSimilarityLoss(base=0.5),
+            1e-3,
+            torch.device("cpu"),
+            "fp32",
+        )
     finally:
         train.distributed = before
     gradients = torch.cat([each.grad.flatten() for each in model.parameters()])
@@ -142,6 +156,7 @@ def test_global_batchnorm_also_where_an_activation_follows():
         distributed.use_global_batchnorm(layer)
         trained = layer(x[distributed.part(8)])
         return trained.detach().numpy(), layer.eval()(x).detach().numpy(), layer[0].running_var.numpy()
+
     trained, evaluated, variance = body(0)
     parts = spawn(body, 2)
     assert np.abs(np.concatenate([part[0] for part in parts]) - trained).max() < 1e-12
@@ -163,9 +178,11 @@ def test_parts_are_augmented_as_in_the_whole_batch(group):
 
 def halves(_, resumed):
     """Six updates, or three and three more as after a resume -> all weights and averages."""
+
     def start():
         model = problem()[0].float()
         return Run(model, make_optimizer(model, 1e-3), network=distributed.wrap(model))
+
     _, views, labels, neutral = problem()
     views = views[distributed.part(REGIONS)].flatten(0, 1).float()
     run = start()
@@ -187,6 +204,7 @@ def test_a_resumed_run_of_four_adds_in_the_same_order():
 
 # Description, gathering
 
+
 @pytest.mark.parametrize("count", [0, 1, 5, 13])
 def test_descriptors_are_the_same_bits_without_padding(world, tmp_path, count):
     files = sorted(world.path.rglob("*.jpg"))[:count]
@@ -198,6 +216,7 @@ def test_descriptors_are_the_same_bits_without_padding(world, tmp_path, count):
 
     def body(_):
         return describe(model, files, 32, batch_size=2, rotations=(0, 90), progress=False)
+
     expected, failures = body(0)
     for found, failed in spawn(body, 3):
         assert found.dtype == np.float32 and np.array_equal(found, expected, equal_nan=True) and failed == failures
@@ -210,6 +229,7 @@ def test_what_goes_wrong_on_the_first_is_raised_on_all():
             distributed.from_first(lambda: int("x"))
         except ValueError as error:
             return str(error)
+
     assert spawn(body, 2) == ["invalid literal for int() with base 10: 'x'"] * 2
 
 
@@ -218,6 +238,7 @@ def test_a_batch_that_does_not_divide():
         with pytest.raises(ValueError, match="--batch_size 9 does not divide among 2 processes; 8 would"):
             distributed.part(9)
         return distributed.part(8)
+
     assert spawn(body, 2) == [slice(0, 4), slice(4, 8)]
 
 
@@ -267,9 +288,16 @@ class Child:
 def start(world, script, folder, flags):
     """The script in `world` processes, as torchrun starts them, but none looks after the others -> Children."""
     place, environment = meeting_place()
-    return [Child(script, folder, flags, {} if world == 1 else {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **environment}, place)
-        for rank in range(world)]
+    return [
+        Child(
+            script,
+            folder,
+            flags,
+            {} if world == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **environment},
+            place,
+        )
+        for rank in range(world)
+    ]
 
 
 def signal_to_second(patch, number, call):
@@ -281,6 +309,7 @@ def signal_to_second(patch, number, call):
         if distributed.rank() == 1 and next(calls) == call:
             signal.raise_signal(number)
         return result
+
     patch.setattr(train, "update", patched)
 
 
@@ -331,8 +360,7 @@ def test_a_signal_to_any_one_stops_all_and_they_resume_with_the_same_bits(world,
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_when_one_dies_or_hangs_the_others_leave_with_an_error(world, tmp_path, monkeypatch,
-                                                                       number):
+def test_when_one_dies_or_hangs_the_others_leave_with_an_error(world, tmp_path, monkeypatch, number):
     signal_to_second(monkeypatch, number, 4)
     first, second = start(2, train, tmp_path, words(world, "--process_timeout", 20))
     try:
@@ -343,8 +371,22 @@ def test_when_one_dies_or_hangs_the_others_leave_with_an_error(world, tmp_path, 
 
 
 def test_evaluation_by_two_gives_the_same_files(world, two, tmp_path):
-    flags = ["--resume", str(newest(two[0]) / "best.pt"), "--dataset_path", str(world.path), "--device", "cpu",
-             "--precision", "fp32", "--num_workers", "0", "--batch_size", "4", "--descriptors", "none"]
+    flags = [
+        "--resume",
+        str(newest(two[0]) / "best.pt"),
+        "--dataset_path",
+        str(world.path),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--num_workers",
+        "0",
+        "--batch_size",
+        "4",
+        "--descriptors",
+        "none",
+    ]
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
         finish(start(count, eval, tmp_path / str(count), flags), [0] * count)
@@ -359,14 +401,27 @@ def test_evaluation_by_two_gives_the_same_files(world, two, tmp_path):
 @pytest.mark.skipif(not shutil.which("torchrun", path=str(Path(sys.executable).parent)), reason="no torchrun here")
 def test_torchrun_with_four_processes_is_stopped_and_resumed(world, tmp_path):
     """A signal to torchrun itself, which passes it on; with four ranks the sums of gradients have an order, too."""
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "4",
-                str(ROOT / "train.py")]
+    torchrun = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+        "4",
+        str(ROOT / "train.py"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def go(folder, *more):
         folder.mkdir(exist_ok=True)
-        return subprocess.Popen([*torchrun, *words(world, *more)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        return subprocess.Popen(
+            [*torchrun, *words(world, *more)],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+
     output, _ = (whole := go(tmp_path / "whole")).communicate()
     assert whole.returncode == 0, output
     process = go(tmp_path / "parts")

@@ -78,8 +78,11 @@ def test_positives_match_by_file_name_and_missing_ones_are_counted():
     database = catalogue([database_path(i, 30, -95 + i) for i in range(2)])
     moved = "elsewhere/" + database.names[1]
     gone = database_path(9, 31, -95)
-    pairs, notes = sets.positive_pairs(queries, database, {
-        queries.names[0]: [(moved, 0.2), (database.paths[0], 0.5), (gone, 0.1)], queries.names[1]: []})
+    pairs, notes = sets.positive_pairs(
+        queries,
+        database,
+        {queries.names[0]: [(moved, 0.2), (database.paths[0], 0.5), (gone, 0.1)], queries.names[1]: []},
+    )
     assert pairs.tolist() == [[0, 0], [0, 1]]
     assert notes[0].startswith("1 of 3 positives") and notes[1].startswith("1 of 3 queries are not listed")
 
@@ -94,8 +97,14 @@ def test_positives_in_columns_agree_with_plain_loops():
         names = [*rng.permutation(list(queries.names))[:25].tolist(), "@stranger@.jpg"]
         table = {name: [(images[d], 0.5) for d in rng.integers(25, size=rng.integers(6))] for name in names}
         rows = {name: row for row, name in enumerate(database.names)}
-        expected = sorted({(q, rows[path.split("/")[-1]]) for q, name in enumerate(queries.names)
-                           for path, _ in table.get(name, []) if path.split("/")[-1] in rows})
+        expected = sorted(
+            {
+                (q, rows[path.split("/")[-1]])
+                for q, name in enumerate(queries.names)
+                for path, _ in table.get(name, [])
+                if path.split("/")[-1] in rows
+            }
+        )
         for given in (table, Positives.from_table(table)):
             pairs, notes = sets.positive_pairs(queries, database, given)
             assert list(map(tuple, pairs.tolist())) == expected
@@ -107,10 +116,14 @@ def test_positives_in_columns_agree_with_plain_loops():
 
 def make_texas():
     """Four queries over Texas (the third without a positive, the fourth outside validation) and five images."""
-    queries = catalogue(["queries/" + query_name(0, 30, -95, (30, -95), -92.0),
-                         "queries/" + query_name(1, 31, -94, (30, -95), 10.0),
-                         "queries/" + query_name(2, 20, -94, (30, -95)),
-                         "queries/" + query_name(3, 30, -95, (30, -105), 200.0)])
+    queries = catalogue(
+        [
+            "queries/" + query_name(0, 30, -95, (30, -95), -92.0),
+            "queries/" + query_name(1, 31, -94, (30, -95), 10.0),
+            "queries/" + query_name(2, 20, -94, (30, -95)),
+            "queries/" + query_name(3, 30, -95, (30, -105), 200.0),
+        ]
+    )
     database = catalogue([database_path(i, 30, -95 + i) for i in range(5)])
     right = {0: [0], 1: [0, 1], 2: [], 3: [4]}
     listed = {queries.names[q]: [(database.paths[d], 0.3) for d in found] for q, found in right.items()}
@@ -172,8 +185,9 @@ def test_score_by_hand():
     assert texas.random_choice[1] == pytest.approx(100 * (1 / 5 + 2 / 5 + 1 / 5) / 3)
     # Nearest centres: image 0 lies at the nadir (30, -95) of queries 0 and 1, and nearest to (30, -105) of query 3.
     assert texas.nearest_to_nadir[1] == pytest.approx(200 / 3)
-    assert result.average() == pytest.approx({k: (texas.recalls[k] + result["California"].recalls[k]) / 2
-                                              for k in (1, 2, 5)})
+    assert result.average() == pytest.approx(
+        {k: (texas.recalls[k] + result["California"].recalls[k]) / 2 for k in (1, 2, 5)}
+    )
 
 
 def test_fewer_images_than_ranks_is_said_and_does_not_fail():
@@ -185,10 +199,13 @@ def test_fewer_images_than_ranks_is_said_and_does_not_fail():
 
 
 def test_lines_have_the_form_users_parse():
-    line = evaluation.recall_line("Alps", "< Alps - #q: 2394; #db: 53012 >",
-                                  {1: 58.4, 5: 71.0, 10: 76.8, 20: 80.9, 100: 89.4})
-    assert line == ("Recalls on Alps            < Alps - #q: 2394; #db: 53012 >: "
-                    "R@1: 58.4, R@5: 71.0, R@10: 76.8, R@20: 80.9, R@100: 89.4")
+    line = evaluation.recall_line(
+        "Alps", "< Alps - #q: 2394; #db: 53012 >", {1: 58.4, 5: 71.0, 10: 76.8, 20: 80.9, 100: 89.4}
+    )
+    assert line == (
+        "Recalls on Alps            < Alps - #q: 2394; #db: 53012 >: "
+        "R@1: 58.4, R@5: 71.0, R@10: 76.8, R@20: 80.9, R@100: 89.4"
+    )
     lines = evaluation.score_sets(*hand_made()).lines()
     assert lines[0].startswith("Recalls on Texas           < Texas - #q: 3; #db: 5 >: R@1: 66.7, ")
     for title in ("Recalls", "Distinct", "Nearest centre to the nadir", "Random  "):
@@ -230,8 +247,10 @@ def test_from_files_to_recalls_with_unreadable_images(tmp_path):
             Image.fromarray(pixels).rotate(90 * row).save(tmp_path / data.queries.paths[row], quality=95)
     (tmp_path / data.database.paths[4]).write_bytes(b"broken")
     (tmp_path / data.queries.paths[0]).write_bytes(b"broken")
-    listed = {data.queries.names[q]: [(data.database.paths[d], 0.3) for p, d in data.pairs.tolist() if p == q]
-              for q in range(4)}
+    listed = {
+        data.queries.names[q]: [(data.database.paths[d], 0.3) for p, d in data.pairs.tolist() if p == q]
+        for q in range(4)
+    }
     torch.save(listed, tmp_path / sets.INTERSECTIONS_FILE)
 
     result = evaluation.evaluate(Quadrants(), sets.load_evaluation_data(tmp_path), 32, progress=False)
@@ -243,7 +262,7 @@ def test_from_files_to_recalls_with_unreadable_images(tmp_path):
     assert sum(note.startswith("left out: ") for note in result.notes) == 2
     # The one query of the one set: its first prediction is drawn as it matched, so that both look the same.
     sheet = np.asarray(evaluation.evaluation_figure(result, queries_per_set=2, size=128), dtype=np.float64)
-    query, first, second = (sheet[32:32 + 108, 10 + 138 * column:][:, :128] for column in range(3))
+    query, first, second = (sheet[32 : 32 + 108, 10 + 138 * column :][:, :128] for column in range(3))
     assert np.abs(query - first).mean() < 3 < 20 < np.abs(query - second).mean()
 
     plain = evaluation.evaluate(Quadrants(), sets.load_evaluation_data(tmp_path), 32, rotations=(0,), progress=False)
@@ -255,8 +274,10 @@ def test_the_public_queries_fill_the_sets_of_table_1():
     """Selection by nadir alone; the paper leaves out at most one query a set for want of a positive."""
     queries = catalogue(REAL_NAMES.read_text().split())
     none = np.zeros((0, 2))
-    counts = [len(sets.select_set(name, center, queries.nadirs, none, none.astype(int)).left_out)
-              for name, center in sets.POINTS_OF_INTEREST.items()]
+    counts = [
+        len(sets.select_set(name, center, queries.nadirs, none, none.astype(int)).left_out)
+        for name, center in sets.POINTS_OF_INTEREST.items()
+    ]
     assert np.array(counts) == pytest.approx(np.array([6142, 2394, 3568, 726, 682, 2164]), abs=1)
 
 
@@ -272,7 +293,7 @@ def test_minus_the_public_orientation_is_the_azimuth_of_up():
 
 
 def test_turned_queries_find_what_a_turned_database_finds():
-    """Descriptors that turn with the image, (4, 12): layer k is layer 0 moved on by 3 k. Then both ways are the same."""
+    """Descriptors that turn with the image, (4, 12): layer k is layer 0 moved by 3 k. Then both ways are the same."""
     data, rng = make_texas(), np.random.default_rng(4)
     turned = lambda vectors: np.stack([np.roll(vectors, 3 * k, axis=1) for k in range(4)])
     images, photos = rng.normal(size=(5, 12)).astype(np.float32), rng.normal(size=(3, 12)).astype(np.float32)

@@ -10,9 +10,32 @@ import train
 from experiments import curve, export, plain_recall, table3
 from models.earthloc import load_model
 
-TINY = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer2", "--aggregator", "gem",
-        "--descriptor_dim", "32", "--image_size", "32", "--num_workers", "0", "--device", "cpu", "--precision", "fp32",
-        "--iterations", "1", "--batch_size", "4", "--num_clusters", "3"]
+TINY = [
+    "--backbone",
+    "resnet18",
+    "--weights",
+    "none",
+    "--cut_after",
+    "layer2",
+    "--aggregator",
+    "gem",
+    "--descriptor_dim",
+    "32",
+    "--image_size",
+    "32",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--iterations",
+    "1",
+    "--batch_size",
+    "4",
+    "--num_clusters",
+    "3",
+]
 
 
 def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_path, monkeypatch, capsys):
@@ -24,9 +47,9 @@ def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_pa
     assert views[4].strip() == "26.2" and everything[5].strip() == "88.9"
     means = []
     for seed in (0, 1):
-        results, = (tmp_path / "logs" / "table3" / f"all_{seed}_eval").glob("*/results.json")
+        (results,) = (tmp_path / "logs" / "table3" / f"all_{seed}_eval").glob("*/results.json")
         means.append(json.loads(results.read_text())["average"]["recalls"]["1"])
-        config, = (tmp_path / "logs" / "table3" / f"views_{seed}").glob("*/config.json")
+        (config,) = (tmp_path / "logs" / "table3" / f"views_{seed}").glob("*/config.json")
         assert '"positives": "views"' in config.read_text() and f'"seed": {seed}' in config.read_text()
     assert float(everything[2].split("(")[0]) == pytest.approx(sum(means) / 2, abs=0.051)
 
@@ -44,10 +67,24 @@ def test_table3_refuses_a_wrong_flag_before_training(capsys):
 
 def test_a_curve_of_the_kept_checkpoints_and_an_export_of_the_last(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder = train.main(train.parse_arguments(["--dataset_path", str(world.path), *TINY, "--iterations", "4",
-                                               "--validate_every", "4", "--keep_every", "2"]))
-    args = curve.parse_arguments([str(folder), "--dataset_path", str(world.path), "--device", "cpu",
-                                  "--num_workers", "0"])
+    folder = train.main(
+        train.parse_arguments(
+            [
+                "--dataset_path",
+                str(world.path),
+                *TINY,
+                "--iterations",
+                "4",
+                "--validate_every",
+                "4",
+                "--keep_every",
+                "2",
+            ]
+        )
+    )
+    args = curve.parse_arguments(
+        [str(folder), "--dataset_path", str(world.path), "--device", "cpu", "--num_workers", "0"]
+    )
     curve.main(args)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [row.split("|")[1].strip() for row in rows] == ["0", "2", "4"]
@@ -82,5 +119,6 @@ def test_plain_and_fast_runs_take_the_same_draws(world, tmp_path, monkeypatch, c
 
     def views(way, seed=0):
         return plain_recall.year_wise(32, (0.5, 0.5, 0.5, 0.05), way)(smooth, torch.Generator().manual_seed(seed))
+
     plain, fast = views(plain_recall.one_by_one), views(plain_recall.at_once)
     assert (plain - fast).abs().mean() < 0.01 < (plain - views(plain_recall.at_once, 1)).abs().mean() / 3

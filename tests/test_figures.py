@@ -41,7 +41,7 @@ def test_frames_are_green_when_right_and_red_when_wrong():
 
 def test_a_curve_a_name_in_the_order_of_its_points():
     curves = {"fresh": [(250, 31.5), (0, 18.4), (100, float("nan"))], "longer": [(0, 18.4)]}
-    axes, = figures.curve_figure(curves, y_title="R@5").axes
+    (axes,) = figures.curve_figure(curves, y_title="R@5").axes
     assert axes.get_ylabel() == "R@5" and [text.get_text() for text in axes.get_legend().get_texts()] == list(curves)
     assert axes.lines[0].get_xdata().tolist() == [0, 100, 250] and axes.lines[0].get_ydata()[2] == 31.5
     with pytest.raises(ValueError, match="no points"):

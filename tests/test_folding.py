@@ -18,8 +18,12 @@ def scrambled(name, cut, freeze=None):
     backbone = Backbone(name, cut_after=cut, freeze_until=freeze or cut)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for value, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2),
-                                     (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1)):
+            for value, low, high in (
+                (module.running_mean, -1, 1),
+                (module.running_var, 0.5, 2),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -1, 1),
+            ):
                 value.uniform_(low, high)
     return backbone
 
@@ -63,11 +67,16 @@ def test_evaluation_without_gradients_is_folded_as_a_whole(name, frozen):
         backbone.eval()
 
 
-@pytest.mark.parametrize("change", [
-    lambda model: model.load_state_dict({key: value * 0.9 for key, value in model.state_dict().items()}),
-    lambda model: model.model.bn1.running_mean.add_(0.5), lambda model: model.double(),
-    lambda model: setattr(model.model.conv1, "weight", nn.Parameter(model.model.conv1.weight.data * 0.8)),
-    lambda model: setattr(model.model.layer1[0].bn1.weight, "data", model.model.layer1[0].bn1.weight.data * 0.7)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict({key: value * 0.9 for key, value in model.state_dict().items()}),
+        lambda model: model.model.bn1.running_mean.add_(0.5),
+        lambda model: model.double(),
+        lambda model: setattr(model.model.conv1, "weight", nn.Parameter(model.model.conv1.weight.data * 0.8)),
+        lambda model: setattr(model.model.layer1[0].bn1.weight, "data", model.model.layer1[0].bn1.weight.data * 0.7),
+    ],
+)
 def test_folding_follows_the_parameters(change):
     backbone, images = scrambled("resnet18", "layer1"), torch.randn(1, 3, 32, 32)
     with torch.inference_mode():  # as when a run begins with a validation
@@ -101,7 +110,11 @@ class PreActivated(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.norm, self.second, self.after = (
-            nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+        )
 
     def forward(self, x):
         x = self.first(x)

@@ -25,9 +25,11 @@ def test_the_tree_is_a_data_set(tree):
     assert count == 4 * 48 + 24 == sum(1 for _ in folder.rglob("*.jpg")) and len(data.queries) == 24
     # A query is one region's footprint: it, and what overlaps it.
     assert {(query, image) for query, image in data.pairs.tolist()} == {
-        (query, image) for query, a in enumerate(data.queries.footprints)
+        (query, image)
+        for query, a in enumerate(data.queries.footprints)
         for image, b in enumerate(data.database.footprints)
-        if (np.minimum(a[2], b[2]) - np.maximum(a[0], b[0]) > 1e-4).all()}
+        if (np.minimum(a[2], b[2]) - np.maximum(a[0], b[0]) > 1e-4).all()
+    }
     assert full_size.make_tree(folder, "not asked for again", None) == count
 
 
@@ -46,6 +48,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(world):
 def test_an_unfinished_tree_goes_on(tmp_path):
     def stop():
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         full_size.make_tree(tmp_path, None, stop)
     assert full_size.make_tree(tmp_path, None, lambda: REGIONS[:2]) == 2 * 4 + 2

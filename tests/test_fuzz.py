@@ -34,6 +34,7 @@ def rectangles(draw, count=1):
 
 # Names
 
+
 @given(st.text(max_size=200) | st.builds("@".join, st.lists(st.text(max_size=12), min_size=16, max_size=19)))
 @PROFILE
 def test_any_text_is_a_name_or_a_value_error(text):
@@ -47,8 +48,15 @@ def test_any_text_is_a_name_or_a_value_error(text):
 IDS = st.text(st.characters(exclude_characters="@/", exclude_categories=("Cs",)), min_size=1, max_size=12)
 
 
-@given(footprints, IDS, st.sampled_from(["2018", "2021", "20200102"]), latitudes, longitudes, st.integers(0, 900_000),
-       st.floats(-180, 180))
+@given(
+    footprints,
+    IDS,
+    st.sampled_from(["2018", "2021", "20200102"]),
+    latitudes,
+    longitudes,
+    st.integers(0, 900_000),
+    st.floats(-180, 180),
+)
 @PROFILE
 def test_a_name_survives_being_written_and_read(corners, image_id, timestamp, lat, lon, area, orientation):
     name = ImageName(tuple(corners), image_id, timestamp, (lat, lon), area, orientation)
@@ -70,6 +78,7 @@ def test_a_corner_that_is_no_place_is_named(field, text):
 
 
 # Footprints
+
 
 @given(hnp.arrays(np.float64, (3, 4, 2), elements=st.floats(-180, 180) | st.just(math.nan)), rectangles(2))
 @PROFILE
@@ -128,6 +137,7 @@ def test_centres_lie_on_earth(corners):
 
 # Recall
 
+
 @given(st.data())
 @PROFILE
 def test_recall_agrees_with_sets(data):
@@ -143,8 +153,10 @@ def test_recall_agrees_with_sets(data):
     assert is_correct(predictions, positives).shape == predictions.shape
 
 
-@given(hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.integers(-1, 5)),
-       st.integers(1, 10))
+@given(
+    hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.integers(-1, 5)),
+    st.integers(1, 10),
+)
 @PROFILE
 def test_first_of_each_agrees_with_a_loop(images, k):
     for row, found in zip(images.tolist(), first_of_each(images, k).tolist()):
@@ -153,6 +165,7 @@ def test_first_of_each_agrees_with_a_loop(images, k):
 
 
 # Search
+
 
 @given(st.data())
 @PROFILE

@@ -13,15 +13,17 @@ def test_output_is_that_of_plain_loops(grid, p):
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     positive = np.maximum(x.numpy(), 1e-6)
     side = 6 // grid
-    expected = np.array([
+    expected = np.array(
         [
-            (positive[b, c, i * side : (i + 1) * side, j * side : (j + 1) * side] ** p).mean() ** (1 / p)
-            for c in range(4)
-            for i in range(grid)
-            for j in range(grid)
+            [
+                (positive[b, c, i * side : (i + 1) * side, j * side : (j + 1) * side] ** p).mean() ** (1 / p)
+                for c in range(4)
+                for i in range(grid)
+                for j in range(grid)
+            ]
+            for b in range(2)
         ]
-        for b in range(2)
-    ])
+    )
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     model = GeM(4, 6, 6, grid, p=p).double()
     assert model.out_dim == expected.shape[1]

@@ -30,8 +30,7 @@ def test_distance_against_the_cosine_formula_and_broadcasts():
     assert found.shape == (5, 7)
     for i, (lat_a, lon_a) in enumerate(np.radians(a)):
         for j, (lat_b, lon_b) in enumerate(np.radians(b)):
-            cosine = (math.sin(lat_a) * math.sin(lat_b)
-                      + math.cos(lat_a) * math.cos(lat_b) * math.cos(lon_a - lon_b))
+            cosine = math.sin(lat_a) * math.sin(lat_b) + math.cos(lat_a) * math.cos(lat_b) * math.cos(lon_a - lon_b)
             assert math.isclose(found[i, j], 6371.0 * math.acos(cosine), rel_tol=1e-6)
 
 

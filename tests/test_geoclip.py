@@ -29,10 +29,26 @@ def clip_folder(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
         projection_dim=768,
-        text_config=dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1,
-                         projection_dim=768, vocab_size=64, bos_token_id=0, eos_token_id=2),
-        vision_config=dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2,
-                           image_size=56, patch_size=14, projection_dim=768))
+        text_config=dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            projection_dim=768,
+            vocab_size=64,
+            bos_token_id=0,
+            eos_token_id=2,
+        ),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            image_size=56,
+            patch_size=14,
+            projection_dim=768,
+        ),
+    )
     folder = tmp_path_factory.mktemp("clip")
     transformers.CLIPModel(config).save_pretrained(folder)
     return folder
@@ -44,8 +60,10 @@ def test_clip_encoder_is_clips_image_features_and_the_mlp(clip_folder):
     model = GeoCLIP(GeoClipConfig(clip=str(clip_folder))).eval()
     whole = transformers.CLIPModel.from_pretrained(clip_folder).eval()
     images = torch.rand(2, 3, 56, 56)
-    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (
-        [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
+    mean, std = (
+        torch.tensor(each).view(1, 3, 1, 1)
+        for each in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    )
     features = whole.visual_projection(whole.vision_model((images - mean) / std).pooler_output)
     hidden = (features @ model.image_encoder.mlp[0].weight.T + model.image_encoder.mlp[0].bias).clamp(min=0)
     expected = hidden @ model.image_encoder.mlp[2].weight.T + model.image_encoder.mlp[2].bias
@@ -72,8 +90,11 @@ def test_clip_is_frozen_and_not_in_checkpoints(clip_folder):
     assert not any(p.requires_grad for p in model.image_encoder.clip.parameters())
     model(torch.rand(2, 3, 56, 56), torch.zeros(3, 2)).sum().backward()
     assert model.image_encoder.mlp[0].weight.grad is not None
-    assert set(model.own_state()) == {"logit_scale", *(f"image_encoder.mlp.{i}.{kind}" for i in (0, 2) for kind in (
-        "weight", "bias")), *(f"location_encoder.{key}" for key in LocationEncoder().state_dict())}
+    assert set(model.own_state()) == {
+        "logit_scale",
+        *(f"image_encoder.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
+        *(f"location_encoder.{key}" for key in LocationEncoder().state_dict()),
+    }
 
 
 def test_no_clip_says_what_to_do(tmp_path, monkeypatch):
@@ -116,13 +137,17 @@ def test_own_checkpoint_comes_back_whole(tmp_path):
     assert points.tolist() == gallery.tolist() and loaded.config == model.config
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda p: (p / "x.pt").write_bytes(b"junk"), "x.pt: truncated, or not written by torch.save"),
-    (lambda p: torch.save({"weights": torch.zeros(1)}, p / "x.pt"), "x.pt: no checkpoint of train_geoclip.py"),
-    (lambda p: save_file({"a": torch.zeros(1)}, p / "x.safetensors"), "holds no location encoder"),
-    (lambda p: (p / "x.safetensors").write_bytes(b"junk"), "no safetensors file"),
-    (lambda p: (p / "folder").mkdir(), "folder: neither model.safetensors nor location_encoder_weights.pth"),
-    (lambda p: None, "no such weights.*geoclip for those")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: (p / "x.pt").write_bytes(b"junk"), "x.pt: truncated, or not written by torch.save"),
+        (lambda p: torch.save({"weights": torch.zeros(1)}, p / "x.pt"), "x.pt: no checkpoint of train_geoclip.py"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p / "x.safetensors"), "holds no location encoder"),
+        (lambda p: (p / "x.safetensors").write_bytes(b"junk"), "no safetensors file"),
+        (lambda p: (p / "folder").mkdir(), "folder: neither model.safetensors nor location_encoder_weights.pth"),
+        (lambda p: None, "no such weights.*geoclip for those"),
+    ],
+)
 def test_other_files_are_refused(tmp_path, make, message):
     make(tmp_path)
     path = next(iter(tmp_path.iterdir()), tmp_path / "nothing.pt")
@@ -149,11 +174,18 @@ def test_backbone_of_a_trained_earthloc(tmp_path):
     assert model.config.freeze_until == "layer2"
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"image_encoder": "vgg"}, "--image_encoder vgg"), ({"sigmas": ()}, "--sigmas"), ({"sigmas": (1, -1)}, "--sigmas"),
-    ({"image_size": 224}, "--image_size: CLIP"), ({"image_encoder": "resnet18", "cut_after": "blocks1"}, "--cut_after"),
-    ({"image_encoder": "resnet18", "image_size": 0}, "--image_size 0"),
-    ({"image_encoder": "resnet18", "gem_grid": 0}, "--gem_grid 0")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"image_encoder": "vgg"}, "--image_encoder vgg"),
+        ({"sigmas": ()}, "--sigmas"),
+        ({"sigmas": (1, -1)}, "--sigmas"),
+        ({"image_size": 224}, "--image_size: CLIP"),
+        ({"image_encoder": "resnet18", "cut_after": "blocks1"}, "--cut_after"),
+        ({"image_encoder": "resnet18", "image_size": 0}, "--image_size 0"),
+        ({"image_encoder": "resnet18", "gem_grid": 0}, "--gem_grid 0"),
+    ],
+)
 def test_configs_that_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         GeoClipConfig(**fields)

@@ -33,11 +33,34 @@ from utils.checkpoint import load_checkpoint
 from utils.signals import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ["--image_encoder", "resnet18", "--weights", "none", "--cut_after", "layer2", "--image_size", "32",
-         "--sigmas", "1", "16"]
+MODEL = [
+    "--image_encoder",
+    "resnet18",
+    "--weights",
+    "none",
+    "--cut_after",
+    "layer2",
+    "--image_size",
+    "32",
+    "--sigmas",
+    "1",
+    "16",
+]
 SYSTEM = ["--num_workers", "0", "--device", "cpu", "--precision", "fp32"]
-SHORT = ["--iterations", "4", "--batch_size", "8", "--queue_size", "20", "--validate_every", "2", "--lr", "1e-3",
-         "--log_dir", "g"]
+SHORT = [
+    "--iterations",
+    "4",
+    "--batch_size",
+    "8",
+    "--queue_size",
+    "20",
+    "--validate_every",
+    "2",
+    "--lr",
+    "1e-3",
+    "--log_dir",
+    "g",
+]
 
 
 def arguments(world, *more):
@@ -69,7 +92,9 @@ def test_a_run_leaves_its_outputs(trained, world):
     assert len(last["gallery"]) == 24 and len(last["queue"]) == 20
     for point in last["queue"].numpy():
         assert geo.distance_km(point, centers).min() < 1e-6  # real places, noise is added on use only
-    assert (trained / "info.log").read_text().count("validation within") == 3  # before training, and after iterations 2 and 4
+    assert (trained / "info.log").read_text().count(
+        "validation within"
+    ) == 3  # before training, and after iterations 2 and 4
 
 
 def test_scalars_are_finite(trained):
@@ -95,12 +120,13 @@ def test_a_signal_stops_it_and_auto_goes_on_with_the_same_bits(world, trained, m
         if run.iteration == 1:
             os.kill(os.getpid(), number)
         return result
+
     original = train_geoclip.update
     with monkeypatch.context() as patch:
         patch.setattr(train_geoclip, "update", update)
         with pytest.raises(SystemExit) as stopped:
             train_geoclip.main(arguments(world, "--resume", "auto"))
-    folder, = Path("logs/g").iterdir()
+    (folder,) = Path("logs/g").iterdir()
     assert stopped.value.code == EXIT_CODE and "stopped before iteration 2 of 4" in (folder / "info.log").read_text()
     assert load_checkpoint(folder / "last.pt")["iteration"] == 1 and not (folder / "done").exists()
     resumed = train_geoclip.main(arguments(world, "--resume", "auto"))
@@ -111,10 +137,17 @@ def test_a_signal_stops_it_and_auto_goes_on_with_the_same_bits(world, trained, m
 @pytest.fixture
 def infinite_gradient(monkeypatch):
     """In iteration 2, the loss is finite and its gradient is not: sqrt has an infinite slope at 0."""
+
     def update(run, *rest):
-        monkeypatch.setattr(train_geoclip, "gps_cross_entropy", lambda logits, *others: original(logits, *others) + (
-            (logits[0, 0] * 0).sqrt() if run.iteration == 2 else 0))
+        monkeypatch.setattr(
+            train_geoclip,
+            "gps_cross_entropy",
+            lambda logits, *others: (
+                original(logits, *others) + ((logits[0, 0] * 0).sqrt() if run.iteration == 2 else 0)
+            ),
+        )
         return step(run, *rest)
+
     step, original = train_geoclip.update, train_geoclip.gps_cross_entropy
     monkeypatch.setattr(train_geoclip, "update", update)
 
@@ -122,7 +155,7 @@ def infinite_gradient(monkeypatch):
 def test_a_gradient_that_is_not_finite_overwrites_no_checkpoint(world, infinite_gradient):
     with pytest.raises(RuntimeError, match="iteration 2: the gradient's norm is .*bad_batch_2.pt"):
         train_geoclip.main(arguments(world, "--validate_every", "1"))
-    folder, = Path("logs/g").iterdir()
+    (folder,) = Path("logs/g").iterdir()
     bad = load_checkpoint(folder / "bad_batch_2.pt")["model"]
     assert bad["iteration"] == 2 and bad["views"].shape == (8, 3, 32, 32) and len(bad["paths"]) == 8
     assert all(str(world.path) in path and Path(path).is_file() for path in bad["paths"])
@@ -133,8 +166,9 @@ def test_a_gradient_that_is_not_finite_overwrites_no_checkpoint(world, infinite_
 
 
 def test_a_skipped_update_leaves_only_a_number_and_the_queue(world, infinite_gradient):
-    folder = train_geoclip.main(arguments(world, "--iterations", "3", "--save_every", "1", "--max_skips", "1",
-                                          "--validate_every", "3"))
+    folder = train_geoclip.main(
+        arguments(world, "--iterations", "3", "--save_every", "1", "--max_skips", "1", "--validate_every", "3")
+    )
     before, after = load_checkpoint(folder / "previous.pt"), load_checkpoint(folder / "last.pt")
     assert (before["iteration"], after["iteration"]) == (2, 3) and (before["skipped"], after["skipped"]) == (0, 1)
     assert differences(before["model"], after["model"]) == differences(before["optimizer"], after["optimizer"]) == []
@@ -143,9 +177,25 @@ def test_a_skipped_update_leaves_only_a_number_and_the_queue(world, infinite_gra
 
 def test_it_learns_the_tiny_world(world):
     """30 iterations on 24 places: photos of the places themselves are put where they belong."""
-    folder = train_geoclip.main(arguments(world, "--iterations", "30", "--validate_every", "30", "--augmentation",
-                                          "none", "--batch_size", "24", "--lr", "1e-3", "--neutral_km", "20",
-                                          "--sigmas", "64"))
+    folder = train_geoclip.main(
+        arguments(
+            world,
+            "--iterations",
+            "30",
+            "--validate_every",
+            "30",
+            "--augmentation",
+            "none",
+            "--batch_size",
+            "24",
+            "--lr",
+            "1e-3",
+            "--neutral_km",
+            "20",
+            "--sigmas",
+            "64",
+        )
+    )
     model, gallery = eval_geoclip.load_geoclip(folder / "last.pt")
     photos = photos_of_dataset(world.path)
     embeddings, _ = eval_geoclip.embed_photos(model, photos.paths, progress=False)
@@ -157,17 +207,25 @@ def test_it_learns_the_tiny_world(world):
 
 
 def test_evaluation_on_a_dataset(world, trained, tmp_path):
-    results = eval_geoclip.main(eval_geoclip.parse_arguments(
-        ["--resume", str(trained / "best.pt"), "--dataset_path", str(world.path), "--crops", "turns", *SYSTEM]))
-    folder, = (tmp_path / "cwd" / "logs" / "eval_geoclip").iterdir()
+    results = eval_geoclip.main(
+        eval_geoclip.parse_arguments(
+            ["--resume", str(trained / "best.pt"), "--dataset_path", str(world.path), "--crops", "turns", *SYSTEM]
+        )
+    )
+    (folder,) = (tmp_path / "cwd" / "logs" / "eval_geoclip").iterdir()
     log = (folder / "info.log").read_text()
     rows = list(csv.DictReader(open(folder / "predictions.csv", newline="")))
-    km = [geo.distance_km((float(row["latitude"]), float(row["longitude"])),
-                          (float(row["predicted_latitude"]), float(row["predicted_longitude"]))) for row in rows]
+    km = [
+        geo.distance_km(
+            (float(row["latitude"]), float(row["longitude"])),
+            (float(row["predicted_latitude"]), float(row["predicted_longitude"])),
+        )
+        for row in rows
+    ]
     assert 0 < len(rows) <= 10 and results["photos"] == len(rows)
     assert [float(row["km"]) for row in rows] == pytest.approx(km, abs=0.02)
     for limit in (2500, 750, 200, 25, 1):
-        share, = re.findall(rf"  Accuracy at {limit} km: (\d+\.\d\d)$", log, re.M)
+        (share,) = re.findall(rf"  Accuracy at {limit} km: (\d+\.\d\d)$", log, re.M)
         assert float(share) == pytest.approx(100 * np.mean(np.array(km) <= limit), abs=0.01)
         assert re.search(rf"Nadir: Accuracy at {limit} km: ", log)
     assert json.loads((folder / "results.json").read_text())["naive"]["Nadir"]["accuracy"]["200"] > 90
@@ -196,9 +254,23 @@ def test_train_and_evaluate_on_a_csv(csv_photos, world, tmp_path):
     assert "10 training images, 10 validation" in log and "1 of 11 images are not in" in log and "lost.jpg" in log
     gallery = tmp_path / "g.csv"
     gallery.write_text("latitude,longitude\n30,-95\n45,10\n-80,180\n")
-    results = eval_geoclip.main(eval_geoclip.parse_arguments(
-        ["--resume", str(folder / "last.pt"), "--csv", str(table), "--images", str(images), "--gallery", str(gallery),
-         "--cache_dir", "none", *SYSTEM]))
+    results = eval_geoclip.main(
+        eval_geoclip.parse_arguments(
+            [
+                "--resume",
+                str(folder / "last.pt"),
+                "--csv",
+                str(table),
+                "--images",
+                str(images),
+                "--gallery",
+                str(gallery),
+                "--cache_dir",
+                "none",
+                *SYSTEM,
+            ]
+        )
+    )
     assert results["gallery"] == 3 and results["photos"] == 10 and "Nadir" not in results["naive"]
 
 
@@ -208,9 +280,12 @@ def test_prediction(world, trained, tmp_path):
     source = next((world.path / "queries").iterdir())
     Image.open(source).save(images / "a.png")
     (images / "broken.jpg").write_bytes(b"no image")
-    predictions = predict_geoclip.main(predict_geoclip.parse_arguments(
-        [str(images), str(source), "--resume", str(trained / "best.pt"), "--top_k", "5", *SYSTEM]))
-    folder, = (tmp_path / "cwd" / "logs" / "predict_geoclip").iterdir()
+    predictions = predict_geoclip.main(
+        predict_geoclip.parse_arguments(
+            [str(images), str(source), "--resume", str(trained / "best.pt"), "--top_k", "5", *SYSTEM]
+        )
+    )
+    (folder,) = (tmp_path / "cwd" / "logs" / "predict_geoclip").iterdir()
     assert [each["rank"] for each in predictions] == [1, 2, 3, 4, 5] * 2
     assert json.loads((folder / "predictions.json").read_text()) == predictions
     table = list(csv.DictReader(open(folder / "predictions.csv", newline="")))
@@ -228,8 +303,9 @@ def test_prediction(world, trained, tmp_path):
 def test_prediction_near_a_place(world, trained):
     query = str(next((world.path / "queries").iterdir()))
     flags = ["--resume", str(trained / "best.pt"), "--top_k", "12", *SYSTEM]
-    alps = predict_geoclip.main(predict_geoclip.parse_arguments(
-        [query, "--near", "45", "10", "--near_km", "800", *flags]))
+    alps = predict_geoclip.main(
+        predict_geoclip.parse_arguments([query, "--near", "45", "10", "--near_km", "800", *flags])
+    )
     assert all(geo.distance_km((each["latitude"], each["longitude"]), (45, 10)) < 800 for each in alps)
     assert sum(each["probability"] for each in alps) == pytest.approx(1, abs=1e-4)  # the 12 places of that block
 
@@ -237,20 +313,27 @@ def test_prediction_near_a_place(world, trained):
 def test_only_broken_images(tmp_path, trained):
     (tmp_path / "x.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
-        predict_geoclip.main(predict_geoclip.parse_arguments(
-            [str(tmp_path / "x.jpg"), "--resume", str(trained / "best.pt"), *SYSTEM]))
+        predict_geoclip.main(
+            predict_geoclip.parse_arguments([str(tmp_path / "x.jpg"), "--resume", str(trained / "best.pt"), *SYSTEM])
+        )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--top_k", "25"], "--top_k 25: must be between 1 and the gallery's 24"),
-    (["--near", "95", "0"], "--near, row 1: latitude 95"), (["--gallery", "nowhere.csv"], "nowhere.csv: no such CSV"),
-    (["--gallery", "grid:1"], "grid of 1 km"), (["--resume", "nowhere.pt"], "nowhere.pt: no such weights")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--top_k", "25"], "--top_k 25: must be between 1 and the gallery's 24"),
+        (["--near", "95", "0"], "--near, row 1: latitude 95"),
+        (["--gallery", "nowhere.csv"], "nowhere.csv: no such CSV"),
+        (["--gallery", "grid:1"], "grid of 1 km"),
+        (["--resume", "nowhere.pt"], "nowhere.pt: no such weights"),
+    ],
+)
 def test_wrong_flags_of_prediction(world, trained, capsys, flags, message):
     query = str(next((world.path / "queries").iterdir()))
     args = predict_geoclip.parse_arguments([query, "--resume", str(trained / "best.pt"), *SYSTEM, *flags])
     with pytest.raises(SystemExit):
         run(predict_geoclip.main, args)
-    error, = capsys.readouterr().err.strip().splitlines()[-1:]
+    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert error.startswith("error: ") and message in error
 
 
@@ -269,9 +352,14 @@ def test_unreadable_training_images_take_no_part_and_are_listed(own_world):
         train_geoclip.main(arguments(own_world, "--batch_size", "96", "--iterations", "2"))
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--batch_size", "97"], "at most the 96 training images"), (["--train_csv", "x.csv"], "one of the two"),
-    (["--resume", "nowhere.pt"], "nowhere.pt")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--batch_size", "97"], "at most the 96 training images"),
+        (["--train_csv", "x.csv"], "one of the two"),
+        (["--resume", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
 def test_wrong_flags_of_training(world, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_geoclip.main(arguments(world, *flags))
@@ -280,7 +368,7 @@ def test_wrong_flags_of_training(world, flags, message):
 def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
     with pytest.raises(RuntimeError, match="iteration 1: the loss is nan"):
         train_geoclip.main(arguments(world, "--lr", "inf"))
-    folder, = (tmp_path / "cwd" / "logs" / "g").iterdir()
+    (folder,) = (tmp_path / "cwd" / "logs" / "g").iterdir()
     assert not (folder / "last.pt").exists()
 
 
@@ -308,8 +396,10 @@ def test_turns_and_mirrors_are_of_pixels_only():
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(turn_and_flip(images, generator, False, False), images)
     turned = turn_and_flip(images, generator, True, False)
-    which = [[torch.equal(torch.rot90(before, k, (-2, -1)), after) for k in range(4)].index(True)
-             for before, after in zip(images, turned)]
+    which = [
+        [torch.equal(torch.rot90(before, k, (-2, -1)), after) for k in range(4)].index(True)
+        for before, after in zip(images, turned)
+    ]
     assert set(which) == {0, 1, 2, 3}
     flipped = turn_and_flip(images, generator, False, True)
     mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(images, flipped)]
@@ -320,8 +410,16 @@ def test_table_beside_earthloc_and_the_nadir(world, trained, tmp_path):
     torch.manual_seed(0)
     earthloc = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 16, 32))
     save_safetensors(earthloc, tmp_path / "earthloc.safetensors", half=False)
-    flags = ["--geoclip", str(trained / "best.pt"), "--earthloc", str(tmp_path / "earthloc.safetensors"),
-             "--dataset_path", str(world.path), "--num_workers", "0"]
+    flags = [
+        "--geoclip",
+        str(trained / "best.pt"),
+        "--earthloc",
+        str(tmp_path / "earthloc.safetensors"),
+        "--dataset_path",
+        str(world.path),
+        "--num_workers",
+        "0",
+    ]
     rows = geoclip_demo.main(geoclip_demo.parse_arguments(flags))
     data = load_evaluation_data(world.path)
     test = np.setdiff1d(np.arange(10), data.only(VALIDATION).query_rows)
@@ -331,7 +429,7 @@ def test_table_beside_earthloc_and_the_nadir(world, trained, tmp_path):
     assert rows["limit: the nearest centre"]["median_km"] == pytest.approx(np.median(nearest))
     assert rows["database image nearest to the nadir"]["recall_at_1"] == 100  # the photos lie at their nadirs
     assert rows["GeoCLIP"]["accuracy"][2500] <= 100 and rows["GeoCLIP"]["median_km"] >= np.median(nearest)
-    folder, = (tmp_path / "cwd" / "logs" / "geoclip_demo_table").iterdir()
+    (folder,) = (tmp_path / "cwd" / "logs" / "geoclip_demo_table").iterdir()
     lines = [line for line in (folder / "info.log").read_text().splitlines() if "| GeoCLIP, within 2500 km" in line]
     assert len(lines) == 1 and set(json.loads((folder / "results.json").read_text())["rows"]) == set(rows)
 
@@ -343,19 +441,56 @@ def test_two_processes_train_as_one_does(world, tmp_path):
     import transformers
 
     torch.manual_seed(0)
-    transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=28, patch_size=14,
-        projection_dim=24)).save_pretrained(tmp_path / "clip")
-    flags = ["--dataset_path", str(world.path), "--image_encoder", "clip", "--clip", str(tmp_path / "clip"), "--sigmas",
-             "1", *SYSTEM, *SHORT, "--augmentation", "none", "--validate_every", "4"]
+    transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            image_size=28,
+            patch_size=14,
+            projection_dim=24,
+        )
+    ).save_pretrained(tmp_path / "clip")
+    flags = [
+        "--dataset_path",
+        str(world.path),
+        "--image_encoder",
+        "clip",
+        "--clip",
+        str(tmp_path / "clip"),
+        "--sigmas",
+        "1",
+        *SYSTEM,
+        *SHORT,
+        "--augmentation",
+        "none",
+        "--validate_every",
+        "4",
+    ]
     single = train_geoclip.main(train_geoclip.parse_arguments([*flags, "--log_dir", "single"]))
     # Tests may run side by side: --standalone picks a free port.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "train_geoclip.py"), *flags, "--log_dir", "double"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "train_geoclip.py"),
+        *flags,
+        "--log_dir",
+        "double",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    double, = Path("logs/double").iterdir()  # one folder: only the first process writes
+    (double,) = Path("logs/double").iterdir()  # one folder: only the first process writes
     expected, found = load_checkpoint(single / "last.pt"), load_checkpoint(double / "last.pt")
     assert torch.equal(found["queue"], expected["queue"])
     for key, value in expected["model"].items():
@@ -365,9 +500,12 @@ def test_two_processes_train_as_one_does(world, tmp_path):
 
 @pytest.mark.parametrize("group, alike", [("batch", True), ("image", False)])
 def test_what_shares_one_augmentation(group, alike):
-    args = train_geoclip.parse_arguments(["--augmentation", group, "--rotation", "30", "--turns", "off", "--flip", "off"])
+    args = train_geoclip.parse_arguments(
+        ["--augmentation", group, "--rotation", "30", "--turns", "off", "--flip", "off"]
+    )
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    views = train_geoclip.augmented(image.expand(3, -1, -1, -1), augmentation_of(args, 32),
-                                    torch.Generator().manual_seed(1), args)
+    views = train_geoclip.augmented(
+        image.expand(3, -1, -1, -1), augmentation_of(args, 32), torch.Generator().manual_seed(1), args
+    )
     assert views.shape == (3, 3, 32, 32)
     assert ((views[0] - views[1:]).abs().max() < 1e-6) == alike

@@ -66,8 +66,13 @@ def test_accuracy_counts_the_limit_and_says_it_as_its_readers_parse():
     km = [0.5, 25, 25.2, 750, 3000, 100]
     assert accuracy(km) == pytest.approx({2500: 500 / 6, 750: 500 / 6, 200: 400 / 6, 25: 200 / 6, 1: 100 / 6})
     assert accuracy_lines(km) == [
-        "Accuracy at 2500 km: 83.33", "Accuracy at 750 km: 83.33", "Accuracy at 200 km: 66.67",
-        "Accuracy at 25 km: 33.33", "Accuracy at 1 km: 16.67", "Median error: 62.6 km"]
+        "Accuracy at 2500 km: 83.33",
+        "Accuracy at 750 km: 83.33",
+        "Accuracy at 200 km: 66.67",
+        "Accuracy at 25 km: 33.33",
+        "Accuracy at 1 km: 16.67",
+        "Median error: 62.6 km",
+    ]
     for bad, message in (([], "no photos"), ([1, np.nan], "not a number")):
         with pytest.raises(ValueError, match=message):
             accuracy(bad)
@@ -118,14 +123,15 @@ def test_views_are_averaged_and_broken_photos_named(model, tmp_path, crops):
     pixels = np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(b"no image")
-    embeddings, failures = embed_photos(model, [tmp_path / "b.jpg", tmp_path / "a.png", tmp_path / "c.jpg"],
-                                        crops=crops, progress=False)
+    embeddings, failures = embed_photos(
+        model, [tmp_path / "b.jpg", tmp_path / "a.png", tmp_path / "c.jpg"], crops=crops, progress=False
+    )
     assert np.isnan(embeddings[[0, 2]]).all() and [row for row, _ in failures] == [0, 2]
     assert "b.jpg: cannot be read" in failures[0][1] and "c.jpg: no such image" in failures[1][1]
     image = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC) if crops != "ten" else pixels)
     if crops == "ten":
         corners = [(y, x) for y in (0, 5) for x in (0, 5)] + [(2, 2)]
-        views = [image[:, ::flip][y:y + 32, x:x + 32] for y, x in corners for flip in (1, -1)]
+        views = [image[:, ::flip][y : y + 32, x : x + 32] for y, x in corners for flip in (1, -1)]
     else:
         views = [np.rot90(image, turn) for turn in range(4 if crops == "turns" else 1)]
     with torch.no_grad():

@@ -35,14 +35,21 @@ def test_gallery_columns(tmp_path, header):
     assert read_points(file).tolist() == [[-12.5, 170.25]]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "is empty; expected a header with LAT, LON"), ("LAT,LON\n", "a header and no rows"),
-    ("x,y\n1,2\n", "no column LAT or LATITUDE; its columns are x, y"),
-    ("LAT,LON\n1,2\n91,95\n", "row 3: latitude 91, longitude 95: latitude must be within ±90 and longitude"),
-    ("LAT,LON\n1,2\n139.7,35.7\n-120,3\n", "row 3: latitude 139.7, longitude 35.7.*2 such rows; are .* swapped"),
-    ("LAT,LON\nnan,2\n", "row 2: .*not finite"), ("LAT,LON\n1,181\n", "row 2: .*longitude within ±180"),
-    ("LAT,LON\n1,2\n1,east\n", "row 3: longitude is 'east'"), ("LAT,LON\n1\n", "row 2: 1 cells"),
-    ("LAT,LON\n,4\n", "row 2: latitude is ''")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty; expected a header with LAT, LON"),
+        ("LAT,LON\n", "a header and no rows"),
+        ("x,y\n1,2\n", "no column LAT or LATITUDE; its columns are x, y"),
+        ("LAT,LON\n1,2\n91,95\n", "row 3: latitude 91, longitude 95: latitude must be within ±90 and longitude"),
+        ("LAT,LON\n1,2\n139.7,35.7\n-120,3\n", "row 3: latitude 139.7, longitude 35.7.*2 such rows; are .* swapped"),
+        ("LAT,LON\nnan,2\n", "row 2: .*not finite"),
+        ("LAT,LON\n1,181\n", "row 2: .*longitude within ±180"),
+        ("LAT,LON\n1,2\n1,east\n", "row 3: longitude is 'east'"),
+        ("LAT,LON\n1\n", "row 2: 1 cells"),
+        ("LAT,LON\n,4\n", "row 2: latitude is ''"),
+    ],
+)
 def test_bad_galleries_are_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=f"g.csv.*{message}"):
         read_points(written(tmp_path / "g.csv", text))
@@ -73,7 +80,7 @@ def test_photos_of_a_csv_count_and_list_what_is_missing(photo_folder):
     photos = read_photos(table, photo_folder / "images")
     assert [path.name for path in photos.paths] == ["a.jpg", "c.jpg", "b.jpg"]
     assert photos.points.tolist() == [[1, 2], [5, 6], [7, 8]]
-    note, = photos.notes
+    (note,) = photos.notes
     assert "1 of 4 images" in note and "lost.jpg" in note
 
 
@@ -123,8 +130,15 @@ def test_land_grid_is_on_land():
     assert geo.distance_km(points, (0, -150)).min() > 1000  # the Pacific
 
 
-@pytest.mark.parametrize("spec, message", [("grid:0", "2 to 5000.*grid:100"), ("grid:x", "grid:100"),
-                                           ("land:nan", "2 to 5000"), ("train", "no training coordinates")])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("grid:0", "2 to 5000.*grid:100"),
+        ("grid:x", "grid:100"),
+        ("land:nan", "2 to 5000"),
+        ("train", "no training coordinates"),
+    ],
+)
 def test_bad_gallery_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         gallery_points(spec)

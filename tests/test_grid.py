@@ -61,13 +61,15 @@ def test_land_regions_hold_land_and_stay_within_the_latitudes():
     def covered(lat, lon):
         inside = (corners[:, 0] < (lat, lon)).all(axis=1) & ((lat, lon) < corners[:, 2]).all(axis=1)
         return set(regions[inside, 0].tolist())
+
     assert covered(23, 15) == {5, 6}  # Libya
     assert covered(-30, -130.3) == set()  # the emptiest Pacific
     assert len(grid.land_regions([6], 40, min_land=0.5)) < (regions[:, 0] == 6).sum()
 
 
-@pytest.mark.parametrize("zoom, row, col, area", [
-    (9, 276, 272, 91197), (10, 356, 324, 11178), (10, 566, 906, 21824), (11, 1098, 0, None)])
+@pytest.mark.parametrize(
+    "zoom, row, col, area", [(9, 276, 272, 91197), (10, 356, 324, 11178), (10, 566, 906, 21824), (11, 1098, 0, None)]
+)
 def test_areas_are_those_of_single_precision_corners(zoom, row, col, area):
     """The three numbers are of public names; double precision gives 91196, 11177 and 21825."""
     name = grid.image_name(zoom, row, col, 2021)

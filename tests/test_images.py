@@ -27,8 +27,9 @@ def test_rgb_pixels_come_back_as_they_are(tmp_path):
     assert read.dtype == torch.uint8 and np.array_equal(read.permute(1, 2, 0).numpy(), pixels)
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png"),
-                                          ("LA", "png")])
+@pytest.mark.parametrize(
+    "mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("LA", "png")]
+)
 def test_other_modes_become_rgb(tmp_path, mode, suffix):
     path = tmp_path / f"{mode}.{suffix}"
     Image.new("RGB", (40, 30), (200, 200, 200)).convert(mode, dither=Image.Dither.NONE).save(path)
@@ -49,8 +50,16 @@ def geotiff(path, array, **how):
     """(bands, H, W) of any type -> TIFF, in kinds that PIL cannot write."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1], width=array.shape[2],
-                           dtype=array.dtype, **how) as file:
+        with rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            count=len(array),
+            height=array.shape[1],
+            width=array.shape[2],
+            dtype=array.dtype,
+            **how,
+        ) as file:
             file.write(array)
     return path
 
@@ -110,8 +119,9 @@ def test_twelve_bits_in_a_file_that_says_so(tmp_path):
     assert read_image(geotiff(tmp_path / "b.tif", values // 64, nbits=12)).max() == 4  # dark, and rightly so
 
 
-@pytest.mark.parametrize("dtype, message", [("float32", "floating point"), ("int16", "signed"), ("int32", "32 bits"),
-                                            ("uint32", "32 bits")])
+@pytest.mark.parametrize(
+    "dtype, message", [("float32", "floating point"), ("int16", "signed"), ("int32", "32 bits"), ("uint32", "32 bits")]
+)
 def test_values_of_which_nothing_says_what_is_white_are_refused(tmp_path, dtype, message):
     with pytest.raises(ValueError, match=f"a.tif: .*{message}.*-scale LOW HIGH"):
         read_image(geotiff(tmp_path / "a.tif", np.full((1, 8, 8), 100, dtype)), 8)
@@ -132,8 +142,16 @@ def test_not_square_is_squashed_and_antialiased(tmp_path):
 
 
 # What EXIF's orientations say: (the side of the picture that the stored rows begin at, and the columns).
-ORIENTATIONS = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
-                5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
+ORIENTATIONS = {
+    1: "top left",
+    2: "top right",
+    3: "bottom right",
+    4: "bottom left",
+    5: "left top",
+    6: "right top",
+    7: "right bottom",
+    8: "left bottom",
+}
 
 
 def stored_as(shown, orientation):
@@ -220,8 +238,12 @@ def test_a_header_of_300_megapixels_is_refused_before_its_pixels(tmp_path, kind)
 def test_pictures_are_opened_in_one_place():
     """Where MAX_PIXELS and FORMATS hold. The world map's background is a file of this repository."""
     root = Path(__file__).parents[1]
-    found = {path.name for folder in ("", "datasets/**/", "utils/**/", "models/**/", "figures/**/")
-             for path in root.glob(f"{folder}*.py") if "Image.open(" in path.read_text()}
+    found = {
+        path.name
+        for folder in ("", "datasets/**/", "utils/**/", "models/**/", "figures/**/")
+        for path in root.glob(f"{folder}*.py")
+        if "Image.open(" in path.read_text()
+    }
     assert found == {"images.py", "world_map.py"}
 
 
@@ -242,16 +264,24 @@ def jpeg(path, height, width, mode="RGB", **how):
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (65, 71), (40, 200)])
-@pytest.mark.parametrize("how", [{}, {"subsampling": 0}, {"progressive": True, "quality": 95}, {"mode": "L"},
-                                 {"keep_rgb": True}])
+@pytest.mark.parametrize(
+    "how", [{}, {"subsampling": 0}, {"progressive": True, "quality": 95}, {"mode": "L"}, {"keep_rgb": True}]
+)
 @pytest.mark.parametrize("size", [None, 64, 32, 17, 8])
 def test_the_fast_decoder_gives_pils_pixels(tmp_path, height, width, how, size):
     content = jpeg(tmp_path / "a.jpg", height, width, **how)
     assert np.array_equal(decode_jpeg(content, size), decode_any(content, size))
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: content[:3], lambda content: b"",
-                                    lambda content: content[:900] + b"\xff\xd8" + content[902:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-40],
+        lambda content: content[:3],
+        lambda content: b"",
+        lambda content: content[:900] + b"\xff\xd8" + content[902:],
+    ],
+)
 def test_what_is_broken_goes_to_pil_which_says_what_is_wrong(tmp_path, damage):
     path = tmp_path / "a.jpg"
     path.write_bytes(damage(jpeg(path, 64, 64)))

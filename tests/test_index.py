@@ -50,8 +50,12 @@ def read(root, parse=parse_paths, **options):
 
 def listed_paths(root):
     """All images by os.walk, as str."""
-    return sorted(os.path.relpath(os.path.join(base, file), root)
-                  for base, _, files in os.walk(root / "database") for file in files if file.endswith(".jpg"))
+    return sorted(
+        os.path.relpath(os.path.join(base, file), root)
+        for base, _, files in os.walk(root / "database")
+        for file in files
+        if file.endswith(".jpg")
+    )
 
 
 def paths_of(table):
@@ -63,8 +67,9 @@ def check(root, table):
     assert paths_of(table) == listed_paths(root)
     names = [ImageName.parse(path) for path in listed_paths(root)]
     corners = [[table[f"{axis}{k}"].to_pylist() for axis in ("lat", "lon")] for k in range(1, 5)]
-    assert np.array_equal(np.moveaxis(np.array(corners), 2, 0), np.array([name.footprint for name in names]).reshape(
-        -1, 4, 2))
+    assert np.array_equal(
+        np.moveaxis(np.array(corners), 2, 0), np.array([name.footprint for name in names]).reshape(-1, 4, 2)
+    )
     for field, attribute in (("image_id", "image_id"), ("timestamp", "timestamp")):
         assert table[field].to_pylist() == [getattr(name, attribute).encode() for name in names]
     assert list(zip(table["nadir_lat"].to_pylist(), table["nadir_lon"].to_pylist())) == [name.nadir for name in names]
@@ -100,8 +105,9 @@ def test_only_changed_folders_are_listed_and_parsed(tree, trusting, monkeypatch)
     folder = os.path.dirname(listed_paths(tree)[0])
     touch(tree, f"{folder}/{os.path.basename(new)}")
     parsed = []
-    found, listed = counted(monkeypatch, lambda: read(
-        tree, parse=lambda paths: (parsed.extend(paths.to_pylist()), parse_paths(paths))[1]))
+    found, listed = counted(
+        monkeypatch, lambda: read(tree, parse=lambda paths: (parsed.extend(paths.to_pylist()), parse_paths(paths))[1])
+    )
     check(tree, found)
     assert [os.path.relpath(os.fsdecode(place), tree) for place in listed] == [folder]
     assert [os.fsdecode(path) for path in parsed] == [path for path in listed_paths(tree) if path.startswith(folder)]
@@ -142,12 +148,21 @@ def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tree, monkeypatch):
     read(tree)
     found, listed = counted(monkeypatch, lambda: read(tree))
     check(tree, found)
-    assert len(listed) == len({os.path.dirname(path) for path in listed_paths(tree)}) + 3  # and database/, 2018_09, 2021_09
+    assert (
+        len(listed) == len({os.path.dirname(path) for path in listed_paths(tree)}) + 3
+    )  # and database/, 2018_09, 2021_09
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: data[:-1], lambda data: data[:len(data) // 2], lambda data: b"\0" * len(data),
-    lambda data: b"not an index"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: b"\0" * len(data),
+        lambda data: b"not an index",
+    ],
+)
 def test_a_damaged_index_is_made_again(tree, trusting, caplog, damage):
     read(tree)
     whole = (tree / FILE).read_bytes()
@@ -163,7 +178,7 @@ def test_a_flipped_bit_anywhere_changes_no_value(tree, trusting):
     read(tree)
     whole = (tree / FILE).read_bytes()
     for position in range(5, len(whole), len(whole) // 50):
-        (tree / FILE).write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1:])
+        (tree / FILE).write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         check(tree, read(tree))
 
 
@@ -201,9 +216,13 @@ def test_a_write_that_is_cut_off_leaves_the_old_index(tree, trusting, monkeypatc
 
     def killed(_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(index, "ROW_GROUP", 20)
-    monkeypatch.setattr(index, "polygons", lambda footprints: killed(footprints) if len(footprints) < 20 else
-                        shapely.polygons(footprints))
+    monkeypatch.setattr(
+        index,
+        "polygons",
+        lambda footprints: killed(footprints) if len(footprints) < 20 else shapely.polygons(footprints),
+    )
     with pytest.raises(KeyboardInterrupt):
         read(tree)
     assert (tree / FILE).read_bytes() == before and sorted(os.listdir(tree)) == ["database", FILE]
@@ -215,12 +234,16 @@ def test_a_read_only_data_set_works_and_says_so(tree, trusting, monkeypatch, cap
     if how == "asked":
         monkeypatch.setattr(index.os, "access", lambda *_: False)
     else:
+
         def refuse(_):
             raise PermissionError("read-only")
+
         monkeypatch.setattr(tables, "replacing", refuse)
     check(tree, read(tree))
     parsed = []
-    found = read(tree, parse=lambda paths: (parsed.extend(paths.to_pylist()), parse_paths(paths))[1], prefix="database/2021_")
+    found = read(
+        tree, parse=lambda paths: (parsed.extend(paths.to_pylist()), parse_paths(paths))[1], prefix="database/2021_"
+    )
     assert len(found) == 24 and len(parsed) == (24 if how == "asked" else 48)
     assert os.listdir(tree) == ["database"] and "cannot be written to" in caplog.text
 
@@ -289,6 +312,7 @@ def test_row_groups_and_prefixes(tree, trusting, monkeypatch):
     def spy(self, rows, columns):
         groups.append(rows)
         return real(self, rows, columns)
+
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", spy)
     check(tree, read(tree, parse=None))
     for prefix in ("database/2018_", "database/2021_", "database/2021_09/20_", "database/2022_"):
@@ -313,8 +337,12 @@ def test_names_that_are_no_text(tree, trusting):
 
 
 ACROSS = [(10, 179), (12, 178.5), (12, -179), (10, -178)]  # 3 and 2.5 degrees wide
-FOOTPRINTS = {"plain": [(0, 10), (2, 10), (2, 12), (0, 12)], "crosswise": [(0, 10), (2, 12), (2, 10), (0, 12)],
-              "across": ACROSS, "up to it": [(0, 178), (2, 178), (2, -180), (0, -180)]}
+FOOTPRINTS = {
+    "plain": [(0, 10), (2, 10), (2, 12), (0, 12)],
+    "crosswise": [(0, 10), (2, 12), (2, 10), (0, 12)],
+    "across": ACROSS,
+    "up to it": [(0, 178), (2, 178), (2, -180), (0, -180)],
+}
 
 
 def footprint_tree(root):
@@ -326,8 +354,12 @@ def footprint_tree(root):
 
 def test_the_geometry_is_where_the_corners_are(tmp_path, trusting):
     table = pq.read_table(footprint_tree(tmp_path))
-    shapes = dict(zip((list(FOOTPRINTS)[int(number)] for number in table["image_id"].to_pylist()),
-                      shapely.from_wkb(table["geometry"].to_numpy())))
+    shapes = dict(
+        zip(
+            (list(FOOTPRINTS)[int(number)] for number in table["image_id"].to_pylist()),
+            shapely.from_wkb(table["geometry"].to_numpy()),
+        )
+    )
     assert shapely.equals(shapes["plain"], shapely.box(10, 0, 12, 2))
     assert shapely.equals(shapes["crosswise"], shapely.box(10, 0, 12, 2))
     assert shapely.equals(shapes["up to it"], shapely.box(178, 0, 180, 2)) and shapes["up to it"].geom_type == "Polygon"
@@ -346,5 +378,7 @@ def test_geopandas_opens_it(tmp_path, trusting):
 
 def test_duckdb_opens_it(tmp_path, trusting):
     duckdb = pytest.importorskip("duckdb")
-    found = duckdb.sql(f"select path, timestamp, lon4 from '{footprint_tree(tmp_path)}' where image_id = '2'").fetchall()
+    found = duckdb.sql(
+        f"select path, timestamp, lon4 from '{footprint_tree(tmp_path)}' where image_id = '2'"
+    ).fetchall()
     assert found == [(path, "2021", -178.0) for path in listed_paths(tmp_path) if "@2@2021" in path]

@@ -24,10 +24,17 @@ def touch(root, *paths):
 def nasty(tmp_path):
     """-> a data set with all that file systems do to one, and the paths of its images."""
     root, name = tmp_path / "data", REGION.rsplit("/", 1)[1]
-    images = [REGION, "database/2021_09/0_0/" + name.replace(".jpg", ".JPEG"), "database/2018_09/a-b/" + name,
-              "database/2018_09/a/" + name.replace(".jpg", ".png"), "database/linked/" + name, f"queries/{QUERY}",
-              "queries/link" + QUERY.replace("T-E-1", "T-E-2"), "queries/deep/er/" + QUERY.replace("T-E-1", "T-E-3"),
-              "queries/dead" + QUERY.replace("T-E-1", "T-E-4")]
+    images = [
+        REGION,
+        "database/2021_09/0_0/" + name.replace(".jpg", ".JPEG"),
+        "database/2018_09/a-b/" + name,
+        "database/2018_09/a/" + name.replace(".jpg", ".png"),
+        "database/linked/" + name,
+        f"queries/{QUERY}",
+        "queries/link" + QUERY.replace("T-E-1", "T-E-2"),
+        "queries/deep/er/" + QUERY.replace("T-E-1", "T-E-3"),
+        "queries/dead" + QUERY.replace("T-E-1", "T-E-4"),
+    ]
     images[6], images[8] = images[6].replace("link@", "@"), images[8].replace("dead@", "@")
     touch(root, *(path for k, path in enumerate(images) if k not in (4, 6, 8)))
     touch(root, "database/2021_09/0_0/._" + name, "queries/.hidden/" + QUERY, "queries/notes.txt", "queries/x.jpg.tmp")
@@ -58,9 +65,15 @@ def test_all_who_list_a_data_set_see_the_same_images(nasty):
 
 def test_files_that_are_no_image_are_told(nasty):
     root, _ = nasty
-    assert check.list_folder(root)[2] == sorted([
-        "database/2021_09/0_0/._" + REGION.rsplit("/", 1)[1], "database/linked/photo", "queries/notes.txt",
-        "queries/self", "queries/x.jpg.tmp"])
+    assert check.list_folder(root)[2] == sorted(
+        [
+            "database/2021_09/0_0/._" + REGION.rsplit("/", 1)[1],
+            "database/linked/photo",
+            "queries/notes.txt",
+            "queries/self",
+            "queries/x.jpg.tmp",
+        ]
+    )
 
 
 def test_the_cache_of_a_nasty_data_set_leaves_out_what_cannot_be_read(nasty, tmp_path):
@@ -83,8 +96,12 @@ def test_known_folders_are_not_listed_unless_they_changed(tmp_path, monkeypatch)
     monkeypatch.setattr(listing, "RACY_SECONDS", -1)
     known = {folder: times for folder, times, *_ in walk(tmp_path)}
     again = list(walk(tmp_path, subfolders_of=as_known(known)))
-    assert [(folder, images) for folder, _, images, _ in again] == [(b"", None), (b"a", None), (b"a/b", None),
-                                                                    (b"c", None)]
+    assert [(folder, images) for folder, _, images, _ in again] == [
+        (b"", None),
+        (b"a", None),
+        (b"a/b", None),
+        (b"c", None),
+    ]
     (tmp_path / "a" / "b" / "4.jpg").touch()
     (tmp_path / "c" / "3.jpg").unlink()
     (tmp_path / "c").rmdir()
@@ -97,6 +114,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     def refuse(place):
         raise PermissionError(13, "Permission denied", os.fsdecode(place))
+
     monkeypatch.setattr(listing.os, "scandir", refuse)
     with pytest.raises(PermissionError, match=str(tmp_path)):
         list_files(tmp_path)

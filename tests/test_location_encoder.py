@@ -12,8 +12,21 @@ import torch
 
 from models.location_encoder import FourierFeatures, LocationEncoder, equal_earth
 
-SPECIAL = [(0, 0), (90, 0), (-90, 0), (90, 180), (-90, -180), (0, 180), (0, -180), (0, 179.999), (0, -179.999),
-           (40.7128, -74.0060), (34.0522, -118.2437), (48.8566, 2.3522), (1e-6, -1e-6)]
+SPECIAL = [
+    (0, 0),
+    (90, 0),
+    (-90, 0),
+    (90, 180),
+    (-90, -180),
+    (0, 180),
+    (0, -180),
+    (0, 179.999),
+    (0, -179.999),
+    (40.7128, -74.0060),
+    (34.0522, -118.2437),
+    (48.8566, 2.3522),
+    (1e-6, -1e-6),
+]
 needs_package = pytest.mark.skipif(find_spec("geoclip") is None, reason="pip install --no-deps geoclip")
 
 
@@ -60,7 +73,8 @@ def test_known_values(published):
     new_york, los_angeles, paris = published(torch.tensor([SPECIAL[9], SPECIAL[10], SPECIAL[11]]))
     assert new_york[:4].tolist() == pytest.approx([-0.01039, 0.00788, 0.01303, 0.00285], abs=1e-5)
     assert [each.norm().item() for each in (new_york, los_angeles, paris)] == pytest.approx(
-        [0.2243, 0.2301, 0.2401], abs=5e-5)
+        [0.2243, 0.2301, 0.2401], abs=5e-5
+    )
     assert torch.cosine_similarity(new_york, los_angeles, dim=0).item() == pytest.approx(0.374, abs=5e-4)
 
 
@@ -135,7 +149,8 @@ def test_frequencies_are_frozen_and_the_rest_learns():
     encoder = LocationEncoder()
     encoder(torch.tensor(random_points(4))).sum().backward()
     assert {name for name, p in encoder.named_parameters() if p.grad is None} == {
-        f"LocEnc{i}.capsule.0.b" for i in range(3)}
+        f"LocEnc{i}.capsule.0.b" for i in range(3)
+    }
 
 
 def test_frequencies_have_their_scale():
@@ -144,9 +159,16 @@ def test_frequencies_have_their_scale():
 
 
 def test_state_dict_is_the_published_one():
-    expected = {f"LocEnc{i}.{key}" for i in range(3) for key in (
-        "capsule.0.b", "head.0.weight", "head.0.bias",
-        *(f"capsule.{j}.{kind}" for j in (1, 3, 5) for kind in ("weight", "bias")))}
+    expected = {
+        f"LocEnc{i}.{key}"
+        for i in range(3)
+        for key in (
+            "capsule.0.b",
+            "head.0.weight",
+            "head.0.bias",
+            *(f"capsule.{j}.{kind}" for j in (1, 3, 5) for kind in ("weight", "bias")),
+        )
+    }
     assert set(LocationEncoder().state_dict()) == expected
 
 

@@ -25,6 +25,7 @@ def batch(seed, regions=6, years=4, dim=8, spread=0.6):
 
 def plain_loss(descriptors, labels, neutral, neutral_filter="before"):
     """Wang et al. 2019 in loops over plain numbers -> loss and the sets of mined pairs."""
+
     def is_neutral(i, j):
         return neutral is not None and bool(neutral[i, j])
 
@@ -33,13 +34,17 @@ def plain_loss(descriptors, labels, neutral, neutral_filter="before"):
     for i in range(count):
         similarity = [sum(x * y for x, y in zip(points[i], points[j])) for j in range(count)]
         positives = [j for j in range(count) if j != i and labels[j] == labels[i]]
-        negatives = [j for j in range(count)
-                     if labels[j] != labels[i] and not (neutral_filter == "before" and is_neutral(i, j))]
-        kept_positives = [j for j in positives if negatives
-                          and similarity[j] - EPSILON < max(similarity[k] for k in negatives)]
-        kept_negatives = [j for j in negatives if positives
-                          and similarity[j] + EPSILON > min(similarity[k] for k in positives)
-                          and not is_neutral(i, j)]
+        negatives = [
+            j for j in range(count) if labels[j] != labels[i] and not (neutral_filter == "before" and is_neutral(i, j))
+        ]
+        kept_positives = [
+            j for j in positives if negatives and similarity[j] - EPSILON < max(similarity[k] for k in negatives)
+        ]
+        kept_negatives = [
+            j
+            for j in negatives
+            if positives and similarity[j] + EPSILON > min(similarity[k] for k in positives) and not is_neutral(i, j)
+        ]
         mined |= {(i, j) for j in kept_positives + kept_negatives}
         total += math.log(1 + sum(math.exp(-ALPHA * (similarity[j] - BASE)) for j in kept_positives)) / ALPHA
         total += math.log(1 + sum(math.exp(BETA * (similarity[j] - BASE)) for j in kept_negatives)) / BETA
@@ -59,7 +64,7 @@ def library_loss(descriptors, labels, neutral):
     tuples = []
     for i in range(len(labels)):
         others = torch.nonzero(~neutral[i] & (torch.arange(len(labels)) != i))[:, 0]
-        a1, p, a2, n = miner(descriptors[i:i + 1], labels[i:i + 1], descriptors[others], labels[others])
+        a1, p, a2, n = miner(descriptors[i : i + 1], labels[i : i + 1], descriptors[others], labels[others])
         tuples.append((a1 + i, others[p], a2 + i, others[n]))
     return loss(descriptors, labels, tuple(torch.cat(parts) for parts in zip(*tuples)))
 
@@ -91,7 +96,7 @@ def test_loss_and_gradient_against_pytorch_metric_learning(spread, with_neutral)
         gradients = []
         for loss in (ours, theirs):
             # The library normalises once more: only the part of the gradient along the sphere compares.
-            gradient, = torch.autograd.grad(loss, descriptors, allow_unused=True)
+            (gradient,) = torch.autograd.grad(loss, descriptors, allow_unused=True)
             gradient = torch.zeros_like(descriptors) if gradient is None else gradient
             points = descriptors.detach()
             gradients.append(gradient - (gradient * points).sum(1, keepdim=True) * points)

@@ -10,10 +10,13 @@ from datasets.names import FIELDS, Catalogue, ImageName, parse_paths
 from utils.tables import Strings
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
-QUERY = "@10.000000@-20.500000@11.000000@-20.500000@11.000000@-19.000000@10.000000@-19.000000" \
-        "@ISS001-E-5@20150607@10.4@-19.9@18147@-.9@.jpg"
-DATABASE = "@0.00000@0.00000@2.81137@0.00000@2.81137@2.81250@0.00000@2.81250" \
-           "@09_0252_0256@2021@1.40568@1.40625@97735@0@.jpg"
+QUERY = (
+    "@10.000000@-20.500000@11.000000@-20.500000@11.000000@-19.000000@10.000000@-19.000000"
+    "@ISS001-E-5@20150607@10.4@-19.9@18147@-.9@.jpg"
+)
+DATABASE = (
+    "@0.00000@0.00000@2.81137@0.00000@2.81137@2.81250@0.00000@2.81250@09_0252_0256@2021@1.40568@1.40625@97735@0@.jpg"
+)
 
 
 def test_a_query_name_is_read_field_by_field():
@@ -23,8 +26,17 @@ def test_a_query_name_is_read_field_by_field():
     assert (name.nadir, name.area, name.orientation, name.suffix) == ((10.4, -19.9), 18147, -0.9, ".jpg")
 
 
-@pytest.mark.parametrize("text", [QUERY, DATABASE, QUERY.replace("-.9", ".0"), QUERY.replace("-.9", "-179.9"),
-                                  QUERY.replace("-.9", "100.0"), QUERY.replace("-.9", "10.5")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        QUERY,
+        DATABASE,
+        QUERY.replace("-.9", ".0"),
+        QUERY.replace("-.9", "-179.9"),
+        QUERY.replace("-.9", "100.0"),
+        QUERY.replace("-.9", "10.5"),
+    ],
+)
 def test_round_trip(text):
     assert str(ImageName.parse(text)) == text
 
@@ -36,10 +48,24 @@ def test_another_year_changes_the_timestamp_alone():
         ImageName.parse(QUERY).in_year(2018)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("lat1", "north"), ("lat2", "91"), ("lon3", "-180.5"), ("lon4", "nan"), ("lat4", ""), ("image_id", ""),
-    ("timestamp", "201506"), ("timestamp", "June"), ("nadir_lat", "x"), ("nadir_lon", "inf"), ("sq_km_area", "big"),
-    ("sq_km_area", "inf"), ("orientation", "up")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lat1", "north"),
+        ("lat2", "91"),
+        ("lon3", "-180.5"),
+        ("lon4", "nan"),
+        ("lat4", ""),
+        ("image_id", ""),
+        ("timestamp", "201506"),
+        ("timestamp", "June"),
+        ("nadir_lat", "x"),
+        ("nadir_lon", "inf"),
+        ("sq_km_area", "big"),
+        ("sq_km_area", "inf"),
+        ("orientation", "up"),
+    ],
+)
 def test_a_name_that_does_not_parse_says_which_field(field, value):
     parts = QUERY.split("@")
     parts[1 + FIELDS.index(field)] = value
@@ -55,9 +81,22 @@ def test_a_name_of_the_wrong_number_of_fields(text):
         ImageName.parse(text)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("lat1", "north"), ("lat2", "91"), ("lon3", "-180.5"), ("lon4", "nan"), ("lat4", ""), ("image_id", ""),
-    ("timestamp", "201506"), ("timestamp", "June"), ("nadir_lon", "inf"), ("sq_km_area", "inf"), ("orientation", "up")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lat1", "north"),
+        ("lat2", "91"),
+        ("lon3", "-180.5"),
+        ("lon4", "nan"),
+        ("lat4", ""),
+        ("image_id", ""),
+        ("timestamp", "201506"),
+        ("timestamp", "June"),
+        ("nadir_lon", "inf"),
+        ("sq_km_area", "inf"),
+        ("orientation", "up"),
+    ],
+)
 def test_columns_name_the_name_that_does_not_parse(field, value):
     parts = QUERY.split("@")
     parts[1 + FIELDS.index(field)] = value
@@ -71,9 +110,16 @@ def test_columns_are_what_parsing_one_by_one_gives():
     names = []
     for k in range(300):
         corners = tuple((float(lat), float(lon)) for lat, lon in rng.uniform((-90, -180), (90, 180), (4, 2)))
-        names.append(ImageName(corners, f"ISS{k:03d}-E-{'é' * (k % 3)}{k}", ("2019", "20190531")[k % 2],
-                               tuple(rng.uniform((-90, -180), (90, 180)).tolist()), int(rng.integers(1e6)),
-                               float(rng.uniform(-180, 180))))
+        names.append(
+            ImageName(
+                corners,
+                f"ISS{k:03d}-E-{'é' * (k % 3)}{k}",
+                ("2019", "20190531")[k % 2],
+                tuple(rng.uniform((-90, -180), (90, 180)).tolist()),
+                int(rng.integers(1e6)),
+                float(rng.uniform(-180, 180)),
+            )
+        )
     paths = [f"folder/{name}" for name in names]
     for extra in ([], [QUERY.replace("@18147@", "@1_8147.9@").replace("10.4", " 10.4")]):  # what float() takes
         columns = Catalogue.from_table("", parse_paths(Strings(paths + extra).array, block=70))
@@ -119,13 +165,16 @@ def test_catalogue_names_the_missing_folder_and_the_bad_name(tmp_path):
         Catalogue.read(tmp_path, "queries")
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda path: None, "no such folder or file.*folder of a data set"),
-    (lambda path: path.write_text("\n"), "holds no name of queries"),
-    (lambda path: path.write_text("a photo.jpg\n"), "names.txt: a photo.jpg.*one name of queries a line"),
-    (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not a text file"),
-    (lambda path: path.mkdir(), "queries: no such folder"),
-])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda path: None, "no such folder or file.*folder of a data set"),
+        (lambda path: path.write_text("\n"), "holds no name of queries"),
+        (lambda path: path.write_text("a photo.jpg\n"), "names.txt: a photo.jpg.*one name of queries a line"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not a text file"),
+        (lambda path: path.mkdir(), "queries: no such folder"),
+    ],
+)
 def test_wrong_inputs_say_what_is_needed(tmp_path, make, says):
     make(tmp_path / "names.txt")
     with pytest.raises((ValueError, FileNotFoundError), match=says):

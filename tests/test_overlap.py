@@ -41,15 +41,20 @@ def random_quadrilaterals(seed, count, size, middle):
 def shapely_areas(a, b, project):
     """Areas of the intersections (N, M), whole areas of a and of b; each footprint is put near the meridian of its
     pair by hand."""
+
     def polygon(footprint, near):
         lon = np.array([point[1] for point in footprint])
         lon = lon[0] + (lon - lon[0] + 180) % 360 - 180
         lon += 360 * np.round((near - lon.mean()) / 360)
         return shapely.MultiPoint([(x, project(lat)) for x, (lat, _) in zip(lon, footprint)]).convex_hull
+
     near = a[0][0][1]
     first, second = ([polygon(footprint, near) for footprint in each] for each in (a, b))
-    return (shapely.area(shapely.intersection(np.array(first)[:, None], np.array(second)[None])), shapely.area(first),
-            shapely.area(second))
+    return (
+        shapely.area(shapely.intersection(np.array(first)[:, None], np.array(second)[None])),
+        shapely.area(first),
+        shapely.area(second),
+    )
 
 
 def equal_area(lat):
@@ -132,8 +137,15 @@ def test_degenerate_footprints_share_nothing():
 
 def test_footprints_that_say_nothing_are_degenerate():
     around_the_pole = [(80, -135), (80, -45), (80, 45), (80, 135)]
-    bad = np.array([around_the_pole, np.roll(around_the_pole, 1, axis=0), box(80, 0, 91, 2),
-                    [(0, -120), (2, 0), (2, 120), (0, 10)]], float)
+    bad = np.array(
+        [
+            around_the_pole,
+            np.roll(around_the_pole, 1, axis=0),
+            box(80, 0, 91, 2),
+            [(0, -120), (2, 0), (2, 120), (0, 10)],
+        ],
+        float,
+    )
     good = np.array([box(70, 100, 80, -170), box(-2, 170, 2, -170), box(-90, 0, -80, 2)], float)
     assert degenerate(bad).all() and not degenerate(good).any()
     assert not share_ground(bad, bad).any() and len(intersections(bad, good)[0]) == 0
@@ -142,8 +154,13 @@ def test_footprints_that_say_nothing_are_degenerate():
 @pytest.mark.parametrize("middle", [0, 179.7])
 def test_bow_ties_are_recognised_and_put_in_order(middle):
     corners = random_quadrilaterals(5, 50, 3, middle)
-    for order, expected in (([0, 1, 2, 3], False), ([2, 1, 0, 3], False), ([3, 0, 1, 2], False), ([0, 2, 1, 3], True),
-                            ([1, 0, 2, 3], True)):
+    for order, expected in (
+        ([0, 1, 2, 3], False),
+        ([2, 1, 0, 3], False),
+        ([3, 0, 1, 2], False),
+        ([0, 2, 1, 3], True),
+        ([1, 0, 2, 3], True),
+    ):
         assert (self_crossing(corners[:, order]) == expected).all()
         assert np.allclose(intersections(corners[:, order], corners)[1], intersections(corners, corners)[1])
     assert not self_crossing(np.array([[(1, 1)] * 4], float)).any()
@@ -165,14 +182,17 @@ def test_the_spherical_reference_itself():
     # By counting points: a slanted photo and a region, both near 50 N.
     photo, region = np.array([(48, 10), (51, 8), (52.5, 13), (49, 14.5)], float), np.array(box(49, 9, 52, 12), float)
     rng = np.random.default_rng(0)
-    points = np.stack([np.degrees(np.arcsin(rng.uniform(*np.sin(np.radians([47, 54])), 400_000))),
-                       rng.uniform(7, 16, 400_000)], axis=1)
+    points = np.stack(
+        [np.degrees(np.arcsin(rng.uniform(*np.sin(np.radians([47, 54])), 400_000))), rng.uniform(7, 16, 400_000)],
+        axis=1,
+    )
     vectors, corners = (on_sphere.geo.to_unit_vectors(each) for each in (points, photo))
     sides = [vectors @ np.cross(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0))]
     inside = (np.array(sides) < 0).all(axis=0)
     boxed = (points > (49, 9)).all(axis=1) & (points < (52, 12)).all(axis=1)
-    assert on_sphere.spherical_iou(photo, region) == pytest.approx((inside & boxed).sum() / (inside | boxed).sum(),
-                                                                   abs=4e-3)
+    assert on_sphere.spherical_iou(photo, region) == pytest.approx(
+        (inside & boxed).sum() / (inside | boxed).sum(), abs=4e-3
+    )
 
 
 @pytest.mark.parametrize("middle", [0, 179.7])
@@ -211,8 +231,12 @@ def query(number, corners):
 
 
 def test_the_command_takes_lists_of_names_and_lists_bad_footprints(tmp_path, capsys):
-    names = [query(0, box(29, -96, 31, -94)), query(1, [(5, 5)] * 4),
-             query(2, [(29, -96), (31, -94), (31, -96), (29, -94)]), query(3, box(-2, 179, 2, -179))]
+    names = [
+        query(0, box(29, -96, 31, -94)),
+        query(1, [(5, 5)] * 4),
+        query(2, [(29, -96), (31, -94), (31, -96), (29, -94)]),
+        query(3, box(-2, 179, 2, -179)),
+    ]
     (tmp_path / "queries.txt").write_text("\n".join(names))
     images = [grid.image_path(9, 210, 120, year) for year in (2018, 2021)] + [grid.image_path(9, 254, 508, 2021)]
     (tmp_path / "database.txt").write_text("\n".join(images))
@@ -254,8 +278,9 @@ def test_errors_name_the_file_and_the_command(tmp_path):
         load_intersections(path)
 
 
-@pytest.mark.parametrize("entries", [["path"], [("path",)], [(3, 0.5)], [("path", "half")], [("a", 0.1), None],
-                                     [("path", 0.5, 1)]])
+@pytest.mark.parametrize(
+    "entries", [["path"], [("path",)], [(3, 0.5)], [("path", "half")], [("a", 0.1), None], [("path", 0.5, 1)]]
+)
 def test_a_wrong_entry_names_the_file_and_the_query(tmp_path, entries):
     save_intersections(tmp_path / INTERSECTIONS_FILE, {"good": [("path", 0.5)], "bad one": entries})
     with pytest.raises(ValueError, match=f"{INTERSECTIONS_FILE}: query bad one has the entry .*expected"):
@@ -287,8 +312,13 @@ def test_positives_are_kept_in_an_index_until_the_file_changes(tmp_path, monkeyp
     def check(table, times):
         positives = load_positives(path, min_pairs=1)
         assert len(read) == times
-        assert {name: [(positives.images[d], iou) for (q, d), iou in zip(positives.pairs.tolist(), positives.iou)
-                       if q == row] for row, name in enumerate(positives.queries)} == table
+        assert {
+            name: [
+                (positives.images[d], iou) for (q, d), iou in zip(positives.pairs.tolist(), positives.iou) if q == row
+            ]
+            for row, name in enumerate(positives.queries)
+        } == table
+
     save_intersections(path, TABLE)
     check(TABLE, 1)
     check(TABLE, 1)

@@ -48,8 +48,18 @@ def lists(tmp_path):
     queries = []
     for k in range(2):
         picture(tmp_path / "in" / f"photo {k}.jpg", [9, k], (60, 40))
-        queries.append({"path": f"photo {k}.jpg", "date": "2020-02-29", "lat": 30 + k / 2, "lon": -97, "size_km": 80,
-                        "azimuth": 90 * k, "nadir_lat": 28 + k, "nadir_lon": -99})
+        queries.append(
+            {
+                "path": f"photo {k}.jpg",
+                "date": "2020-02-29",
+                "lat": 30 + k / 2,
+                "lon": -97,
+                "size_km": 80,
+                "azimuth": 90 * k,
+                "nadir_lat": 28 + k,
+                "nadir_lon": -99,
+            }
+        )
     return write_csv(tmp_path / "in" / "database.csv", database), write_csv(tmp_path / "in" / "queries.csv", queries)
 
 
@@ -95,14 +105,24 @@ def test_geojson_polygons_and_points(tmp_path):
     picture(tmp_path / "a.png", 1, (60, 40))
     picture(tmp_path / "b.jpg", 2)
     ring = [[179.5, -17], [179.5, -16], [180.5, -16], [180.5, -17], [179.5, -17]]
-    features = [{"type": "Feature", "properties": {"path": "a.png", "date": "20210304", "author": "who"},
-                 "geometry": {"type": "Polygon", "coordinates": [ring]}},
-                {"type": "Feature", "properties": {"path": "b.jpg", "date": "2021-03-05T10:00:00Z", "size_km": 50},
-                 "geometry": {"type": "Point", "coordinates": [10, 45]}}]
+    features = [
+        {
+            "type": "Feature",
+            "properties": {"path": "a.png", "date": "20210304", "author": "who"},
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+        },
+        {
+            "type": "Feature",
+            "properties": {"path": "b.jpg", "date": "2021-03-05T10:00:00Z", "size_km": 50},
+            "geometry": {"type": "Point", "coordinates": [10, 45]},
+        },
+    ]
     (tmp_path / "list.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / "list.geojson"), "--as", "queries"]) == 0
-    first, second = sorted((ImageName.parse(path.name) for path in (tmp_path / "out" / "queries").iterdir()),
-                           key=lambda name: name.image_id)
+    first, second = sorted(
+        (ImageName.parse(path.name) for path in (tmp_path / "out" / "queries").iterdir()),
+        key=lambda name: name.image_id,
+    )
     assert first.footprint == ((-17, 179.5), (-16, 179.5), (-16, -179.5), (-17, -179.5))
     assert geo.centers(second.footprint) == pytest.approx([45, 10], abs=1e-3)
     with Image.open(next((tmp_path / "out" / "queries").glob("*@a@*"))) as image:
@@ -115,7 +135,7 @@ def test_a_grid_region_gets_the_public_name(tmp_path):
     row = {"path": "x.jpg", "date": 2021, "id": "09_0208_0116", **dict(zip(CORNERS, corners))}
     write_csv(tmp_path / "list.csv", [row])
     assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / "list.csv"), "--as", "database"]) == 0
-    path, = (tmp_path / "out").rglob("*.jpg")
+    (path,) = (tmp_path / "out").rglob("*.jpg")
     found, expected = ImageName.parse(path.name), ImageName.parse(grid.image_path(9, 208, 116, 2021))
     assert path.parent == (tmp_path / "out" / grid.image_path(9, 208, 116, 2021)).parent
     assert (found.footprint, found.image_id, found.area) == (expected.footprint, expected.image_id, expected.area)
@@ -142,7 +162,7 @@ def test_a_picture_of_any_kind_is_placed_as_it_is_read(tmp_path, kind, mode):
         picture = Image.fromarray(shade.astype(np.uint8)).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
     picture.save(tmp_path / "a.tif", "TIFF")
     code, output = place(tmp_path, "a.tif", kind)
-    path, = output.rglob("*.jpg")
+    (path,) = output.rglob("*.jpg")
     with Image.open(path) as image:
         assert code == 0 and (image.format, image.mode) == ("JPEG", "RGB")
         assert np.abs(np.asarray(image) - shade[..., None]).max() <= 8
@@ -172,22 +192,25 @@ GOOD = {"path": "x.jpg", "date": "2020-01-01", "lat": "1", "lon": "2", "size_km"
 BOX = dict(zip(CORNERS, "0 0 2 0 2 2 0 2".split()))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"path": "none.jpg"}, "line 3, column path: .*none.jpg does not exist"),
-    ({"path": "broken.jpg"}, "line 3, column path: .*cannot be read"),
-    ({"path": ""}, "line 3, column path: is empty"),
-    ({"date": "2020-02-30"}, "line 3, column date: '2020-02-30' is no date"),
-    ({"date": "2020"}, "line 3, column date"),
-    ({"lat": "95"}, "line 3, column lat: 95 is not within ±90"),
-    ({"lat": "1,5"}, "line 3, column lat: '1,5' is no number"),
-    ({"size_km": ""}, "line 3, column size_km: is empty"),
-    ({"size_km": "-5"}, "line 3, column size_km: -5"),
-    ({**BOX, "lat2": ""}, "line 3, column lat2: is empty"),
-    ({**BOX, "lat3": "0", "lat4": "2"}, "line 3, column lat1: the edges cross"),
-    ({**BOX, "lat2": "0", "lat3": "0"}, "line 3, column lat1: .*no area"),
-    ({"nadir_lat": "5"}, "line 3, column nadir_lat: .*come together"),
-    ({"path": "y.jpg", "id": "x"}, "line 3, column id: x is that of .*line 2"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"path": "none.jpg"}, "line 3, column path: .*none.jpg does not exist"),
+        ({"path": "broken.jpg"}, "line 3, column path: .*cannot be read"),
+        ({"path": ""}, "line 3, column path: is empty"),
+        ({"date": "2020-02-30"}, "line 3, column date: '2020-02-30' is no date"),
+        ({"date": "2020"}, "line 3, column date"),
+        ({"lat": "95"}, "line 3, column lat: 95 is not within ±90"),
+        ({"lat": "1,5"}, "line 3, column lat: '1,5' is no number"),
+        ({"size_km": ""}, "line 3, column size_km: is empty"),
+        ({"size_km": "-5"}, "line 3, column size_km: -5"),
+        ({**BOX, "lat2": ""}, "line 3, column lat2: is empty"),
+        ({**BOX, "lat3": "0", "lat4": "2"}, "line 3, column lat1: the edges cross"),
+        ({**BOX, "lat2": "0", "lat3": "0"}, "line 3, column lat1: .*no area"),
+        ({"nadir_lat": "5"}, "line 3, column nadir_lat: .*come together"),
+        ({"path": "y.jpg", "id": "x"}, "line 3, column id: x is that of .*line 2"),
+    ],
+)
 def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, message):
     picture(tmp_path / "x.jpg", 1)
     picture(tmp_path / "y.jpg", 2)
@@ -200,19 +223,33 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("a.csv", "file,date\nx.jpg,2020\n", "line 1: expected a header with path"),
-    ("a.csv", "path,date,latitude\nx.jpg,2020,1\n", "column 'latitude' is unknown"),
-    ("a.csv", "path,date,lat\nx.jpg,2020\n", "line 2: 2 columns, the header has 3"),
-    ("a.csv", "path,date,lat\n", "holds no image"),
-    ("a.csv", "", "line 1: expected a header"),
-    ("a.json", "{}", "no GeoJSON FeatureCollection"),
-    ("a.json", json.dumps({"features": [{"properties": {}, "geometry": {
-        "type": "Polygon", "coordinates": [[[0, 0], [1, 1], [0, 1]]]}}]}),
-     "feature 1, geometry: a Polygon of 3 corners"),
-    ("a.json", '{"features": [{"properties": {}, "geometry": {"type": "LineString", "coordinates": []}}]}',
-     "is a LineString"),
-])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "file,date\nx.jpg,2020\n", "line 1: expected a header with path"),
+        ("a.csv", "path,date,latitude\nx.jpg,2020,1\n", "column 'latitude' is unknown"),
+        ("a.csv", "path,date,lat\nx.jpg,2020\n", "line 2: 2 columns, the header has 3"),
+        ("a.csv", "path,date,lat\n", "holds no image"),
+        ("a.csv", "", "line 1: expected a header"),
+        ("a.json", "{}", "no GeoJSON FeatureCollection"),
+        (
+            "a.json",
+            json.dumps(
+                {
+                    "features": [
+                        {"properties": {}, "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [0, 1]]]}}
+                    ]
+                }
+            ),
+            "feature 1, geometry: a Polygon of 3 corners",
+        ),
+        (
+            "a.json",
+            '{"features": [{"properties": {}, "geometry": {"type": "LineString", "coordinates": []}}]}',
+            "is a LineString",
+        ),
+    ],
+)
 def test_lists_of_another_form(tmp_path, capsys, name, text, message):
     (tmp_path / name).write_text(text)
     assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / name), "--as", "queries"]) == 1

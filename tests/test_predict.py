@@ -36,8 +36,22 @@ def go(world, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*inputs):
-        return predict.main(predict.parse_arguments([*map(str, inputs), "--resume", str(checkpoint), "--dataset_path",
-                                                     str(world.path), "--num_workers", "0", "--device", "cpu"]))
+        return predict.main(
+            predict.parse_arguments(
+                [
+                    *map(str, inputs),
+                    "--resume",
+                    str(checkpoint),
+                    "--dataset_path",
+                    str(world.path),
+                    "--num_workers",
+                    "0",
+                    "--device",
+                    "cpu",
+                ]
+            )
+        )
+
     return run
 
 
@@ -58,7 +72,13 @@ def test_a_database_image_and_its_turned_copy_are_found_at_their_place(go, world
         assert np.array_equal(ImageOps.exif_transpose(viewed), turned)
     predictions = go(tmp_path / "still.jpg", tmp_path / "turned.png", tmp_path / "viewed.png", "--top_k", 2)
     assert [(each["image"].rsplit("/")[-1], each["rank"]) for each in predictions] == [
-        ("still.jpg", 1), ("still.jpg", 2), ("turned.png", 1), ("turned.png", 2), ("viewed.png", 1), ("viewed.png", 2)]
+        ("still.jpg", 1),
+        ("still.jpg", 2),
+        ("turned.png", 1),
+        ("turned.png", 2),
+        ("viewed.png", 1),
+        ("viewed.png", 2),
+    ]
     for first, rotation in ((predictions[0], 0), (predictions[2], 90), (predictions[4], 90)):
         assert first["database_image"] == database.paths[row]
         assert first["rotation"] == rotation
@@ -68,11 +88,11 @@ def test_a_database_image_and_its_turned_copy_are_found_at_their_place(go, world
         assert first["database_image"] != second["database_image"]
         assert first["score"] >= second["score"]
     # In the picture, photos and what was found for them look the same: all upright, the image turned as it matched.
-    picture, = (tmp_path / "logs").rglob("predictions.jpg")
+    (picture,) = (tmp_path / "logs").rglob("predictions.jpg")
     with Image.open(picture) as image:
         sheet = np.asarray(image, dtype=np.float64)
     for row in range(3):
-        photo, found, second = (sheet[26 + 164 * row:, 4 + 164 * column:][:140, :160] for column in range(3))
+        photo, found, second = (sheet[26 + 164 * row :, 4 + 164 * column :][:140, :160] for column in range(3))
         assert np.abs(photo - found).mean() < 10 < 20 < np.abs(photo - second).mean()
 
 
@@ -84,8 +104,10 @@ def test_places_are_the_best_images_among_the_rows_each_in_its_best_rotation():
     rows = np.sort(rng.choice(30, 12, replace=False))
     scores, found, rotations = predict.locate(photos.astype(np.float32), images.astype(np.float32), rows, 5)
     for photo, given in zip(photos, zip(scores, found, rotations)):
-        best = sorted(((max((float(photo @ images[turn, row]), 90 * turn) for turn in range(4)), row)
-                       for row in rows.tolist()), reverse=True)[:5]
+        best = sorted(
+            ((max((float(photo @ images[turn, row]), 90 * turn) for turn in range(4)), row) for row in rows.tolist()),
+            reverse=True,
+        )[:5]
         for ((score, rotation), row), (a, b, c) in zip(best, zip(*given), strict=True):
             assert (a, b, c) == (pytest.approx(score, abs=1e-5), row, rotation)
 
@@ -93,10 +115,15 @@ def test_places_are_the_best_images_among_the_rows_each_in_its_best_rotation():
 def test_every_prediction_says_its_own_image_and_area(world):
     database = read_database(world.path)
     first, last = int(np.argmin(database.areas)), int(np.argmax(database.areas))
-    predictions = predict.as_predictions(["a", "b"], database, np.ones((2, 2)), np.array([[first, last], [last, first]]),
-                                         np.array([[0, 90], [180, 270]]))
+    predictions = predict.as_predictions(
+        ["a", "b"], database, np.ones((2, 2)), np.array([[first, last], [last, first]]), np.array([[0, 90], [180, 270]])
+    )
     assert [(each["image"], each["rank"], each["rotation"]) for each in predictions] == [
-        ("a", 1, 0), ("a", 2, 90), ("b", 1, 180), ("b", 2, 270)]
+        ("a", 1, 0),
+        ("a", 2, 90),
+        ("b", 1, 180),
+        ("b", 2, 270),
+    ]
     for each, row in zip(predictions, (first, last, last, first)):
         name = ImageName.parse(each["database_image"])
         assert each["database_image"] == database.paths[row] and each["area_km2"] == name.area
@@ -111,7 +138,7 @@ def test_a_file_name_with_a_stray_byte_is_in_all_files(go, world, tmp_path, capf
     except OSError:
         pytest.skip("this file system knows no such names")
     assert go(photo, "--top_k", 1)[0]["image"] == photo
-    folder, = (tmp_path / "logs" / "predict").iterdir()
+    (folder,) = (tmp_path / "logs" / "predict").iterdir()
     assert [each["image"] for each in json.loads((folder / "predictions.json").read_text())] == [photo]
     collection = json.loads((folder / "predictions.geojson").read_text())
     assert [each["properties"]["image"] for each in collection["features"]] == [photo]
@@ -125,7 +152,7 @@ def test_a_file_name_with_a_stray_byte_is_in_all_files(go, world, tmp_path, capf
 def test_files_hold_what_is_returned(go, world, tmp_path):
     database = read_database(world.path)
     predictions = go(world.path / database.paths[0])
-    folder, = (tmp_path / "logs" / "predict").iterdir()
+    (folder,) = (tmp_path / "logs" / "predict").iterdir()
     assert json.loads((folder / "predictions.json").read_text()) == predictions
     with open(folder / "predictions.csv", newline="") as file:
         assert [float(each["score"]) for each in csv.DictReader(file)] == [each["score"] for each in predictions]
@@ -145,8 +172,11 @@ def test_near_leaves_out_what_is_far_and_describes_it_only_when_asked(go, world,
     lat, lon = database.centers[0]
     # Regions overlap by half, so some have the place on their edge or corner: the circle reaches into them.
     boxes = [(each[:, 0].min(), each[:, 0].max(), each[:, 1].min(), each[:, 1].max()) for each in database.footprints]
-    shown = [row for row, (south, north, west, east) in enumerate(boxes)
-             if south - 0.01 < lat < north + 0.01 and west - 0.01 < lon < east + 0.01]
+    shown = [
+        row
+        for row, (south, north, west, east) in enumerate(boxes)
+        if south - 0.01 < lat < north + 0.01 and west - 0.01 < lon < east + 0.01
+    ]
     predictions = go(world.path / database.paths[shown[-1]], "--top_k", len(shown), "--near", lat, lon, "--near_km", 2)
     assert 1 < len(shown) < 9 and predictions[0]["database_image"] == database.paths[shown[-1]]
     assert sorted(each["database_image"] for each in predictions) == [database.paths[row] for row in shown]
@@ -155,8 +185,10 @@ def test_near_leaves_out_what_is_far_and_describes_it_only_when_asked(go, world,
     capsys.readouterr()
     assert go(world.path / database.paths[-1], "--top_k", 1)[0]["database_image"] == database.paths[-1]
     described = len(shown)
-    assert (f"{described} of {len(database)} images are described, {len(database) - described} are not yet"
-            in capsys.readouterr().out)
+    assert (
+        f"{described} of {len(database)} images are described, {len(database) - described} are not yet"
+        in capsys.readouterr().out
+    )
     capsys.readouterr()
     go(world.path / database.paths[-1])
     assert f"{len(database)} of {len(database)} images are described\n" in capsys.readouterr().out

@@ -25,7 +25,9 @@ def test_a_footprint_over_the_antimeridian_is_two_areas():
     split = area(np.array([(10, 179), (12, 179), (12, -179), (10, -179)]))
     assert split["type"] == "MultiPolygon"
     assert sorted(shape({"type": "Polygon", "coordinates": part}).bounds for part in split["coordinates"]) == [
-        (-180, 10, -179, 12), (179, 10, 180, 12)]
+        (-180, 10, -179, 12),
+        (179, 10, 180, 12),
+    ]
     for touching in (180, -180):  # an edge on it is not beyond it
         corners = np.array([(10, 179), (12, 179), (12, touching), (10, touching)])
         for listed in (corners, np.roll(corners, 2, axis=0)):
@@ -41,7 +43,7 @@ def test_areas_show_the_same_ground_in_rings_as_rfc_7946_wants_them():
         angles = np.radians(np.sort(rng.uniform(0, 360) + rng.uniform(-9, 9, 4) + (0, 80, 190, 260)))
         corners = middle + rng.uniform(0.5, 3) * np.stack([np.sin(angles), np.cos(angles)], axis=1)
         plain = Polygon(corners[:, ::-1])  # with longitudes over 180
-        listed = np.roll(corners[::rng.choice([-1, 1])], rng.integers(4), axis=0)
+        listed = np.roll(corners[:: rng.choice([-1, 1])], rng.integers(4), axis=0)
         listed[:, 1] = geo.wrap_longitude(listed[:, 1])
         geometry = area(listed)
         kinds.add(geometry["type"])
@@ -51,7 +53,8 @@ def test_areas_show_the_same_ground_in_rings_as_rfc_7946_wants_them():
         for turn in (0, 360):  # nothing of it lies outside, on either side
             moved = Polygon(corners[:, ::-1] - [turn, 0]).buffer(1e-9)
             assert shape(geometry).intersection(moved).area == pytest.approx(
-                sum(shoelace(ring) for ring in rings(geometry) if (ring[:, 0].mean() < 0) == bool(turn)), abs=1e-6)
+                sum(shoelace(ring) for ring in rings(geometry) if (ring[:, 0].mean() < 0) == bool(turn)), abs=1e-6
+            )
     assert kinds == {"Polygon", "MultiPolygon"}
 
 

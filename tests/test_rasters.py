@@ -31,8 +31,18 @@ def colours(latitude, longitude):
 
 
 def write(path, pixels, crs="EPSG:4326", transform=None, **profile):
-    with rasterio.open(path, "w", driver="GTiff", count=len(pixels), height=pixels.shape[1], width=pixels.shape[2],
-                       dtype=pixels.dtype, crs=crs, transform=transform, **profile) as file:
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        count=len(pixels),
+        height=pixels.shape[1],
+        width=pixels.shape[2],
+        dtype=pixels.dtype,
+        crs=crs,
+        transform=transform,
+        **profile,
+    ) as file:
         file.write(pixels)
     return path
 
@@ -64,8 +74,9 @@ def test_another_projection_is_warped(tmp_path):
     xs, ys = np.meshgrid(x, y)
     lon, lat = transform("EPSG:32633", "EPSG:4326", xs.ravel(), ys.ravel())
     pixels = np.round(colours(np.reshape(lat, xs.shape), np.reshape(lon, xs.shape))).astype(np.uint8)
-    file = write(tmp_path / "utm.tif", pixels, "EPSG:32633",
-                 from_bounds(-500_000, 4_900_000, 1_500_000, 6_900_000, 400, 400))
+    file = write(
+        tmp_path / "utm.tif", pixels, "EPSG:32633", from_bounds(-500_000, 4_900_000, 1_500_000, 6_900_000, 400, 400)
+    )
     assert_shows_its_place(Raster(file), REGION)
 
 
@@ -106,8 +117,9 @@ def test_sixteen_bits_one_band_and_an_alpha_band(tmp_path):
     four = np.full((4, 250, 400), 90, np.uint8)
     four[3] = 255
     four[3, :, :170] = 0  # transparent west of 17 E
-    pixels, share = Raster(write(tmp_path / "alpha.tif", four, transform=box, photometric="RGB", alpha="yes")
-                           ).read(REGION, SIZE)
+    pixels, share = Raster(write(tmp_path / "alpha.tif", four, transform=box, photometric="RGB", alpha="yes")).read(
+        REGION, SIZE
+    )
     _, lon = place_of_pixels(REGION)
     assert share == pytest.approx((lon > 17).mean(), abs=1.01 / SIZE)
     assert set(pixels[:, lon[0] > 17.5].ravel().tolist()) == {90} and not pixels[:, lon[0] < 16.5].any()
@@ -125,7 +137,7 @@ def test_holes_and_the_outside_are_left_out_and_counted(tmp_path):
     assert counts["outside"] == apart.sum() and counts["made"] + counts["empty"] == (~apart).sum()
     found = set(Catalogue.read(tmp_path / "out", "database").ids)
     assert whole.sum() > 3 and len(found) == counts["made"]
-    assert {"%02d_%04d_%04d" % tuple(region) for region in regions[whole]} <= found
+    assert {"{:02d}_{:04d}_{:04d}".format(*region) for region in regions[whole]} <= found
     again = build_rasters(tmp_path / "out", {2021: Raster(file)}, regions, SIZE, min_coverage=0.9)
     assert again == {"there": counts["made"], "empty": counts["empty"], "outside": counts["outside"]}
     with Image.open(next((tmp_path / "out").rglob("*.jpg"))) as image:
@@ -140,14 +152,16 @@ def test_the_command_and_its_errors(tmp_path, capsys):
     assert years.count(2020) == years.count(2021) == len(years) / 2 > 0
     (tmp_path / "broken.tif").write_bytes(b"II*\0 no raster")
     Image.new("RGB", (30, 20)).save(tmp_path / "photo.png")
-    for flags, message in (([f"2021={tmp_path / 'none.tif'}"], "none.tif: no such raster"),
-                           ([f"2021={tmp_path / 'broken.tif'}"], "broken.tif: cannot be read"),
-                           ([f"2021={tmp_path / 'photo.png'}"], "photo.png: nothing in the file says where"),
-                           ([f"2021={file}", f"2021={file}"], "2021 is there twice"),
-                           ([f"2021={file}", "--bands", "1", "2", "9"], "--bands [1, 2, 9]"),
-                           ([f"2021={file}", "--scale", "5", "5"], "LOW must be less"),
-                           ([f"2021={file}", "--bbox", "-40", "10", "-30", "20"], "none of"),
-                           ([f"2021={file}", "--min_coverage", "3"], "--min_coverage 3.0")):
+    for flags, message in (
+        ([f"2021={tmp_path / 'none.tif'}"], "none.tif: no such raster"),
+        ([f"2021={tmp_path / 'broken.tif'}"], "broken.tif: cannot be read"),
+        ([f"2021={tmp_path / 'photo.png'}"], "photo.png: nothing in the file says where"),
+        ([f"2021={file}", f"2021={file}"], "2021 is there twice"),
+        ([f"2021={file}", "--bands", "1", "2", "9"], "--bands [1, 2, 9]"),
+        ([f"2021={file}", "--scale", "5", "5"], "LOW must be less"),
+        ([f"2021={file}", "--bbox", "-40", "10", "-30", "20"], "none of"),
+        ([f"2021={file}", "--min_coverage", "3"], "--min_coverage 3.0"),
+    ):
         assert build.main(["raster", str(tmp_path / "no"), *base, "--rasters", *flags]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

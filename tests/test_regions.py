@@ -38,13 +38,17 @@ def test_regions_agree_with_plain_loops_whatever_is_missing(own_world, monkeypat
         for path in sorted((own_world.path / "database").rglob("*.jpg")):
             name = ImageName.parse(path.name)
             found.setdefault(name.image_id, {})[name.year] = str(path.relative_to(own_world.path))
-        whole = {key: tuple(paths[year] for year in years) for key, paths in sorted(found.items())
-                 if set(years) <= set(paths)}
+        whole = {
+            key: tuple(paths[year] for year in years)
+            for key, paths in sorted(found.items())
+            if set(years) <= set(paths)
+        }
         regions, missing = Regions.read(own_world.path, years)
         assert list(regions.ids) == list(whole) and list(regions.paths) == list(whole.values())
         assert missing == sorted(set(found) - set(whole)) and 0 < len(whole) <= 24
         assert [tuple(map(tuple, each)) for each in regions.footprints.tolist()] == [
-            ImageName.parse(paths[0]).footprint for paths in whole.values()]
+            ImageName.parse(paths[0]).footprint for paths in whole.values()
+        ]
         assert list(regions.views_of(years[-1]).paths) == [(paths[-1],) * len(years) for paths in whole.values()]
     assert (own_world.path / "index_database.parquet").is_file()
 
@@ -67,4 +71,13 @@ def test_the_data_set_loads_the_four_years(world):
 
 def test_images_are_loaded_at_a_power_of_two_that_leaves_room_for_the_crop():
     assert [source_size(size) for size in (96, 128, 160, 161, 320, 321, 640, 800, 1600)] == [
-        256, 256, 256, 512, 512, 1024, 1024, 1024, 1600]
+        256,
+        256,
+        256,
+        512,
+        512,
+        1024,
+        1024,
+        1024,
+        1600,
+    ]

@@ -25,13 +25,50 @@ from utils.runs import Run
 from utils.signals import EXIT_CODE, Stop, Stopped
 
 ROOT = Path(__file__).parents[1]
-MODEL = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer1", "--aggregator", "gem",
-         "--descriptor_dim", "16", "--image_size", "32"]
+MODEL = [
+    "--backbone",
+    "resnet18",
+    "--weights",
+    "none",
+    "--cut_after",
+    "layer1",
+    "--aggregator",
+    "gem",
+    "--descriptor_dim",
+    "16",
+    "--image_size",
+    "32",
+]
 # New clusters before iterations 1, 5 and 9, validation after 3, 6, 9 and 10; the fourth iteration's batches come from
 # random clusters, those after from k-means.
-SHORT = ["--iterations", "10", "--recluster_every", "4", "--validate_every", "3", "--batch_size", "4", "--log_dir", "r",
-         "--num_clusters", "3", "--log_every", "1", "--clouds", "0.5", "--haze", "0.5", "--lr_schedule", "cosine",
-         "--warmup", "3", "--device", "cpu", "--precision", "fp32"]
+SHORT = [
+    "--iterations",
+    "10",
+    "--recluster_every",
+    "4",
+    "--validate_every",
+    "3",
+    "--batch_size",
+    "4",
+    "--log_dir",
+    "r",
+    "--num_clusters",
+    "3",
+    "--log_every",
+    "1",
+    "--clouds",
+    "0.5",
+    "--haze",
+    "0.5",
+    "--lr_schedule",
+    "cosine",
+    "--warmup",
+    "3",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+]
 
 
 def words(world, workers=0, *more):
@@ -45,7 +82,7 @@ def go(world, *more, workers=0):
         return train.main(train.parse_arguments(words(world, workers, *more))).absolute()
     except SystemExit as stopped:
         assert stopped.code == EXIT_CODE
-        folder, = set(Path("logs/r").glob("*")) - before
+        (folder,) = set(Path("logs/r").glob("*")) - before
         return folder.absolute()
 
 
@@ -57,8 +94,9 @@ def differences(a, b, name=""):
     if isinstance(a, dict):
         if list(a) != list(b):
             return [name]
-        return [each for key in a if (name, key) != ("", "args")
-                for each in differences(a[key], b[key], f"{name}/{key}")]
+        return [
+            each for key in a if (name, key) != ("", "args") for each in differences(a[key], b[key], f"{name}/{key}")
+        ]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [name]
@@ -77,16 +115,27 @@ def losses(folder):
 def same_end(expected, found):
     """Names of what differs between the ends of two runs: checkpoints, and every loss that the second one logged."""
     logged, again = losses(expected), losses(found)
-    return (differences(load_checkpoint(expected / "last.pt"), load_checkpoint(found / "last.pt"))
-            + [f"best{each}" for each in differences(load_checkpoint(expected / "best.pt"),
-                                                     load_checkpoint(found / "best.pt"))]
-            + [f"loss of {step}" for step, value in again.items() if logged[step] != value])
+    return (
+        differences(load_checkpoint(expected / "last.pt"), load_checkpoint(found / "last.pt"))
+        + [
+            f"best{each}"
+            for each in differences(load_checkpoint(expected / "best.pt"), load_checkpoint(found / "best.pt"))
+        ]
+        + [f"loss of {step}" for step, value in again.items() if logged[step] != value]
+    )
 
 
 # Where a run can be stopped: each is called once an iteration, validation, clustering, file, …
-SEAMS = {"update": (train, "update"), "validate": (train, "validate"), "score": (evaluation, "score_set"),
-         "cluster": (train, "make_clusters"), "describe": (reclustering, "describe"),
-         "k-means": (clustering, "faiss_kmeans"), "load": (Batches, "__getitem__"), "save": (torch, "save")}
+SEAMS = {
+    "update": (train, "update"),
+    "validate": (train, "validate"),
+    "score": (evaluation, "score_set"),
+    "cluster": (train, "make_clusters"),
+    "describe": (reclustering, "describe"),
+    "k-means": (clustering, "faiss_kmeans"),
+    "load": (Batches, "__getitem__"),
+    "save": (torch, "save"),
+}
 
 
 def signal_at(monkeypatch, name, call, after=True, number=signal.SIGTERM):
@@ -102,6 +151,7 @@ def signal_at(monkeypatch, name, call, after=True, number=signal.SIGTERM):
         if here and after:
             signal.raise_signal(number)
         return result
+
     monkeypatch.setattr(*SEAMS[name], patched)
 
 
@@ -129,15 +179,39 @@ def test_the_same_run_twice(world, undisturbed):
     assert set(losses(undisturbed)) == set(range(1, 11))
 
 
-# (seam, call, at its end, iteration that is left off at). Files that are saved: the initial weights, best.pt and last.pt
+# (seam, call, at its end, iteration that is left off at). Files that are saved: initial weights, best.pt and last.pt
 # after the third iteration, …
-POINTS = [("update", 1, True, 2), ("score", 1, True, 3), ("save", 1, False, 3), ("cluster", 1, False, 4),
-          *(pytest.param(*point, marks=pytest.mark.slow) for point in [
-              ("validate", 0, False, 0), ("score", 0, False, 0), ("cluster", 0, True, 0), ("load", 0, True, 0),
-              ("update", 0, True, 1), ("load", 1, False, 1), ("update", 1, False, 2), ("update", 2, True, 3),
-              ("validate", 1, False, 3), ("validate", 1, True, 3), ("save", 1, True, 3), ("save", 2, True, 3),
-              ("describe", 0, True, 4), ("k-means", 0, False, 4), ("cluster", 1, True, 4), ("update", 5, True, 6),
-              ("k-means", 1, True, 8), ("load", 9, True, 9), ("update", 9, True, 10), ("validate", 4, False, 10)])]
+POINTS = [
+    ("update", 1, True, 2),
+    ("score", 1, True, 3),
+    ("save", 1, False, 3),
+    ("cluster", 1, False, 4),
+    *(
+        pytest.param(*point, marks=pytest.mark.slow)
+        for point in [
+            ("validate", 0, False, 0),
+            ("score", 0, False, 0),
+            ("cluster", 0, True, 0),
+            ("load", 0, True, 0),
+            ("update", 0, True, 1),
+            ("load", 1, False, 1),
+            ("update", 1, False, 2),
+            ("update", 2, True, 3),
+            ("validate", 1, False, 3),
+            ("validate", 1, True, 3),
+            ("save", 1, True, 3),
+            ("save", 2, True, 3),
+            ("describe", 0, True, 4),
+            ("k-means", 0, False, 4),
+            ("cluster", 1, True, 4),
+            ("update", 5, True, 6),
+            ("k-means", 1, True, 8),
+            ("load", 9, True, 9),
+            ("update", 9, True, 10),
+            ("validate", 4, False, 10),
+        ]
+    ),
+]
 
 
 @pytest.mark.parametrize("name, call, after, iteration", POINTS)
@@ -154,9 +228,20 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(world, undisturbed, monkeyp
 def test_stopped_again_and_again(world, undisturbed, monkeypatch):
     """Each run goes on where the one before left off; calls are counted anew in each."""
     folder, reached = "auto", []
-    for name, call, after in [("validate", 0, False), ("score", 0, False), ("load", 0, False), ("load", 1, True),
-                              ("update", 0, True), ("validate", 0, True), ("update", 0, True), ("describe", 0, False),
-                              ("k-means", 0, True), ("update", 0, True), ("save", 0, False), ("update", 3, False)]:
+    for name, call, after in [
+        ("validate", 0, False),
+        ("score", 0, False),
+        ("load", 0, False),
+        ("load", 1, True),
+        ("update", 0, True),
+        ("validate", 0, True),
+        ("update", 0, True),
+        ("describe", 0, False),
+        ("k-means", 0, True),
+        ("update", 0, True),
+        ("save", 0, False),
+        ("update", 3, False),
+    ]:
         with monkeypatch.context() as patch:
             signal_at(patch, name, call, after)
             folder = go(world, "--resume", folder)
@@ -186,17 +271,23 @@ def stopped_at_6(world, tmp_path_factory):
 def test_without_a_part_of_the_checkpoint_the_end_is_another(world, undisturbed, stopped_at_6, tmp_path, lost):
     stopped = shutil.copytree(stopped_at_6, tmp_path / "stopped")
     state = load_checkpoint(stopped / "last.pt")
-    state[lost] = {"optimizer": {**state["optimizer"], "state": {}}, "clusters": state["clusters"][1:],
-                   "best": 101.0, "iteration": state["iteration"] - 1}[lost]
+    state[lost] = {
+        "optimizer": {**state["optimizer"], "state": {}},
+        "clusters": state["clusters"][1:],
+        "best": 101.0,
+        "iteration": state["iteration"] - 1,
+    }[lost]
     save_checkpoint(stopped / "last.pt", state)
     assert same_end(undisturbed, go(world, "--resume", stopped)) != []
 
 
 def test_random_numbers_that_are_not_in_the_checkpoint_change_the_end(world, monkeypatch):
     """The control of the tests above: draws that go on from iteration to iteration, as a plain generator's would."""
+
     def start_process(patch):
         stream = np.random.default_rng(0)
         patch.setattr(train, "iteration_seed", lambda *_: int(stream.integers(2**31)))
+
     start_process(monkeypatch)
     expected = go(world)
     with monkeypatch.context() as patch:
@@ -320,9 +411,14 @@ def test_the_second_signal_ends_the_process_at_once(number):
 
 def launch(world, *more, workers=2):
     """Trains in a process group of its own, as a cluster would."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(world, workers, *more)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words(world, workers, *more)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow
@@ -344,7 +440,7 @@ def test_a_process_group_gets_up_to_twenty_signals(world, undisturbed, numbers):
         output = process.communicate()[0]
         # What comes after the run's last moment, while Python ends, meets no handler any more.
         assert process.returncode in (0, EXIT_CODE, -sent), output
-    folder, = (path.parent for path in Path("logs/r").glob("*/done"))
+    (folder,) = (path.parent for path in Path("logs/r").glob("*/done"))
     assert same_end(undisturbed, folder.absolute()) == []
 
 

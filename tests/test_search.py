@@ -133,8 +133,10 @@ def test_a_memory_map_is_searched_where_it_lies(tmp_path):
     database, queries = photos(3000)
     np.save(tmp_path / "database.npy", database)
     for kind in KINDS:
-        agree(make(kind, np.load(tmp_path / "database.npy", mmap_mode="r")).search(queries, 4),
-              expected(database, queries, 4))
+        agree(
+            make(kind, np.load(tmp_path / "database.npy", mmap_mode="r")).search(queries, 4),
+            expected(database, queries, 4),
+        )
 
 
 def test_without_hardware_for_low_precision_exact_is_flat(monkeypatch):
@@ -244,6 +246,7 @@ def test_compressed_learns_from_few_and_says_when_there_are_too_few():
 def test_a_database_that_does_not_fit_names_the_other_searches(monkeypatch):
     def empty(*shape, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(ValueError, match="--search exact: 0.00 GB .* do not fit on cpu; --search flat and compressed"):
         ExactSearch(photos(100)[0])

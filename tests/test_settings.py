@@ -14,7 +14,9 @@ class Short:
 
 
 class Long:
-    def __init__(self, channels, depth: Annotated[int, "blocks"] = 2, power: Annotated[float | None, "exponent"] = None):
+    def __init__(
+        self, channels, depth: Annotated[int, "blocks"] = 2, power: Annotated[float | None, "exponent"] = None
+    ):
         pass
 
 

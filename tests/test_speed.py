@@ -49,8 +49,9 @@ def test_spread_keeps_the_real_ones_and_stays_near_them(tmp_path):
 def test_objective_against_a_plain_loop():
     rng = np.random.default_rng(1)
     points, labels = rng.normal(size=(60, 5)).astype(np.float32), rng.integers(4, size=60)
-    expected = np.mean([((point - points[labels == label].mean(axis=0)) ** 2).sum()
-                        for point, label in zip(points, labels)])
+    expected = np.mean(
+        [((point - points[labels == label].mean(axis=0)) ** 2).sum() for point, label in zip(points, labels)]
+    )
     assert speed_kmeans.objective(points, labels, block=7) == pytest.approx(expected, rel=1e-5)
 
 
@@ -62,8 +63,11 @@ def test_plain_description_agrees_with_the_union(world, checkpoint, tmp_path, ca
     data = load_evaluation_data(world.path)
     views = sum(len(one.query_rows) + 4 * len(one.database_rows) for one in data.sets)
     assert re.search(rf"each set, plain +{views} +{views} ", text)
-    assert re.search(rf"union once +{len(data.query_rows) + len(data.database_rows)} "
-                     rf"+{len(data.query_rows) + 4 * len(data.database_rows)} ", text)
+    assert re.search(
+        rf"union once +{len(data.query_rows) + len(data.database_rows)} "
+        rf"+{len(data.query_rows) + 4 * len(data.database_rows)} ",
+        text,
+    )
     assert re.search(r"again, kept +0 +0 ", text)
 
 
@@ -74,7 +78,9 @@ def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("96 real descriptors, 1500 with those around them")
     rows = {line.split("  ")[0]: line for line in lines[2:]}
-    assert all("100.0 %" in rows[name] and " 0.00 " in rows[name] for name in rows if name.startswith(("faiss", "exac")))
+    assert all(
+        "100.0 %" in rows[name] and " 0.00 " in rows[name] for name in rows if name.startswith(("faiss", "exac"))
+    )
     assert any(name == "compressed" for name in rows)
     with pytest.raises(ValueError, match="--rows 50: the data set has 96 descriptors"):
         speed_search.main(speed_search.parse_arguments([*common, "--rows", "50"]))
@@ -83,15 +89,15 @@ def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypat
     assert len(lines) == 7 and min(float(line.split()[-2]) for line in lines[2:]) == 0  # against the best, percent
 
 
-@pytest.mark.parametrize("name", sorted(
-    path.stem for path in Path(speed_step.__file__).parent.glob("[!_]*.py")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(speed_step.__file__).parent.glob("[!_]*.py")))
 def test_every_experiment_can_be_imported(name):
     assert importlib.import_module(f"experiments.{name}").__doc__
 
 
 def test_a_training_step_is_measured(capsys):
-    args = speed_step.parse_arguments(["--image_size", "32", "--descriptor_dim", "64", "--batch_size", "2", "--repeats",
-                                       "1", "--device", "cpu"])
+    args = speed_step.parse_arguments(
+        ["--image_size", "32", "--descriptor_dim", "64", "--batch_size", "2", "--repeats", "1", "--device", "cpu"]
+    )
     speed_step.main(args)
     rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
     for name in ("baseline", "ours", "ours, cached files"):

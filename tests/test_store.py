@@ -179,8 +179,16 @@ def test_the_fingerprint_counts_all_that_changes_a_descriptor():
     changed.fc.bias.data[3] = 1e-7
     buffered = Counting()
     buffered.register_buffer("mean", torch.zeros(1), persistent=False)
-    prints = [descriptors.model_fingerprint(*each) for each in (
-        (model, 16, "fp32"), (changed, 16, "fp32"), (buffered, 16, "fp32"), (model, 32, "fp32"), (model, 16, "bf16"))]
+    prints = [
+        descriptors.model_fingerprint(*each)
+        for each in (
+            (model, 16, "fp32"),
+            (changed, 16, "fp32"),
+            (buffered, 16, "fp32"),
+            (model, 32, "fp32"),
+            (model, 16, "bf16"),
+        )
+    ]
     assert len(set(prints)) == len(prints)
     assert descriptors.model_fingerprint(Counting(), 16, "fp32") == prints[0]
     assert descriptors.model_fingerprint(Counting().bfloat16(), 16, "fp32") != prints[0]
@@ -193,8 +201,14 @@ def test_a_broken_file_is_described_anew_with_a_line(root, damage, caplog):
     (path,) = stored(root)
     whole = path.read_bytes()
     header = json.loads(whole[:4096])
-    path.write_bytes({"truncated": whole[:-3], "garbage": b"\xff" * len(whole), "empty": b"", "other model":
-                      json.dumps({**header, "model": "0" * 64}).encode().ljust(4096) + whole[4096:]}[damage])
+    path.write_bytes(
+        {
+            "truncated": whole[:-3],
+            "garbage": b"\xff" * len(whole),
+            "empty": b"",
+            "other model": json.dumps({**header, "model": "0" * 64}).encode().ljust(4096) + whole[4096:],
+        }[damage]
+    )
     model = Counting()
     second, _ = keep(root, paths(4), model)
     assert np.array_equal(first, second) and model.images == ONE + 2 * 4
@@ -239,10 +253,16 @@ def test_only_the_wanted_are_looked_at(root, monkeypatch):
     checksums, stat = descriptors._checksums, os.stat
     names = [name for name in paths() if name != "5.png"]
     keep(root, names[:6], Counting())
-    monkeypatch.setattr(descriptors, "_checksums",
-                        lambda values, rows: looked.append(len(rows)) or checksums(values, rows))
-    monkeypatch.setattr(descriptors.os, "stat", lambda path, *more, **other: (
-        looked.append(Path(path).name) if str(path).endswith("png") else None) or stat(path, *more, **other))
+    monkeypatch.setattr(
+        descriptors, "_checksums", lambda values, rows: looked.append(len(rows)) or checksums(values, rows)
+    )
+    monkeypatch.setattr(
+        descriptors.os,
+        "stat",
+        lambda path, *more, **other: (
+            (looked.append(Path(path).name) if str(path).endswith("png") else None) or stat(path, *more, **other)
+        ),
+    )
     model = Counting()
     values, _ = retrieval.describe_kept(root.parent / "kept", model, root, names, **COMMON, wanted=[1, 4, 7])
     assert {each for each in looked if isinstance(each, str)} == {"1.png", "4.png", "8.png"}
@@ -301,8 +321,13 @@ def test_two_processes_one_file(root):
     folder = root.parent / "kept"
 
     def start(gate, *names):
-        return subprocess.Popen([sys.executable, "-c", WAITS, root, folder, gate, *names], text=True,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, "-c", WAITS, root, folder, gate, *names],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
     with start("gate", *paths(5)) as first:
         assert "0 of 5 images are described" in first.stdout.readline()
         assert first.stdout.readline() == "in the middle\n"
@@ -373,8 +398,24 @@ def test_the_searches_read_kept_descriptors_where_they_lie(kind, tmp_path, monke
         assert np.array_equal(found[0], right[0]) and np.array_equal(found[1], right[1])
 
 
-FLAGS = ["--device", "cpu", "--precision", "fp32", "--num_workers", "0", "--weights", "none", "--backbone", "resnet18",
-         "--aggregator", "gem", "--descriptor_dim", "16", "--image_size", "32"]
+FLAGS = [
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num_workers",
+    "0",
+    "--weights",
+    "none",
+    "--backbone",
+    "resnet18",
+    "--aggregator",
+    "gem",
+    "--descriptor_dim",
+    "16",
+    "--image_size",
+    "32",
+]
 
 
 def test_eval_keeps_its_descriptors_and_scores_the_same(world, tmp_path, monkeypatch):
@@ -402,8 +443,9 @@ def test_eval_keeps_its_descriptors_and_scores_the_same(world, tmp_path, monkeyp
 def test_eval_and_predict_describe_nothing_twice(world, tmp_path, monkeypatch):
     """Each after the other, though eval wants the sets' images and predict those near a point."""
     monkeypatch.chdir(tmp_path)
-    model = build_model(ModelConfig("resnet18", cut_after="layer1", aggregator="gem", descriptor_dim=16, image_size=32),
-                        "none")
+    model = build_model(
+        ModelConfig("resnet18", cut_after="layer1", aggregator="gem", descriptor_dim=16, image_size=32), "none"
+    )
     save_checkpoint("model.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
     read, files = retrieval.read_image, []
     monkeypatch.setattr(retrieval, "read_image", lambda path, *more: files.append(str(path)) or read(path, *more))
@@ -413,8 +455,22 @@ def test_eval_and_predict_describe_nothing_twice(world, tmp_path, monkeypatch):
     def described(script, *more):
         files.clear()
         inputs = [str(photo)] if script is predict else []
-        script.main(script.parse_arguments([*inputs, "--resume", "model.pt", "--dataset_path", str(world.path),
-                                            "--num_workers", "0", "--device", "cpu", *map(str, more)]))
+        script.main(
+            script.parse_arguments(
+                [
+                    *inputs,
+                    "--resume",
+                    "model.pt",
+                    "--dataset_path",
+                    str(world.path),
+                    "--num_workers",
+                    "0",
+                    "--device",
+                    "cpu",
+                    *map(str, more),
+                ]
+            )
+        )
         return sum("database" in Path(path).relative_to(world.path).parts for path in files)
 
     everything = len(data.database_rows)
@@ -445,6 +501,20 @@ def test_the_scripts_forget_descriptors_of_other_models(world, tmp_path, monkeyp
     model = build_model(ModelConfig("resnet18", aggregator="gem", descriptor_dim=16, image_size=32), "none")
     save_checkpoint("model.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
     photo = next((world.path / "queries").iterdir())
-    predict.main(predict.parse_arguments([str(photo), "--resume", "model.pt", "--dataset_path", str(world.path),
-                                          "--num_workers", "0", "--device", "cpu", "--forget_descriptors"]))
+    predict.main(
+        predict.parse_arguments(
+            [
+                str(photo),
+                "--resume",
+                "model.pt",
+                "--dataset_path",
+                str(world.path),
+                "--num_workers",
+                "0",
+                "--device",
+                "cpu",
+                "--forget_descriptors",
+            ]
+        )
+    )
     assert len(set(folder.iterdir())) == 2 and not set(folder.iterdir()) & both

@@ -30,7 +30,10 @@ def test_a_folder_and_files_of_names_give_the_same_tables(world, tmp_path, capsy
     assert "24 images" in text and "Table 2, row Random choice" in text
     for name, (reach, one) in from_folder.items():
         assert (reach, len(one.query_rows), len(one.database_rows)) == (
-            from_files[name][0], len(from_files[name][1].query_rows), len(from_files[name][1].database_rows))
+            from_files[name][0],
+            len(from_files[name][1].query_rows),
+            len(from_files[name][1].database_rows),
+        )
     # Ten queries lie alternately in the two blocks of twelve regions.
     alps = from_folder["Alps"][1]
     assert len(alps.query_rows) + len(from_folder["Texas"][1].query_rows) == 10 and len(alps.database_rows) == 12
@@ -40,8 +43,11 @@ def test_random_choice_by_simulation(world):
     sets = table1.main(table1.parse_arguments([str(world.path), "--database", str(world.path)]))
     rng = np.random.default_rng(0)
     one = sets["Texas"][1]
-    hits = [any(image in set(positives.tolist()) for image in rng.permutation(12)[:3])
-            for positives in one.positives for _ in range(4000)]
+    hits = [
+        any(image in set(positives.tolist()) for image in rng.permutation(12)[:3])
+        for positives in one.positives
+        for _ in range(4000)
+    ]
     mean, recalls = table1.random_choice(sets, ks=(3,))["Texas"]
     assert recalls[3] == pytest.approx(100 * np.mean(hits), abs=1.5)
     assert mean == np.mean([len(positives) for positives in one.positives])
@@ -76,8 +82,12 @@ def test_nadir_inside_is_the_ray_test_of_plain_loops():
                 crossed += lon_a + (lat - lat_a) / (lat_b - lat_a) * (lon_b - lon_a) > lon
         expected.append(crossed % 2 == 1)
     assert 50 < sum(expected) < 250
-    corners = np.stack([np.roll(quad[::sense], turn, axis=0)
-                        for quad, sense, turn in zip(corners, rng.choice([-1, 1], 300), rng.integers(4, size=300))])
+    corners = np.stack(
+        [
+            np.roll(quad[::sense], turn, axis=0)
+            for quad, sense, turn in zip(corners, rng.choice([-1, 1], 300), rng.integers(4, size=300))
+        ]
+    )
     corners[..., 1], nadirs[:, 1] = geo.wrap_longitude(corners[..., 1]), geo.wrap_longitude(nadirs[:, 1])
     assert table1.nadir_inside(corners, nadirs).tolist() == expected
 
@@ -86,10 +96,16 @@ def test_the_nearest_centre_by_hand():
     """Three photos with their nadir nearest to the first, the second and the second of two images in reach; the first
     and the third show the second image's ground, as they would from afar. A fourth photo is in no set."""
     box = lambda lat, lon: np.array([(lat - 1, lon - 1), (lat + 1, lon - 1), (lat + 1, lon + 1), (lat - 1, lon + 1)])
-    name = lambda number, nadir: str(ImageName(tuple(map(tuple, box(30, -91).tolist())), f"TEST00-E-{number}",
-                                               "20200102", nadir, 10000, 0.0))
-    queries = Catalogue.from_paths("/nowhere", [name(number, nadir) for number, nadir in enumerate(
-        [(30.0, -96.0), (30.5, -91.0), (33.0, -90.0), (-45.0, 80.0)])])
+    name = lambda number, nadir: str(
+        ImageName(tuple(map(tuple, box(30, -91).tolist())), f"TEST00-E-{number}", "20200102", nadir, 10000, 0.0)
+    )
+    queries = Catalogue.from_paths(
+        "/nowhere",
+        [
+            name(number, nadir)
+            for number, nadir in enumerate([(30.0, -96.0), (30.5, -91.0), (33.0, -90.0), (-45.0, 80.0)])
+        ],
+    )
     database = np.stack([box(-45, 80), box(30, -95), box(30, -91)])
     sets = table1.compute_sets(queries, database)
     assert table1.nadir_recalls(queries, database, sets)["Texas"] == (pytest.approx(200 / 3), pytest.approx(100 / 3))

@@ -39,7 +39,12 @@ def test_find_gives_the_last_of_equals():
 
 
 def test_base_names():
-    assert base_names(pa.array([b"a/b/c.jpg", b"d.jpg", b"e/", b"f\n/\xff\n"])).to_pylist() == [b"c.jpg", b"d.jpg", b"", b"\xff\n"]
+    assert base_names(pa.array([b"a/b/c.jpg", b"d.jpg", b"e/", b"f\n/\xff\n"])).to_pylist() == [
+        b"c.jpg",
+        b"d.jpg",
+        b"",
+        b"\xff\n",
+    ]
 
 
 def test_what_is_stored_comes_back_by_rows(tmp_path):

@@ -89,7 +89,8 @@ class Server:
     def answer(self, handler):
         url = urlparse(handler.path)
         fields = {key: values[0] for key, values in parse_qs(url.query).items()} or dict(
-            zip(("year", "z", "y", "x"), url.path.strip("/").removesuffix(".png").split("/")))
+            zip(("year", "z", "y", "x"), url.path.strip("/").removesuffix(".png").split("/"))
+        )
         tile = tuple(int(fields[key]) for key in ("z", "y", "x"))
         with self.lock:
             self.requests[(int(fields["year"]), *tile)] += 1
@@ -109,7 +110,7 @@ class Server:
             status, body = int(fault), b"<html>sorry</html>"
         elif fault == "truncated":
             body = encode(cut(self.marble, *tile), "JPEG")
-            body = body[:len(body) // 2]
+            body = body[: len(body) // 2]
         elif fault == "cut connection":
             handler.send_response(200)
             handler.send_header("Content-Length", str(len(body)))
@@ -163,6 +164,7 @@ def impatient(server, monkeypatch):
         tile = tuple(map(int, url.removesuffix(".png").split("/")[-3:]))
         slow = "slow" in " ".join(server.faults.get(tile, [])[:1])
         return request(pool, method, url, **more, **({"timeout": 0.1} if slow else {}))
+
     monkeypatch.setattr(tile_server.urllib3.PoolManager, "request", patient_with_others)
 
 
@@ -198,8 +200,9 @@ def pixels_of(path):
 
 def expected(marble, region):
     zoom, row, col = region
-    return np.concatenate([np.concatenate([cut(marble, zoom, row + i, col + j) for j in range(4)], axis=1)
-                           for i in range(4)], axis=0).astype(float)
+    return np.concatenate(
+        [np.concatenate([cut(marble, zoom, row + i, col + j) for j in range(4)], axis=1) for i in range(4)], axis=0
+    ).astype(float)
 
 
 def left_out(output):
@@ -240,16 +243,29 @@ def test_a_fault_that_passes_leaves_no_trace(server, marble, tmp_path, regions, 
     assert pauses == ([7, 7] if fault == "429" else [])
 
 
-@pytest.mark.parametrize("fault, reason, tries", [
-    ("404", "HTTP 404", 1), ("403", "HTTP 403", 1), ("500", "HTTP 500", 4), ("truncated", "no whole image", 4),
-    ("wrong size", "16 × 16 pixels, not 32 × 32", 4), ("slow", "ReadTimeoutError", 4), ("html", "no whole image", 4)])
-def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path, regions, impatient, fault, reason,
-                                                                  tries):
+@pytest.mark.parametrize(
+    "fault, reason, tries",
+    [
+        ("404", "HTTP 404", 1),
+        ("403", "HTTP 403", 1),
+        ("500", "HTTP 500", 4),
+        ("truncated", "no whole image", 4),
+        ("wrong size", "16 × 16 pixels, not 32 × 32", 4),
+        ("slow", "ReadTimeoutError", 4),
+        ("html", "no whole image", 4),
+    ],
+)
+def test_a_fault_that_stays_leaves_the_region_out_and_says_why(
+    server, tmp_path, regions, impatient, fault, reason, tries
+):
     bad = tuple(regions[0].tolist())  # its first tile: in no other region's first rows or columns
     server.faults[bad] = ["always " + fault]
     made, lost, _ = fetch(server, tmp_path, regions)
-    holders = [grid.image_path(*region, 2021) for region in regions.tolist()
-               if 0 <= bad[1] - region[1] < 4 and 0 <= bad[2] - region[2] < 4]
+    holders = [
+        grid.image_path(*region, 2021)
+        for region in regions.tolist()
+        if 0 <= bad[1] - region[1] < 4 and 0 <= bad[2] - region[2] < 4
+    ]
     assert made == len(regions) - len(holders) and lost == len(holders) >= 1
     assert server.requests[(2021, *bad)] == tries
     rows = left_out(tmp_path)
@@ -264,8 +280,10 @@ def test_a_fault_that_stays_leaves_the_region_out_and_says_why(server, tmp_path,
     assert left_out(tmp_path) == [] and len(Catalogue.read(tmp_path, "database")) == len(regions)
 
 
-@pytest.mark.parametrize("blank, max_blank, kept", [(0, 0, True), (1, 0, False), (3, 3, True), (4, 3, False),
-                                                    (15, 15, True), (16, 15, False), (16, 16, True)])
+@pytest.mark.parametrize(
+    "blank, max_blank, kept",
+    [(0, 0, True), (1, 0, False), (3, 3, True), (4, 3, False), (15, 15, True), (16, 15, False), (16, 16, True)],
+)
 def test_as_many_blank_tiles_as_max_blank_says_are_kept(blank, max_blank, kept):
     results = {}
     for i in range(16):
@@ -280,7 +298,9 @@ def test_tiles_of_sixteen_bits_and_no_postscript():
     picture, shade = io.BytesIO(), np.arange(64, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(shade * 4 * 257).save(picture, "PNG")
     assert np.array_equal(np.asarray(tile_server.open_tile(picture.getvalue(), 8))[..., 1], shade * 4)
-    with pytest.raises(tile_server.TileError, match="no whole image"):  # Pillow alone would start ghostscript for its pixels
+    with pytest.raises(
+        tile_server.TileError, match="no whole image"
+    ):  # Pillow alone would start ghostscript for its pixels
         tile_server.open_tile(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n", 8)
 
 
@@ -294,7 +314,8 @@ def test_blank_tiles_are_listed_and_wholly_blank_regions_left_out(server, tmp_pa
     rows = left_out(tmp_path)
     assert Counter((row[0], row[2], row[3]) for row in rows) == {
         (grid.image_path(*other, 2021), "left out", "is blank"): 16,
-        (grid.image_path(*first, 2021), "written", "is blank"): 1}
+        (grid.image_path(*first, 2021), "written", "is blank"): 1,
+    }
     (tmp_path / grid.image_path(*first, 2021)).unlink()
     assert fetch(server, tmp_path, np.array([first]), max_blank=0)[:2] == (0, 1)
     assert len([row for row in left_out(tmp_path) if row[0] == grid.image_path(*other, 2021)]) == 16  # not tried: stays
@@ -319,7 +340,8 @@ def test_a_status_that_counts_as_blank(server, marble, tmp_path, regions):
     assert fetch(server, tmp_path, np.array([first, other]), blank_status=[404], quality=95)[:2] == (1, 1)
     assert Counter((row[0], row[2], row[3]) for row in left_out(tmp_path)) == {
         (grid.image_path(*other, 2021), "left out", "is blank"): 16,
-        (grid.image_path(*first, 2021), "written", "is blank"): 1}
+        (grid.image_path(*first, 2021), "written", "is blank"): 1,
+    }
     ground = expected(marble, tuple(first))
     ground[:SIZE, :SIZE] = 0
     assert np.abs(pixels_of(tmp_path / grid.image_path(*first, 2021)) - ground).mean() < 8
@@ -347,6 +369,7 @@ def test_so_many_requests_at_a_time(server, tmp_path, regions, monkeypatch):
     def pool(size, **more):
         sizes.append(size)
         return ThreadPoolExecutor(size, **more)
+
     monkeypatch.setattr(tiles, "ThreadPoolExecutor", pool)
     client = tile_server.urllib3.PoolManager
     monkeypatch.setattr(tile_server.urllib3, "PoolManager", lambda **more: patience.append(more) or client(**more))
@@ -373,7 +396,9 @@ def test_a_wrong_address_stops_the_build_early(server, tmp_path, monkeypatch, re
         fetch(server, tmp_path, regions, concurrency=8, **blank)
     assert 20 <= sum(server.requests.values()) <= 20 + 7  # each of the other threads may have asked once more
     assert not (tmp_path / tiles.LEFT_OUT_FILE).exists() or {row[3] for row in left_out(tmp_path)} <= {
-        "HTTP 404", "is blank"}  # nothing is called left out that was stopped
+        "HTTP 404",
+        "is blank",
+    }  # nothing is called left out that was stopped
 
 
 @pytest.mark.parametrize("fault, retries, requests", [("404", 3, 20), ("500", 3, 32 * 4)])
@@ -405,6 +430,7 @@ def test_a_failure_in_one_thread_stops_the_others_and_is_what_is_raised(server, 
         if tile == first:
             assert client.stop.wait(60)
         return real(client, url, number)
+
     monkeypatch.setattr(tile_server.TileServer, "_try", attempt)
     with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
         fetch(server, tmp_path, regions)
@@ -428,10 +454,28 @@ build.main(sys.argv[1:])
 
 def test_kill_and_resume_gives_the_same_files_and_no_half_image(server, tmp_path, regions):
     fetch(server, tmp_path / "whole", regions)
-    command = [sys.executable, "-c", KILLED, "tiles", str(tmp_path / "killed"), "--url",
-               server.url + "/{year}/{z}/{y}/{x}.png", "--zooms", str(ZOOM), "--years", "2021", "--bbox",
-               *map(str, BOX), "--no-land_only", "--tile_size", str(SIZE), "--image_size", str(4 * SIZE),
-               "--rate", "5000"]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "tiles",
+        str(tmp_path / "killed"),
+        "--url",
+        server.url + "/{year}/{z}/{y}/{x}.png",
+        "--zooms",
+        str(ZOOM),
+        "--years",
+        "2021",
+        "--bbox",
+        *map(str, BOX),
+        "--no-land_only",
+        "--tile_size",
+        str(SIZE),
+        "--image_size",
+        str(4 * SIZE),
+        "--rate",
+        "5000",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = sorted((tmp_path / "killed").rglob("*.jpg"))
@@ -441,14 +485,32 @@ def test_kill_and_resume_gives_the_same_files_and_no_half_image(server, tmp_path
             image.load()
     assert fetch(server, tmp_path / "killed", regions)[0] == len(regions) - len(before)
     files = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.jpg")}
-    assert files == {path.relative_to(tmp_path / "killed"): path.read_bytes()
-                     for path in (tmp_path / "killed").rglob("*.jpg")}
+    assert files == {
+        path.relative_to(tmp_path / "killed"): path.read_bytes() for path in (tmp_path / "killed").rglob("*.jpg")
+    }
 
 
 def test_wmts_template_and_rows_from_the_south(server, tmp_path, regions):
     wmts = "/?SERVICE=WMTS&year={year}&x={TileCol}&y={TileRow}&z={TileMatrix}"
-    arguments = ["tiles", str(tmp_path), "--url", server.url + wmts, "--zooms", str(ZOOM), "--years", "2019", "--bbox",
-                 *map(str, BOX), "--no-land_only", "--tile_size", str(SIZE), "--image_size", "64", "--rate", "5000"]
+    arguments = [
+        "tiles",
+        str(tmp_path),
+        "--url",
+        server.url + wmts,
+        "--zooms",
+        str(ZOOM),
+        "--years",
+        "2019",
+        "--bbox",
+        *map(str, BOX),
+        "--no-land_only",
+        "--tile_size",
+        str(SIZE),
+        "--image_size",
+        "64",
+        "--rate",
+        "5000",
+    ]
     assert build.main(arguments) == 0
     assert len(Catalogue.read(tmp_path, "database", 2019)) == len(regions)
     assert {pixels_of(path).shape for path in tmp_path.rglob("*.jpg")} == {(64, 64, 3)}
@@ -456,8 +518,23 @@ def test_wmts_template_and_rows_from_the_south(server, tmp_path, regions):
 
 
 def test_dry_run_says_how_much_and_asks_for_nothing(server, tmp_path, regions, capsys):
-    arguments = ["tiles", str(tmp_path / "new"), "--url", server.url + "/{year}/{z}/{y}/{x}.png", "--zooms", str(ZOOM),
-                 "--years", "2020", "2021", "--bbox", *map(str, BOX), "--no-land_only", "--dry_run", "--tile_kb", "100"]
+    arguments = [
+        "tiles",
+        str(tmp_path / "new"),
+        "--url",
+        server.url + "/{year}/{z}/{y}/{x}.png",
+        "--zooms",
+        str(ZOOM),
+        "--years",
+        "2020",
+        "2021",
+        "--bbox",
+        *map(str, BOX),
+        "--no-land_only",
+        "--dry_run",
+        "--tile_kb",
+        "100",
+    ]
     assert build.main(arguments) == 0
     needed = {(row + i, col + j) for _, row, col in regions.tolist() for i in range(4) for j in range(4)}
     out = capsys.readouterr().out
@@ -494,20 +571,23 @@ def test_land_only_leaves_the_ocean_out():
     assert set(map(tuple, land)) < set(map(tuple, every))
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--url", "http://a/{z}/{x}"], "{y} is missing"),
-    (["--url", "http://a/{z}/{x}/{y}"], "{year} is missing"),
-    (["--url", "http://a/{z}/{x}/{y}/{year}/{s}"], "unknown {s}"),
-    (["--url", "a/{z}/{x}/{y}/{year}"], "expected http"),
-    (["--bbox", "40", "0", "30", "10"], "south is 40.0, north is 30.0"),
-    (["--bbox", "30", "190", "40", "10"], "west is 190"),
-    (["--zooms", "30"], "from 2 to 19"),
-    (["--years", "21"], "four digits"),
-    (["--rate", "0"], "--rate 0.0"),
-    (["--header", "secret"], "NAME:VALUE"),
-    (["--blank_status", "404", "200"], "--blank_status 404 200: expected 201 to 599"),
-    (["--error_tile", "nowhere.png"], "nowhere.png"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--url", "http://a/{z}/{x}"], "{y} is missing"),
+        (["--url", "http://a/{z}/{x}/{y}"], "{year} is missing"),
+        (["--url", "http://a/{z}/{x}/{y}/{year}/{s}"], "unknown {s}"),
+        (["--url", "a/{z}/{x}/{y}/{year}"], "expected http"),
+        (["--bbox", "40", "0", "30", "10"], "south is 40.0, north is 30.0"),
+        (["--bbox", "30", "190", "40", "10"], "west is 190"),
+        (["--zooms", "30"], "from 2 to 19"),
+        (["--years", "21"], "four digits"),
+        (["--rate", "0"], "--rate 0.0"),
+        (["--header", "secret"], "NAME:VALUE"),
+        (["--blank_status", "404", "200"], "--blank_status 404 200: expected 201 to 599"),
+        (["--error_tile", "nowhere.png"], "nowhere.png"),
+    ],
+)
 def test_wrong_flags_are_named(tmp_path, capsys, flags, message):
     base = ["tiles", str(tmp_path), "--url", "http://127.0.0.1:9/{z}/{x}/{y}/{year}", "--zooms", "5", "--no-land_only"]
     assert build.main(base + flags) == 1

@@ -21,12 +21,26 @@ from losses.multi_similarity import MultiSimilarityLoss
 from utils.arguments import run
 from utils.checkpoint import load_checkpoint
 
-MODEL = ["--backbone", "resnet18", "--weights", "none", "--cut_after", "layer2", "--aggregator", "gem",
-         "--descriptor_dim", "32", "--image_size", "32"]
+MODEL = [
+    "--backbone",
+    "resnet18",
+    "--weights",
+    "none",
+    "--cut_after",
+    "layer2",
+    "--aggregator",
+    "gem",
+    "--descriptor_dim",
+    "32",
+    "--image_size",
+    "32",
+]
 SYSTEM = ["--num_workers", "0", "--device", "cpu", "--precision", "fp32"]
 SHORT = ["--iterations", "4", "--recluster_every", "2", "--batch_size", "4", "--num_clusters", "3", "--log_dir", "t"]
-LINE = re.compile(r"Recalls on (.{15,}) < (.+) - #q: (\d+); #db: (\d+) >: R@1: (\d+\.\d), R@5: (\d+\.\d), "
-                  r"R@10: (\d+\.\d), R@20: (\d+\.\d), R@100: (\d+\.\d)$")
+LINE = re.compile(
+    r"Recalls on (.{15,}) < (.+) - #q: (\d+); #db: (\d+) >: R@1: (\d+\.\d), R@5: (\d+\.\d), "
+    r"R@10: (\d+\.\d), R@20: (\d+\.\d), R@100: (\d+\.\d)$"
+)
 
 
 def arguments(world, *more):
@@ -54,8 +68,17 @@ def parsed_lines(log):
 
 def test_a_run_leaves_its_outputs(trained):
     there = {file.name for file in trained.iterdir()}
-    assert {"info.log", "debug.log", "config.json", "initial.pt", "best.pt", "last.pt", "batch.jpg", "clusters.jpg",
-            "done"} <= there
+    assert {
+        "info.log",
+        "debug.log",
+        "config.json",
+        "initial.pt",
+        "best.pt",
+        "last.pt",
+        "batch.jpg",
+        "clusters.jpg",
+        "done",
+    } <= there
     assert any(name.startswith("events.out.tfevents") for name in there) and not any(".tmp" in name for name in there)
     last = load_checkpoint(trained / "last.pt")
     assert last["iteration"] == 4 and last["model_config"]["backbone"] == "resnet18"
@@ -70,8 +93,9 @@ def test_scalars_are_finite(trained):
     events = accumulator(str(trained))
     events.Reload()
     assert {"loss", "mined/anchors", "mined/pairs", "lr", "images_per_second", "validation/R@1"} <= set(
-        events.Tags()["scalars"])
-    loss, = events.Scalars("loss")
+        events.Tags()["scalars"]
+    )
+    (loss,) = events.Scalars("loss")
     assert loss.step == 4 and 0 <= loss.value < 10
     assert [each.step for each in events.Scalars("validation/R@1")] == [0, 2, 4]
 
@@ -79,7 +103,7 @@ def test_scalars_are_finite(trained):
 def test_evaluation_of_the_trained_model(world, trained, tmp_path):
     args = eval.parse_arguments(["--resume", str(trained / "best.pt"), "--dataset_path", str(world.path), *SYSTEM])
     eval.main(args)
-    folder, = (tmp_path / "cwd" / "logs" / "eval").iterdir()
+    (folder,) = (tmp_path / "cwd" / "logs" / "eval").iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert {"Texas", "Alps", "Texas-validation"} <= set(results["sets"])
     assert "Texas-validation" not in results["average"]["over"]
@@ -102,7 +126,8 @@ def test_evaluation_of_the_trained_model(world, trained, tmp_path):
     texas = [row for row in rows if row["set"] == "Texas" and row["rank"] == "1"]
     assert len(texas) == results["sets"]["Texas"]["queries"]
     assert sum(int(row["correct"]) for row in texas) == round(
-        results["sets"]["Texas"]["recalls"]["1"] / 100 * len(texas))
+        results["sets"]["Texas"]["recalls"]["1"] / 100 * len(texas)
+    )
     for row in rows:
         assert (world.path / row["query"]).is_file() and (world.path / row["database_image"]).is_file()
         assert row["rotation"] in {"0", "90", "180", "270"} and -1.001 <= float(row["score"]) <= 1.001
@@ -113,15 +138,20 @@ def test_evaluation_of_the_trained_model(world, trained, tmp_path):
 
 def test_evaluation_without_rotations_of_a_fresh_model(world, tmp_path):
     eval.main(eval.parse_arguments(["--dataset_path", str(world.path), "--tta", "none", *MODEL, *SYSTEM]))
-    folder, = (tmp_path / "cwd" / "logs" / "eval").iterdir()
+    (folder,) = (tmp_path / "cwd" / "logs" / "eval").iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert results["rotations"] == [0] and results["sets"]["Alps"]["orientation"] is None
 
 
-@pytest.mark.parametrize("flags", [
-    ["--batches", "random", "--augmentation", "none", "--positives", "views", "--neutral", "off"],
-    ["--loss", "contrastive", "--augmentation", "image"], ["--augmentation", "batch", "--lr_schedule", "cosine"],
-    ["--fc_init", "whitening", "--warmup", "2"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batches", "random", "--augmentation", "none", "--positives", "views", "--neutral", "off"],
+        ["--loss", "contrastive", "--augmentation", "image"],
+        ["--augmentation", "batch", "--lr_schedule", "cosine"],
+        ["--fc_init", "whitening", "--warmup", "2"],
+    ],
+)
 def test_each_part_has_its_switch(world, flags):
     folder = train.main(arguments(world, "--iterations", "2", "--validate_every", "2", *flags))
     state = load_checkpoint(folder / "last.pt")["model"]
@@ -138,8 +168,11 @@ def test_nan_loss_stops_before_the_update_and_says_when(world, monkeypatch, tmp_
 
     monkeypatch.setattr(train, "make_loss", lambda *_: Breaks())
     weights = []
-    hook = register_optimizer_step_post_hook(lambda optimizer, *_: weights.append(
-        [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]))
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: weights.append(
+            [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]
+        )
+    )
     try:
         with pytest.raises(RuntimeError, match="iteration 2: the loss is nan"):
             train.main(arguments(world, "--validate_every", "1"))
@@ -147,17 +180,18 @@ def test_nan_loss_stops_before_the_update_and_says_when(world, monkeypatch, tmp_
         hook.remove()
     moved = [[not torch.equal(*pair) for pair in zip(*two)] for two in zip(weights, weights[1:])]
     assert len(weights) == 3 and all(moved[0]) and not any(moved[1])
-    folder, = (tmp_path / "cwd" / "logs" / "t").iterdir()
+    (folder,) = (tmp_path / "cwd" / "logs" / "t").iterdir()
     last = load_checkpoint(folder / "last.pt")
     assert last["iteration"] == 2 and all(torch.isfinite(value.float()).all() for value in last["model"].values())
 
 
-@pytest.mark.parametrize("validate_every, message", [("1", "query descriptors are not finite"),
-                                                     ("2", "iteration 1: the loss is nan")])
+@pytest.mark.parametrize(
+    "validate_every, message", [("1", "query descriptors are not finite"), ("2", "iteration 1: the loss is nan")]
+)
 def test_weights_that_exploded_are_never_saved(world, tmp_path, validate_every, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         train.main(arguments(world, "--lr", "inf", "--validate_every", validate_every))
-    folder, = (tmp_path / "cwd" / "logs" / "t").iterdir()
+    (folder,) = (tmp_path / "cwd" / "logs" / "t").iterdir()
     assert not (folder / "last.pt").exists() and not (folder / "best.pt").exists()
 
 
@@ -204,7 +238,7 @@ def test_odd_images_are_trained_on_and_broken_ones_named(own_world):
     broken = own_world.image(own_world.regions[4], 2020)
     content = broken.read_bytes()
     broken.unlink()
-    broken.write_bytes(content[:len(content) // 2])
+    broken.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=re.escape(broken.name)):
         train.main(arguments(own_world, "--iterations", "1", "--batch_size", "24"))
 
@@ -213,9 +247,12 @@ def test_evaluation_leaves_broken_images_out_and_says_so(own_world, trained, tmp
     broken = own_world.image(own_world.regions[1])
     broken.unlink()
     broken.write_bytes(b"no image")
-    eval.main(eval.parse_arguments(["--resume", str(trained / "best.pt"), "--dataset_path", str(own_world.path),
-                                    "--tta", "none", *SYSTEM]))
-    folder, = (tmp_path / "cwd" / "logs" / "eval").iterdir()
+    eval.main(
+        eval.parse_arguments(
+            ["--resume", str(trained / "best.pt"), "--dataset_path", str(own_world.path), "--tta", "none", *SYSTEM]
+        )
+    )
+    (folder,) = (tmp_path / "cwd" / "logs" / "eval").iterdir()
     assert f"left out: {own_world.path}" in (folder / "info.log").read_text()
     assert broken.name not in (folder / "predictions.csv").read_text()
 
@@ -240,6 +277,7 @@ def test_a_loss_with_weights_of_its_own(world, proxy_loss, monkeypatch):
         if run.iteration == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
+
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train, "neutral_pairs", lambda shown, places: seen.append([shown]) or real(shown, places))
     flags = ("--loss", "proxy", "--temperature", "0.5", "--lr", "0.01", "--log_every", "1")
@@ -250,8 +288,10 @@ def test_a_loss_with_weights_of_its_own(world, proxy_loss, monkeypatch):
         assert (regions.footprints[labels.numpy()] == footprints.repeat(4, axis=0)).all()
     expected = load_checkpoint(folder / "last.pt")
     proxies = expected["loss"]["proxies"]
-    assert proxies.shape == (24, 32) and any(each.get("exp_avg").shape == (24, 32) and (each["exp_avg"] != 0).all()
-                                             for each in expected["optimizer"]["state"].values())
+    assert proxies.shape == (24, 32) and any(
+        each.get("exp_avg").shape == (24, 32) and (each["exp_avg"] != 0).all()
+        for each in expected["optimizer"]["state"].values()
+    )
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(folder))
     events.Reload()
     assert "loss" in events.Tags()["scalars"] and "mined/anchors" not in events.Tags()["scalars"]

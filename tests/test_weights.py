@@ -77,8 +77,10 @@ def test_the_papers_model_has_the_released_shapes_and_config():
 def plain_earthloc(state, images):
     """The released network out of torchvision's ResNet-50 and MixVPR in a few lines -> descriptors."""
     resnet = torchvision.models.resnet50().to(images.dtype).eval()
-    resnet.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
-                            if key.startswith("backbone.")}, strict=False)
+    resnet.load_state_dict(
+        {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")},
+        strict=False,
+    )
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).to(images)[:, :, None, None]
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1((images - mean) / std))))
     x = resnet.layer3(resnet.layer2(resnet.layer1(x))).flatten(2)
@@ -97,15 +99,27 @@ def plain_earthloc(state, images):
 def test_a_released_model_describes_as_plain_code_does(dialect, tmp_path):
     torch.manual_seed(0)
     with torch.no_grad():
-        theirs = {f"backbone.{key}": value for key, value in torchvision.models.resnet50().state_dict().items()
-                  if not key.startswith(("layer4", "fc"))}
-        theirs |= {key: torch.rand_like(value) + 0.5 if key.endswith("var") else value + 0.2 * torch.rand_like(value)
-                   for key, value in theirs.items() if "running" in key}
+        theirs = {
+            f"backbone.{key}": value
+            for key, value in torchvision.models.resnet50().state_dict().items()
+            if not key.startswith(("layer4", "fc"))
+        }
+        theirs |= {
+            key: torch.rand_like(value) + 0.5 if key.endswith("var") else value + 0.2 * torch.rand_like(value)
+            for key, value in theirs.items()
+            if "running" in key
+        }
         head = tiny(1, ModelConfig(descriptor_dim=64, image_size=64)).state_dict()
-        theirs |= {key: value + 0.02 * torch.randn_like(value) for key, value in head.items()
-                   if not key.startswith("backbone.")}
-        state = theirs if dialect == "republished" else {
-            key.replace("backbone.", "backbone.model."): value for key, value in theirs.items()}
+        theirs |= {
+            key: value + 0.02 * torch.randn_like(value)
+            for key, value in head.items()
+            if not key.startswith("backbone.")
+        }
+        state = (
+            theirs
+            if dialect == "republished"
+            else {key.replace("backbone.", "backbone.model."): value for key, value in theirs.items()}
+        )
         torch.save(state, tmp_path / "best_model.torch")
         images = torch.rand(3, 3, 64, 64)
         expected = plain_earthloc({key: value.double() for key, value in theirs.items()}, images.double())
@@ -196,12 +210,23 @@ def test_config_in_a_checkpoint_goes_before_the_shapes(tmp_path):
     assert read_config(tmp_path / "last.pth") == model.config
 
 
-FLAT = {"backbone": "resnet18", "cut_after": "layer2", "freeze_until": "layer1", "aggregator": "mixvpr",
-        "descriptor_dim": 24, "image_size": 32, "mix_depth": 1, "mix_channels": 5, "out_rows": 3, "gem_grid": 2}
+FLAT = {
+    "backbone": "resnet18",
+    "cut_after": "layer2",
+    "freeze_until": "layer1",
+    "aggregator": "mixvpr",
+    "descriptor_dim": 24,
+    "image_size": 32,
+    "mix_depth": 1,
+    "mix_channels": 5,
+    "out_rows": 3,
+    "gem_grid": 2,
+}
 
 
-@pytest.mark.parametrize("aggregator, settings", [
-    ("mixvpr", {"mix_depth": 1, "mix_channels": 5, "out_rows": 3}), ("gem", {"gem_grid": 2})])
+@pytest.mark.parametrize(
+    "aggregator, settings", [("mixvpr", {"mix_depth": 1, "mix_channels": 5, "out_rows": 3}), ("gem", {"gem_grid": 2})]
+)
 def test_the_config_of_an_older_checkpoint_is_read(aggregator, settings, tmp_path):
     config = ModelConfig("resnet18", "layer2", "layer1", aggregator, 24, 32, settings)
     model = tiny(0, config)
@@ -211,8 +236,15 @@ def test_the_config_of_an_older_checkpoint_is_read(aggregator, settings, tmp_pat
     assert torch.equal(load_model(tmp_path / "last.pt").fc.weight, model.fc.weight)
 
 
-@pytest.mark.parametrize("config", [FLAT | {"depth": 1}, FLAT | {"aggregator": "salad"}, [1],
-                                    {"backbone": "resnet18", "aggregator_settings": {"depth": 1}}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FLAT | {"depth": 1},
+        FLAT | {"aggregator": "salad"},
+        [1],
+        {"backbone": "resnet18", "aggregator_settings": {"depth": 1}},
+    ],
+)
 def test_a_config_of_something_else_is_an_error_that_names_the_file(config, tmp_path):
     torch.save({"model": tiny(0).state_dict(), "model_config": config}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="last.pt: bad model_config"):

@@ -108,8 +108,12 @@ def test_a_linear_picture_is_sampled_where_the_quad_says():
 def test_colours_are_torchvisions(seed):
     images = torch.rand(3, 3, 20, 20, generator=generator(seed))
     draw = Augmentation(20, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5).draw(generator(seed))
-    steps = {0: (TF.adjust_brightness, draw.brightness), 1: (TF.adjust_contrast, draw.contrast),
-             2: (TF.adjust_saturation, draw.saturation), 3: (TF.adjust_hue, draw.hue)}
+    steps = {
+        0: (TF.adjust_brightness, draw.brightness),
+        1: (TF.adjust_contrast, draw.contrast),
+        2: (TF.adjust_saturation, draw.saturation),
+        3: (TF.adjust_hue, draw.hue),
+    }
     expected = images
     for step in draw.order:
         function, factor = steps[step]
@@ -120,8 +124,10 @@ def test_colours_are_torchvisions(seed):
     assert 0.1 <= min(draw.brightness, draw.contrast, draw.saturation) and abs(draw.hue) <= 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0},
-                                   {"clouds": 1.5}, {"haze": -0.1}, {"exposure": 2.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0}, {"clouds": 1.5}, {"haze": -0.1}, {"exposure": 2.0}],
+)
 def test_wrong_settings_name_their_flag(wrong):
     with pytest.raises(ValueError, match="--augmentation|--perspective|--min_crop|--clouds|--haze|--exposure"):
         Augmentation(32, **wrong)
@@ -148,8 +154,10 @@ def test_one_warp_is_torchvisions_chain(seed, released):
     found = warp(images, as_one(drawn), 40) * inside
     assert psnr(found, expected) > 40
     # Half a pixel of the output, or a degree, is seen.
-    for quad in (as_one(drawn).quad + torch.tensor([0.5, 0.0]) * drawn.last / drawn.size * 2 / drawn.resized,
-                 as_one(replace(drawn, angle=drawn.angle + 1)).quad):
+    for quad in (
+        as_one(drawn).quad + torch.tensor([0.5, 0.0]) * drawn.last / drawn.size * 2 / drawn.resized,
+        as_one(replace(drawn, angle=drawn.angle + 1)).quad,
+    ):
         assert psnr(warp(images, replace(as_one(drawn), quad=quad), 40) * inside, expected) < psnr(found, expected) - 3
 
 
@@ -159,7 +167,8 @@ def test_the_papers_preset_shows_as_much_of_an_image_as_the_released_code():
         (a, b, c, d), halves = quad.double().tolist(), 0
         for p, q, r in ((a, b, c), (a, c, d)):
             halves += abs((q[0] - p[0]) * (r[1] - p[1]) - (r[0] - p[0]) * (q[1] - p[1])) / 2
-        return halves ** 0.5 / 2
+        return halves**0.5 / 2
+
     augment, state = augmentation_of(train.parse_arguments(["@presets/paper.args"]), 320), generator()
     ours = [side(augment.draw(state).quad) for _ in range(800)]
     released = [side(as_one(draw_chain(320, state, released=True)).quad) for _ in range(800)]
@@ -174,8 +183,8 @@ def test_what_is_shown_by_plain_squares():
     quads = SQUARE, SQUARE * x - torch.tensor([0.5, 0.0]), SQUARE / 2, SQUARE / 2 + 0.8
     draws = [Draw(quad, 1.0, 1.0, 1.0, 0.0, (0,)) for quad in quads]
     side, upsampled, overlap, beyond = shown(draws, 320, 512)
-    assert side == pytest.approx((1 + 0.5 ** 0.5 + 0.5 + 0.5) / 4) and upsampled == 0.5 and beyond == 0.25
-    small = 0.2 ** 2 / (2 - 0.2 ** 2)  # squares of side 1 that share 0.2 × 0.2
+    assert side == pytest.approx((1 + 0.5**0.5 + 0.5 + 0.5) / 4) and upsampled == 0.5 and beyond == 0.25
+    small = 0.2**2 / (2 - 0.2**2)  # squares of side 1 that share 0.2 × 0.2
     assert overlap == pytest.approx((0.5 + small) / 2, abs=1e-6)
 
 
@@ -213,9 +222,10 @@ def test_the_grid_samples_where_the_homography_says(seed):
             y = ((place[1] / place[2] + 1) * 10 - 0.5).clamp(0, 19)
             left, top = min(int(x), 26), min(int(y), 18)
             a, b = x - left, y - top
-            four = pixels[0, :, top:top + 2, left:left + 2].double()
-            expected = ((1 - b) * ((1 - a) * four[:, 0, 0] + a * four[:, 0, 1])
-                        + b * ((1 - a) * four[:, 1, 0] + a * four[:, 1, 1]))
+            four = pixels[0, :, top : top + 2, left : left + 2].double()
+            expected = (1 - b) * ((1 - a) * four[:, 0, 0] + a * four[:, 0, 1]) + b * (
+                (1 - a) * four[:, 1, 0] + a * four[:, 1, 1]
+            )
             assert (found[:, row, column] - expected).abs().max() < 1e-4
 
 

@@ -31,8 +31,10 @@ def save_checkpoint(path, state, previous=None):
             raise
         # torch wraps what the file says in errors of its own.
         cause = next((each for each in (error, error.__context__, error.__cause__) if isinstance(each, OSError)), error)
-        raise OSError(f"{path}: not written ({cause}); the checkpoints from before are untouched. Free some space and "
-                      f"go on with --resume {path.parent}") from error
+        raise OSError(
+            f"{path}: not written ({cause}); the checkpoints from before are untouched. Free some space and "
+            f"go on with --resume {path.parent}"
+        ) from error
     if previous and path.exists():
         keep(path, path.with_name(previous))
     os.replace(temporary, path)
@@ -72,8 +74,9 @@ def require_checksums(path):
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()
         if damaged:
-            raise ValueError(f"{path}: damaged, {damaged} in it does not fit its checksum; fetch it again, or use an "
-                             f"older one")
+            raise ValueError(
+                f"{path}: damaged, {damaged} in it does not fit its checksum; fetch it again, or use an older one"
+            )
 
 
 def newest_checkpoint(place):

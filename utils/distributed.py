@@ -39,8 +39,10 @@ def processes(device, timeout):
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU, it has {torch.cuda.device_count()}: "
-                             f"torchrun --nproc_per_node {torch.cuda.device_count()}")
+            raise ValueError(
+                f"process {local} of this machine has no GPU, it has {torch.cuda.device_count()}: "
+                f"torchrun --nproc_per_node {torch.cuda.device_count()}"
+            )
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -51,8 +53,10 @@ def processes(device, timeout):
 def part(count):
     """This rank's slice of `count` rows. Raises ValueError where they cannot be shared equally."""
     if count % world():
-        raise ValueError(f"--batch_size {count} does not divide among {world()} processes; "
-                         f"{count // world() * world() or world()} would")
+        raise ValueError(
+            f"--batch_size {count} does not divide among {world()} processes; "
+            f"{count // world() * world() or world()} would"
+        )
     size = count // world()
     return slice(rank() * size, (rank() + 1) * size)
 
@@ -69,7 +73,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows:(rank() + 1) * ctx.rows]
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 def gather(values):
@@ -112,8 +116,10 @@ def from_first(make):
 
 def gather_parts(own, counts):
     """own (counts[rank], D) on the CPU, any count on each rank -> every rank's, a list, without padding."""
-    parts = [own if each == rank() else torch.empty(count, *own.shape[1:], dtype=own.dtype)
-             for each, count in enumerate(counts)]
+    parts = [
+        own if each == rank() else torch.empty(count, *own.shape[1:], dtype=own.dtype)
+        for each, count in enumerate(counts)
+    ]
     for source, values in enumerate(parts):
         if len(values) and world() > 1:
             dist.broadcast(values, src=source)

@@ -36,8 +36,10 @@ def mosaic(cells, size=128, gap=4, column_titles=(), row_titles=(), captions=Non
     lines = [str(title).split("\n") for title in row_titles]
     left = gap + (max((_width(text) for title in lines for text in title), default=0) + 2 * gap if lines else 0)
     top = gap + (22 if column_titles else 0)
-    starts = [left + column * (size + gap) + sum(4 * gap for wide in wide_gap_after if wide < column)
-              for column in range(columns)]
+    starts = [
+        left + column * (size + gap) + sum(4 * gap for wide in wide_gap_after if wide < column)
+        for column in range(columns)
+    ]
     sheet = Image.new("RGB", ((starts[-1] if starts else left) + size + gap, top + len(cells) * (size + gap)), WHITE)
     draw = ImageDraw.Draw(sheet)
     for x, title in zip(starts, column_titles):
@@ -52,8 +54,9 @@ def mosaic(cells, size=128, gap=4, column_titles=(), row_titles=(), captions=Non
             frame = frames[i][j] if frames else None
             if frame:
                 edge = gap // 2 - 1
-                draw.rectangle((starts[j] - edge, y - edge, starts[j] + size + edge - 1, y + size + edge - 1),
-                               fill=frame)
+                draw.rectangle(
+                    (starts[j] - edge, y - edge, starts[j] + size + edge - 1, y + size + edge - 1), fill=frame
+                )
             sheet.paste(to_picture(cell, size), (starts[j], y))
             text = captions[i][j] if captions else None
             if text:
@@ -93,7 +96,7 @@ def predictions_figure(rows, size=160, groups=2):
     cells, frames, captions = [], [], []
     for start in range(0, len(rows), groups):
         line, colours, texts = [], [], []
-        for query, found, title in rows[start:start + groups]:
+        for query, found, title in rows[start : start + groups]:
             empty = [None] * (depth - len(found))
             line += [query, *(image for image, _ in found), *empty]
             colours += [None, *(GREEN if correct else RED for _, correct in found), *empty]
@@ -107,7 +110,7 @@ def predictions_figure(rows, size=160, groups=2):
 
 
 def curve_figure(curves, x_title="iteration", y_title="R@1"):
-    """{name: [(x, y), …]} -> matplotlib Figure of lines over axes that begin at 0. Raises ValueError without a point."""
+    """{name: [(x, y), …]} -> matplotlib Figure of lines over axes from 0. Raises ValueError without a point."""
     if not any(np.isfinite(point).all() for curve in curves.values() for point in curve):
         raise ValueError("curve_figure: no points to draw")
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")

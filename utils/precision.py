@@ -11,7 +11,7 @@ def autocast(device, precision):
 
 
 def default_precision(device):
-    """"bf16" where the hardware multiplies in it, else "fp32"."""
+    """ "bf16" where the hardware multiplies in it, else "fp32"."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

@@ -55,16 +55,28 @@ class Run:
         if distributed.rank():
             return
         state = {**self.content(self.model), "loss": self.loss_fn.state_dict()}
-        broken = [name for part in ("model", "loss") for name, value in state[part].items()
-                  if not torch.isfinite(value).all()]
+        broken = [
+            name for part in ("model", "loss") for name, value in state[part].items() if not torch.isfinite(value).all()
+        ]
         if broken:
-            raise RuntimeError(f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the "
-                               f"last good checkpoints stay. A smaller --lr or --precision fp32 may help")
-        save_checkpoint(path, {
-            **state, "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "best": self.best,
-            "validated": self.validated, "skipped": self.skipped,
-            **{name: as_tensors(value) for name, value in self.memory.items()},
-            "args": {key: str(value) for key, value in flags.items()}}, PREVIOUS if path.name == LAST else None)
+            raise RuntimeError(
+                f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the "
+                f"last good checkpoints stay. A smaller --lr or --precision fp32 may help"
+            )
+        save_checkpoint(
+            path,
+            {
+                **state,
+                "optimizer": self.optimizer.state_dict(),
+                "iteration": self.iteration,
+                "best": self.best,
+                "validated": self.validated,
+                "skipped": self.skipped,
+                **{name: as_tensors(value) for name, value in self.memory.items()},
+                "args": {key: str(value) for key, value in flags.items()},
+            },
+            PREVIOUS if path.name == LAST else None,
+        )
 
     def restore(self, checkpoint):
         """Takes over a checkpoint's content, but for the model's weights, which it has already."""
@@ -96,13 +108,22 @@ def as_arrays(value):
 def make_optimizer(model, lr, loss_fn=None, weight_decay=0.0):
     """Adam for all that is trained; fused, because that can leave an update out (see utils.loop.guarded_update)."""
     parameters = [*model.parameters(), *(loss_fn.parameters() if loss_fn else ())]
-    return torch.optim.Adam([each for each in parameters if each.requires_grad], lr=lr, weight_decay=weight_decay,
-                            fused=True)
+    return torch.optim.Adam(
+        [each for each in parameters if each.requires_grad], lr=lr, weight_decay=weight_decay, fused=True
+    )
 
 
 # Flags that change nothing in what a run ends with.
-FREE_FLAGS = {"resume", "log_dir", "log_every", "save_every", "keep_every", "num_workers", "traceback",
-              "process_timeout"}
+FREE_FLAGS = {
+    "resume",
+    "log_dir",
+    "log_every",
+    "save_every",
+    "keep_every",
+    "num_workers",
+    "traceback",
+    "process_timeout",
+}
 
 
 def find_checkpoint(resume, log_dir, config, script):

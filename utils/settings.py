@@ -37,15 +37,15 @@ def add_settings(group, registry):
             texts.append(f"{choice}: {text}" + ("" if default is None else f" (default: {default})"))
     for name, (kind, texts) in flags.items():
         choices = typing.get_args(kind) or None
-        group.add_argument(f"--{name}", type=type(choices[0]) if choices else kind, choices=choices,
-                           help="; ".join(texts))
+        group.add_argument(
+            f"--{name}", type=type(choices[0]) if choices else kind, choices=choices, help="; ".join(texts)
+        )
 
 
 def chosen_settings(args, cls):
     """Parsed flags -> {name: value} for cls: what was given, and the class's own defaults."""
     given = {name: getattr(args, name, None) for name in settings_of(cls)}
-    return {name: default if given[name] is None else given[name]
-            for name, (_, default, _) in settings_of(cls).items()}
+    return {name: default if given[name] is None else given[name] for name, (_, default, _) in settings_of(cls).items()}
 
 
 def make(cls, settings, **known):

@@ -50,7 +50,7 @@ class Strings(Sequence):
 
     def __iter__(self):
         for start in range(0, len(self), 4096):  # a block at a time, so that not all of them exist at once
-            block = self[start:start + 4096]
+            block = self[start : start + 4096]
             texts = map(os.fsdecode, block.column.to_pylist())
             yield from texts if self.rows.ndim == 1 else zip(*[texts] * self.rows.shape[1])
 
@@ -91,7 +91,7 @@ def as_text(column):
 def store(file, tables, state, metadata=None, distinct=()):
     """Writes tables of one schema one after the other, whole or not at all -> whether the folder allowed it.
 
-    state: what JSON holds; `opened` gives it back. metadata: of the schema, dict of bytes. distinct: columns whose values
+    state: what JSON holds; `opened` gives it back. metadata: of the schema, dict of bytes. distinct: those whose values
     hardly repeat; of the others, each value is stored once.
     """
     metadata = {**(metadata or {}), STATE: json.dumps(state).encode()}
@@ -100,8 +100,13 @@ def store(file, tables, state, metadata=None, distinct=()):
             tables = iter(tables)
             first = next(tables)
             repeating = [name for name in first.column_names if name not in distinct]
-            with pq.ParquetWriter(out, first.schema.with_metadata(metadata), compression="zstd",
-                                  use_dictionary=repeating, dictionary_pagesize_limit=1 << 30) as writer:
+            with pq.ParquetWriter(
+                out,
+                first.schema.with_metadata(metadata),
+                compression="zstd",
+                use_dictionary=repeating,
+                dictionary_pagesize_limit=1 << 30,
+            ) as writer:
                 for table in (first, *tables):
                     writer.write_table(table.replace_schema_metadata(metadata))
             start = _footer_start(out)
@@ -167,9 +172,9 @@ def _read_column(parquet, groups, name):
     offsets, data, row = np.zeros(sum(rows) + 1, dtype=np.int32), bytearray(), 0
     for group in groups:
         piece = in_one(parquet.read_row_group(group, [name])[name])
-        ends = np.frombuffer(piece.buffers()[1], dtype=np.int32)[:len(piece) + 1]
-        offsets[row + 1:row + len(ends)] = ends[1:] - ends[0] + len(data)
-        data += memoryview(piece.buffers()[2])[ends[0]:ends[-1]]
+        ends = np.frombuffer(piece.buffers()[1], dtype=np.int32)[: len(piece) + 1]
+        offsets[row + 1 : row + len(ends)] = ends[1:] - ends[0] + len(data)
+        data += memoryview(piece.buffers()[2])[ends[0] : ends[-1]]
         row += len(piece)
     return pa.BinaryArray.from_buffers(pa.binary(), row, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 

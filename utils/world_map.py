@@ -61,5 +61,12 @@ def _place(sheet, point, colour, label="", radius=6):
 
 
 def _text(sheet, place, text, anchor):
-    ImageDraw.Draw(sheet).text(place, text, fill=figures.WHITE, font=ImageFont.load_default(14), anchor=anchor,
-                               stroke_width=2, stroke_fill=figures.BLACK)
+    ImageDraw.Draw(sheet).text(
+        place,
+        text,
+        fill=figures.WHITE,
+        font=ImageFont.load_default(14),
+        anchor=anchor,
+        stroke_width=2,
+        stroke_fill=figures.BLACK,
+    )

@@ -15,11 +15,15 @@ def check_box(box):
     """(south, west, north, east) degrees; west > east spans the antimeridian. Raises ValueError saying what is not."""
     south, west, north, east = box
     if not -90 <= south < north <= 90:
-        raise ValueError(f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST with -90 <= south < north "
-                         f"<= 90; south is {south}, north is {north}")
+        raise ValueError(
+            f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST with -90 <= south < north "
+            f"<= 90; south is {south}, north is {north}"
+        )
     if not (-180 <= west <= 180 and -180 <= east <= 180) or west == east:
-        raise ValueError(f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST, WEST and EAST different "
-                         f"and within ±180 (west > east spans the antimeridian); west is {west}, east is {east}")
+        raise ValueError(
+            f"--bbox {' '.join(map(str, box))}: expected SOUTH WEST NORTH EAST, WEST and EAST different "
+            f"and within ±180 (west > east spans the antimeridian); west is {west}, east is {east}"
+        )
 
 
 def in_box(regions, box):
@@ -55,9 +59,11 @@ def select_regions(zooms, box=None, land_only=True):
     if box is not None:
         regions = regions[in_box(regions, box)]
     if not len(regions):
-        raise ValueError(f"no region{' with land' if land_only else ''} at --zooms {list(zooms)} in --bbox {box}; "
-                         f"choose a larger box{', or --no-land_only' if land_only else ''} (centres lie within "
-                         f"±{MAX_LATITUDE:g} degrees of latitude)")
+        raise ValueError(
+            f"no region{' with land' if land_only else ''} at --zooms {list(zooms)} in --bbox {box}; "
+            f"choose a larger box{', or --no-land_only' if land_only else ''} (centres lie within "
+            f"±{MAX_LATITUDE:g} degrees of latitude)"
+        )
     return regions
 
 
@@ -70,8 +76,10 @@ def image_paths(region, years):
     """(zoom, row, col) -> grid.image_path of each year; numbers are computed once, which counts at 175,000 regions."""
     fields = grid.image_path(*region, years[0]).split("@")  # database/{year}_{zoom}/{tens}/, 14 fields, .jpg
     folder, tens = fields[0].split("/")[0], fields[0].split("/")[2]
-    return ["@".join([f"{folder}/{year:04d}_{region[0]:02d}/{tens}/", *fields[1:10], f"{year:04d}", *fields[11:]])
-            for year in years]
+    return [
+        "@".join([f"{folder}/{year:04d}_{region[0]:02d}/{tens}/", *fields[1:10], f"{year:04d}", *fields[11:]])
+        for year in years
+    ]
 
 
 def add_area_arguments(parser, years=True):
@@ -79,7 +87,13 @@ def add_area_arguments(parser, years=True):
     parser.add_argument("--zooms", type=int, nargs="+", default=[9, 10, 11], help="Web Mercator zooms")
     if years:
         parser.add_argument("--years", type=int, nargs="+", default=list(YEARS), help="one image a region for each")
-    parser.add_argument("--bbox", type=float, nargs=4, metavar=("SOUTH", "WEST", "NORTH", "EAST"),
-                        help="degrees; WEST > EAST spans the antimeridian; default: the whole Earth")
-    parser.add_argument("--land_only", action=argparse.BooleanOptionalAction, default=True,
-                        help="only regions that hold land")
+    parser.add_argument(
+        "--bbox",
+        type=float,
+        nargs=4,
+        metavar=("SOUTH", "WEST", "NORTH", "EAST"),
+        help="degrees; WEST > EAST spans the antimeridian; default: the whole Earth",
+    )
+    parser.add_argument(
+        "--land_only", action=argparse.BooleanOptionalAction, default=True, help="only regions that hold land"
+    )

@@ -55,8 +55,7 @@ def folder_times(root, known=None):
 
 def stale(source, cached):
     """Two stamps -> paths that the cache lacks or holds of another time, and those that the source no longer has."""
-    old = sorted(path for path, time in source.items()
-                 if path not in cached or abs(cached[path] - time) > SAME_TIME_NS)
+    old = sorted(path for path, time in source.items() if path not in cached or abs(cached[path] - time) > SAME_TIME_NS)
     return old, sorted(set(cached) - set(source))
 
 
@@ -69,8 +68,9 @@ def shrink(content_path, size):
     if height == width:  # decoded again at a power-of-two scale, if one is right: sharper and faster than resizing
         return read_pixels(content_path, size)
     scale = size / min(height, width)
-    planes = F.interpolate(pixels.permute(2, 0, 1)[None], (round(height * scale), round(width * scale)),
-                           mode="bicubic", antialias=True)
+    planes = F.interpolate(
+        pixels.permute(2, 0, 1)[None], (round(height * scale), round(width * scale)), mode="bicubic", antialias=True
+    )
     return planes[0].permute(1, 2, 0).contiguous()
 
 
@@ -116,8 +116,10 @@ def make_cache(source, output, size=512, quality=90, num_workers=2):
     """
     source, output = Path(source), Path(output)
     if size < 1 or not 1 <= quality <= 100 or num_workers < 0:
-        raise ValueError(f"--size {size}, --quality {quality}, --num_workers {num_workers}: size is at least 1, "
-                         f"quality 1 to 100, and workers are not negative")
+        raise ValueError(
+            f"--size {size}, --quality {quality}, --num_workers {num_workers}: size is at least 1, "
+            f"quality 1 to 100, and workers are not negative"
+        )
     if not (source / "database").is_dir():
         raise FileNotFoundError(f"{source / 'database'}: no such folder; give the folder of a data set")
     claim(source, output, size, quality)
@@ -135,9 +137,14 @@ def make_cache(source, output, size=512, quality=90, num_workers=2):
     if (source / INTERSECTIONS_FILE).exists():
         shutil.copyfile(source / INTERSECTIONS_FILE, output / INTERSECTIONS_FILE)
     unfit = {os.path.dirname(path) for found in stale(stamps(source), stamps(output)) for path in found}
-    kept = {"source": {folder: UNSETTLED if folder in unfit else each for folder, each in times.items()},
-            "cache": {folder: (state.st_mtime_ns, state.st_ctime_ns) for folder in folder_times(output)
-                      for state in [os.stat(output / folder)]}}
+    kept = {
+        "source": {folder: UNSETTLED if folder in unfit else each for folder, each in times.items()},
+        "cache": {
+            folder: (state.st_mtime_ns, state.st_ctime_ns)
+            for folder in folder_times(output)
+            for state in [os.stat(output / folder)]
+        },
+    }
     with replacing(output / FOLDERS_FILE) as opened:
         opened.write(json.dumps(kept).encode())
     return len(paths) - len(errors), errors
@@ -162,22 +169,32 @@ def cache_note(dataset_path, loaded_size):
     kept = json.loads(kept.read_text()) if kept.exists() else {"source": {}, "cache": {}}
     for root, known in ((info["source"], kept["source"]), (dataset_path, kept["cache"])):
         now = folder_times(root, known)
-        changed |= {folder for folder in {*now, *known}
-                    if known.get(folder) in (None, list(UNSETTLED)) or list(now.get(folder, ())) != known[folder]}
+        changed |= {
+            folder
+            for folder in {*now, *known}
+            if known.get(folder) in (None, list(UNSETTLED)) or list(now.get(folder, ())) != known[folder]
+        }
     old, orphans = stale(stamps(info["source"], changed), stamps(dataset_path, changed))
     if old or orphans:
-        return (f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it "
-                f"up to date: python -m datasets.build cache {info['source']} --size {info['size']} "
-                f"--quality {info['quality']} --output {dataset_path}")
+        return (
+            f"{note}; STALE: {len(old)} images are new, changed or unreadable, {len(orphans)} are gone; bring it "
+            f"up to date: python -m datasets.build cache {info['source']} --size {info['size']} "
+            f"--quality {info['quality']} --output {dataset_path}"
+        )
     return f"{note}, up to date"
 
 
 def add_command(commands, formatter):
-    parser = commands.add_parser("cache", help="a data set made smaller once, so that reading it is fast for ever",
-                                 formatter_class=formatter)
+    parser = commands.add_parser(
+        "cache", help="a data set made smaller once, so that reading it is fast for ever", formatter_class=formatter
+    )
     parser.add_argument("dataset_path", help="folder with database/ and queries/")
-    parser.add_argument("--size", type=positive, default=512,
-                        help="pixels of the shorter side; train.py loads 512 for its default --image_size")
+    parser.add_argument(
+        "--size",
+        type=positive,
+        default=512,
+        help="pixels of the shorter side; train.py loads 512 for its default --image_size",
+    )
     parser.add_argument("--quality", type=positive, default=90, help="of the JPEGs")
     parser.add_argument("--output", help="default: the data set's folder with _SIZE after its name")
     parser.add_argument("--num_workers", type=whole, default=os.cpu_count())

@@ -22,9 +22,12 @@ from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from utils.arguments import positive, whole
 
 NEARLY = 3  # levels of 255, in each band: what compression makes of one colour
-FLAT = {"one": ("images of one colour", PROBLEM),
-        "extreme": ("images that are black or white but for 1 % (ruined by a conversion?)", PROBLEM),
-        "nearly": ("images of one colour but for 1 % (sea with an islet?)", NOTE)}
+FLAT = {
+    "one": ("images of one colour", PROBLEM),
+    "extreme": ("images that are black or white but for 1 % (ruined by a conversion?)", PROBLEM),
+    "nearly": ("images of one colour but for 1 % (sea with an islet?)", NOTE),
+}
+
 
 def list_folder(root):
     """Folder -> paths of the database and of the queries, relative to it, and of other files in them."""
@@ -64,7 +67,7 @@ def flatness(pixels):
     """uint8 (H, W, 3) -> key of FLAT, or None where more than 1 % of the pixels are off the median by more than 3."""
     if all(np.ptp(pixels[..., band]) <= NEARLY for band in range(3)):
         return "one"
-    some = pixels[::-(-len(pixels) // 128), ::-(-pixels.shape[1] // 128)].reshape(-1, 3)  # 16,384 at most
+    some = pixels[:: -(-len(pixels) // 128), :: -(-pixels.shape[1] // 128)].reshape(-1, 3)  # 16,384 at most
     median = np.median(some, axis=0)
     if (np.abs(some - median) <= NEARLY).all(axis=1).mean() < 0.99:
         return None
@@ -80,10 +83,10 @@ def check_images(root, database, queries, size=None, num_workers=2):
     with ThreadPoolExecutor(max(1, num_workers)) as pool, bar:
         seen = []
         for start in range(0, len(paths), 4096):
-            for result in pool.map(look_at, [root / path for path in paths[start:start + 4096]]):
+            for result in pool.map(look_at, [root / path for path in paths[start : start + 4096]]):
                 seen.append(result)
                 bar.update()
-    sizes = Counter(result[0] for result in seen[:len(database)] if not isinstance(result, str))
+    sizes = Counter(result[0] for result in seen[: len(database)] if not isinstance(result, str))
     expected = (size, size) if size else max(sizes, key=sizes.get) if sizes else None
     unreadable, wrong_size, same, digests, flat = [], [], [], {}, {key: [] for key in FLAT}
     for i, (path, result) in enumerate(zip(paths, seen)):
@@ -98,11 +101,12 @@ def check_images(root, database, queries, size=None, num_workers=2):
         if flatness_key != "one" and digests.setdefault(digest, path) != path:
             same.append(f"{path}: as {digests[digest]}")
     wanted = f"{expected[0]} × {expected[1]}" if expected else ""
-    return [Finding("images that cannot be read", PROBLEM, unreadable),
-            Finding(f"database images that are not {wanted} and square", PROBLEM, wrong_size),
-            *[Finding(what, level, flat[key]) for key, (what, level) in FLAT.items()],
-            Finding("images with the very bytes of another", PROBLEM, same),
-            ], {f"{width} × {height}": number for (width, height), number in sizes.most_common()}
+    return [
+        Finding("images that cannot be read", PROBLEM, unreadable),
+        Finding(f"database images that are not {wanted} and square", PROBLEM, wrong_size),
+        *[Finding(what, level, flat[key]) for key, (what, level) in FLAT.items()],
+        Finding("images with the very bytes of another", PROBLEM, same),
+    ], {f"{width} × {height}": number for (width, height), number in sizes.most_common()}
 
 
 def check_positives(root, database, queries):
@@ -118,20 +122,29 @@ def check_positives(root, database, queries):
     gone, absurd, empty = [], [], []
     for query, entries in table.items():
         for entry in entries:
-            if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str)
-                    and 0 < entry[1] <= 1 + 1e-6):
+            if not (
+                isinstance(entry, (tuple, list))
+                and len(entry) == 2
+                and isinstance(entry[0], str)
+                and 0 < entry[1] <= 1 + 1e-6
+            ):
                 absurd.append(f"{query}: {entry!r}")
             elif entry[0].rsplit("/", 1)[-1] not in present:
                 gone.append(f"{query}: {entry[0]}")
         if not entries and query in known:
             empty.append(query)
     remedy = f"python -m datasets.overlap {root} writes {INTERSECTIONS_FILE} anew"
-    return [Finding(f"positives that are not in the database ({remedy})", PROBLEM, gone),
-            Finding("positives that are no (path, IoU from 0 to 1)", PROBLEM, absurd),
-            Finding(f"queries that the intersections file does not list ({remedy})", PROBLEM,
-                    [name for name in names if name not in table]),
-            Finding("listed queries that are not there", PROBLEM, [name for name in table if name not in known]),
-            Finding("queries without a positive (evaluation leaves them out)", NOTE, empty)]
+    return [
+        Finding(f"positives that are not in the database ({remedy})", PROBLEM, gone),
+        Finding("positives that are no (path, IoU from 0 to 1)", PROBLEM, absurd),
+        Finding(
+            f"queries that the intersections file does not list ({remedy})",
+            PROBLEM,
+            [name for name in names if name not in table],
+        ),
+        Finding("listed queries that are not there", PROBLEM, [name for name in table if name not in known]),
+        Finding("queries without a positive (evaluation leaves them out)", NOTE, empty),
+    ]
 
 
 def check(path, names_only=False, size=None, num_workers=2):
@@ -153,10 +166,17 @@ def check(path, names_only=False, size=None, num_workers=2):
         more, sizes = check_images(path, database, queries, size, num_workers)
         findings += more
     years = Counter(query_names.years.tolist())
-    return {"path": str(path), "database": len(database), "queries": len(queries),
-            "zooms": count_zooms(database_names), "query_years": dict(sorted(years.items())), "sizes": sizes,
-            "images_read": is_folder and not names_only, "seconds": round(time.monotonic() - began, 2),
-            "findings": findings}
+    return {
+        "path": str(path),
+        "database": len(database),
+        "queries": len(queries),
+        "zooms": count_zooms(database_names),
+        "query_years": dict(sorted(years.items())),
+        "sizes": sizes,
+        "images_read": is_folder and not names_only,
+        "seconds": round(time.monotonic() - began, 2),
+        "findings": findings,
+    }
 
 
 def problems(report):
@@ -165,13 +185,18 @@ def problems(report):
 
 def to_text(report, show=3):
     """The report for people; up to `show` items of each finding."""
-    lines = [f"{report['path']}: {report['database']:,} database images, {report['queries']:,} queries, "
-             + ("every image read" if report["images_read"] else "names only") + f", {report['seconds']:.1f} s"]
+    lines = [
+        f"{report['path']}: {report['database']:,} database images, {report['queries']:,} queries, "
+        + ("every image read" if report["images_read"] else "names only")
+        + f", {report['seconds']:.1f} s"
+    ]
     years = sorted({year for counts in report["zooms"].values() for year in counts})
     if years:
         lines += ["", f"{'':10}" + "".join(f"{year:>10}" for year in years)]
-        lines += [f"{zoom:10}" + "".join(f"{counts.get(year, 0):>10,}" for year in years)
-                  for zoom, counts in report["zooms"].items()]
+        lines += [
+            f"{zoom:10}" + "".join(f"{counts.get(year, 0):>10,}" for year in years)
+            for zoom, counts in report["zooms"].items()
+        ]
     if report["sizes"]:
         lines.append("sizes: " + ", ".join(f"{size} ({number:,})" for size, number in report["sizes"].items()))
     if report["query_years"]:
@@ -190,13 +215,18 @@ def to_text(report, show=3):
 
 
 def to_json(report):
-    findings = [{"what": finding.what, "level": finding.level, "count": len(finding.items), "items": finding.items}
-                for finding in report["findings"] if finding.items]
+    findings = [
+        {"what": finding.what, "level": finding.level, "count": len(finding.items), "items": finding.items}
+        for finding in report["findings"]
+        if finding.items
+    ]
     return json.dumps({**report, "problems": problems(report), "findings": findings}, indent=1, ensure_ascii=False)
 
 
 def add_command(commands, formatter):
-    parser = commands.add_parser("check", help="what is in a data set, and what is wrong with it", formatter_class=formatter)
+    parser = commands.add_parser(
+        "check", help="what is in a data set, and what is wrong with it", formatter_class=formatter
+    )
     parser.add_argument("path", type=Path, help="folder of a data set, or a text file of names, one a line")
     parser.add_argument("--names_only", action="store_true", help="read no image")
     parser.add_argument("--image_size", type=positive, help="side of a database image; default: what most of them have")

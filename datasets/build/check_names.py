@@ -56,8 +56,18 @@ def parse_names(paths):
     table = parse_paths(Strings(paths).array, wrong)
     columns = Catalogue.from_table("", table)
     paths, ids, dates = list(columns.paths), list(columns.ids), list(Strings(table["timestamp"]))
-    names = Names(paths, columns.footprints, columns.nadirs, columns.areas, columns.orientations, columns.years, ids,
-                  dates, [path.rpartition("/")[0] for path in paths], read_ids(ids))
+    names = Names(
+        paths,
+        columns.footprints,
+        columns.nadirs,
+        columns.areas,
+        columns.orientations,
+        columns.years,
+        ids,
+        dates,
+        [path.rpartition("/")[0] for path in paths],
+        read_ids(ids),
+    )
     return names, [Finding("names that do not parse", PROBLEM, wrong)]
 
 
@@ -90,22 +100,51 @@ def check_queries(names):
     turned = geo.wrap_longitude(names.orientations - corner_orientations(names.footprints))
     crossed = crossing(names.footprints) & ~degenerates if len(names) else degenerates
     return [
-        listed("queries whose timestamp is no date yyyymmdd", PROBLEM, names, _no_date(names.dates),
-               lambda row: f"timestamp {names.dates[row]}"),
+        listed(
+            "queries whose timestamp is no date yyyymmdd",
+            PROBLEM,
+            names,
+            _no_date(names.dates),
+            lambda row: f"timestamp {names.dates[row]}",
+        ),
         Finding("queries with the image id of another", PROBLEM, _repeated(names, names.ids)),
         listed("queries with degenerate corners: they can have no positive", PROBLEM, names, degenerates),
         listed("queries whose corners cross over", PROBLEM, names, crossed),
-        listed("queries whose area does not fit their corners", PROBLEM, names, areas_wrong & ~degenerates,
-               lambda row: f"sq_km_area {names.areas[row]:.0f}, the corners have {areas[row]:.0f}"),
-        listed(f"queries with their nadir more than {MAX_NADIR_KM:,} km from their centre: beyond the horizon", PROBLEM,
-               names, _by_size(distances, distances > MAX_NADIR_KM), lambda row: f"{distances[row]:,.0f} km"),
-        listed("queries with an orientation beyond -180 … 360", PROBLEM, names,
-               (names.orientations < -180) | (names.orientations > 360)),
-        listed(f"queries whose orientation and corners differ by more than {MAX_TURN:g} degrees (not used by training "
-               "or evaluation)", PROBLEM, names, (np.abs(turned) > MAX_TURN) & ~degenerates & ~crossed,
-               lambda row: f"orientation {names.orientations[row]:g}, off by {turned[row]:.0f}"),
-        listed("queries with a negative orientation", NOTE, names, names.orientations < 0,
-               lambda row: f"{names.orientations[row]:g}"),
+        listed(
+            "queries whose area does not fit their corners",
+            PROBLEM,
+            names,
+            areas_wrong & ~degenerates,
+            lambda row: f"sq_km_area {names.areas[row]:.0f}, the corners have {areas[row]:.0f}",
+        ),
+        listed(
+            f"queries with their nadir more than {MAX_NADIR_KM:,} km from their centre: beyond the horizon",
+            PROBLEM,
+            names,
+            _by_size(distances, distances > MAX_NADIR_KM),
+            lambda row: f"{distances[row]:,.0f} km",
+        ),
+        listed(
+            "queries with an orientation beyond -180 … 360",
+            PROBLEM,
+            names,
+            (names.orientations < -180) | (names.orientations > 360),
+        ),
+        listed(
+            f"queries whose orientation and corners differ by more than {MAX_TURN:g} degrees (not used by training "
+            "or evaluation)",
+            PROBLEM,
+            names,
+            (np.abs(turned) > MAX_TURN) & ~degenerates & ~crossed,
+            lambda row: f"orientation {names.orientations[row]:g}, off by {turned[row]:.0f}",
+        ),
+        listed(
+            "queries with a negative orientation",
+            NOTE,
+            names,
+            names.orientations < 0,
+            lambda row: f"{names.orientations[row]:g}",
+        ),
     ]
 
 
@@ -173,15 +212,27 @@ def check_database(names):
     return [
         listed("database images whose id is not zoom_row_col (no region of the grid)", NOTE, names, ~known),
         listed("database images whose corners are not those of their zoom_row_col", PROBLEM, names, off_grid),
-        listed("database images whose area does not fit their corners", PROBLEM, names, areas_wrong,
-               lambda row: f"sq_km_area {names.areas[row]:.0f}, the corners have {areas[row]:.0f}"),
-        listed("database images whose centre does not fit their corners", PROBLEM, names,
-               np.abs(shift).max(axis=1, initial=0) > COORDINATE_TOLERANCE,
-               lambda row: f"the corners' is {centers[row, 0]:.5f}, {centers[row, 1]:.5f}"),
+        listed(
+            "database images whose area does not fit their corners",
+            PROBLEM,
+            names,
+            areas_wrong,
+            lambda row: f"sq_km_area {names.areas[row]:.0f}, the corners have {areas[row]:.0f}",
+        ),
+        listed(
+            "database images whose centre does not fit their corners",
+            PROBLEM,
+            names,
+            np.abs(shift).max(axis=1, initial=0) > COORDINATE_TOLERANCE,
+            lambda row: f"the corners' is {centers[row, 0]:.5f}, {centers[row, 1]:.5f}",
+        ),
         listed("database images in a folder that does not fit their name", PROBLEM, names, misplaced, expected),
         listed("database images with an orientation other than 0", PROBLEM, names, names.orientations != 0),
-        Finding("database images of a region and year that is there already", PROBLEM,
-                _repeated(names, zip(names.ids, names.years.tolist()))),
+        Finding(
+            "database images of a region and year that is there already",
+            PROBLEM,
+            _repeated(names, zip(names.ids, names.years.tolist())),
+        ),
         missing_years(names),
     ]
 
@@ -205,6 +256,7 @@ def wrong_folders(names, centers):
         lat10, lon10 = (round(value / 10) * 10 for value in centers[row].tolist())
         zoom = f"{zooms[row]:02d}" if zooms[row] >= 0 else "ZOOM"
         return f"belongs into database/{names.years[row]}_{zoom}/{lat10}_{lon10}"
+
     return wrong & ~np.isnan(said[:, 0]), expected
 
 
@@ -217,8 +269,11 @@ def missing_years(names):
     there[rows, np.searchsorted(years, names.years)] = True
     ids = list(number)
     lacking = sorted(np.flatnonzero(~there.all(axis=1)).tolist(), key=ids.__getitem__)
-    return Finding("regions without an image of each year (training leaves them out)", PROBLEM,
-                   [f"{ids[row]}: without {', '.join(map(str, years[~there[row]].tolist()))}" for row in lacking])
+    return Finding(
+        "regions without an image of each year (training leaves them out)",
+        PROBLEM,
+        [f"{ids[row]}: without {', '.join(map(str, years[~there[row]].tolist()))}" for row in lacking],
+    )
 
 
 def count_zooms(names):

@@ -24,8 +24,12 @@ from utils import geo
 
 VERSION = 1  # raise when the same parameters begin to give other pictures
 BLUE_MARBLE = Path(__file__).parent / "blue_marble"
-MOSAICS = {2018: BLUE_MARBLE / "bmng_january_2048.jpg", 2019: BLUE_MARBLE / "bmng_may_2048.jpg",
-           2020: BLUE_MARBLE / "bmng_august_2048.jpg", 2021: BLUE_MARBLE / "bmng_5400.jpg"}
+MOSAICS = {
+    2018: BLUE_MARBLE / "bmng_january_2048.jpg",
+    2019: BLUE_MARBLE / "bmng_may_2048.jpg",
+    2020: BLUE_MARBLE / "bmng_august_2048.jpg",
+    2021: BLUE_MARBLE / "bmng_5400.jpg",
+}
 QUERY_MOSAIC = BLUE_MARBLE / "bmng_other_month_4096.jpg"
 MIN_LAND = 0.1
 FIGURE = Path("figures") / "demo_world.jpg"
@@ -38,13 +42,24 @@ def read_mosaic(path):
     mosaic = read_image(path)
     height, width = mosaic.shape[1:]
     if width != 2 * height:
-        raise ValueError(f"{path}: {width} × {height} pixels; a mosaic is equirectangular, 180 W to 180 E and 90 N to "
-                         f"90 S, so exactly twice as wide as high: crop or resize it to {width} × {width // 2}")
+        raise ValueError(
+            f"{path}: {width} × {height} pixels; a mosaic is equirectangular, 180 W to 180 E and 90 N to "
+            f"90 S, so exactly twice as wide as high: crop or resize it to {width} × {width // 2}"
+        )
     return mosaic
 
 
-def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, num_workers=2, mosaics=None,
-               query_mosaic=None, photos="full"):
+def build_demo(
+    output,
+    seed=0,
+    num_queries=2400,
+    zooms=(7, 8),
+    image_size=256,
+    num_workers=2,
+    mosaics=None,
+    query_mosaic=None,
+    photos="full",
+):
     """Renders the demo world into folder `output` -> number of images made now (0 when all were there).
 
     mosaics: {year: file} for any of the four years, the others from blue_marble/. Every image depends on the seed and
@@ -55,8 +70,10 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
     mosaics = {**MOSAICS, **(mosaics or {})}
     query_mosaic = query_mosaic or QUERY_MOSAIC
     if seed < 0 or num_queries < 0 or image_size < 1 or num_workers < 0:
-        raise ValueError(f"seed {seed}, num_queries {num_queries}, image_size {image_size}, num_workers {num_workers}: "
-                         f"none can be negative, and image_size is at least 1")
+        raise ValueError(
+            f"seed {seed}, num_queries {num_queries}, image_size {image_size}, num_workers {num_workers}: "
+            f"none can be negative, and image_size is at least 1"
+        )
     if set(mosaics) != set(YEARS):
         raise ValueError(f"--mosaics: years {sorted(set(mosaics) - set(YEARS))}; only {YEARS} are years of a data set")
     if not zooms or min(zooms) < 2 or max(zooms) > 15:
@@ -64,10 +81,14 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; name a folder for the data set")
     parameters = {
-        "version": VERSION, "seed": seed, "num_queries": num_queries, "zooms": sorted(set(zooms)),
+        "version": VERSION,
+        "seed": seed,
+        "num_queries": num_queries,
+        "zooms": sorted(set(zooms)),
         "image_size": image_size,
         "mosaics": {str(year): fingerprint(mosaics[year]) for year in YEARS},
-        "query_mosaic": fingerprint(query_mosaic), "photos": photos,
+        "query_mosaic": fingerprint(query_mosaic),
+        "photos": photos,
     }
     plan = read_plan(output, parameters)
     if plan is None:
@@ -76,17 +97,29 @@ def build_demo(output, seed=0, num_queries=2400, zooms=(7, 8), image_size=256, n
         plan = _make_plan(parameters)
         write_plan(output, plan)
 
-    queries = [demo_world.Query(index, group, Camera(**{**camera, "nadir": tuple(camera["nadir"]),
-                                                        "sensor_mm": tuple(camera["sensor_mm"])}), date)
-               for index, group, camera, date in plan["queries"]]
+    queries = [
+        demo_world.Query(
+            index,
+            group,
+            Camera(**{**camera, "nadir": tuple(camera["nadir"]), "sensor_mm": tuple(camera["sensor_mm"])}),
+            date,
+        )
+        for index, group, camera, date in plan["queries"]
+    ]
     jobs = [(grid.image_path(*region, year), ("region", year, region)) for year in YEARS for region in plan["regions"]]
     jobs += [(f"queries/{demo_world.query_name(query, seed)}", ("query", None, query)) for query in queries]
     missing = [job for job in jobs if not (output / job[0]).exists()]
     # Long jobs first, so that no worker is left with them at the end.
     missing.sort(key=lambda job: job[1][0])
     setup = (output, {**mosaics, None: query_mosaic}, image_size, seed, photos)
-    for _ in tqdm(_run(missing, setup, num_workers), total=len(missing), desc="demo world", unit="image",
-                  disable=not missing, mininterval=0.5):
+    for _ in tqdm(
+        _run(missing, setup, num_workers),
+        total=len(missing),
+        desc="demo world",
+        unit="image",
+        disable=not missing,
+        mininterval=0.5,
+    ):
         pass
 
     _finish(output, jobs, changed=bool(missing))
@@ -98,10 +131,15 @@ def _make_plan(parameters):
     corners = grid.footprints(regions)
     centers = geo.centers(corners)
     radii = geo.distance_km(centers[:, None], corners).max(axis=1)
-    queries = [demo_world.plan_query(parameters["seed"], index, (centers, radii), grid.is_land)
-               for index in tqdm(range(parameters["num_queries"]), desc="cameras", unit="query", mininterval=0.5)]
-    return {"parameters": parameters, "regions": regions.tolist(),
-            "queries": [(query.index, query.group, dataclasses.asdict(query.camera), query.date) for query in queries]}
+    queries = [
+        demo_world.plan_query(parameters["seed"], index, (centers, radii), grid.is_land)
+        for index in tqdm(range(parameters["num_queries"]), desc="cameras", unit="query", mininterval=0.5)
+    ]
+    return {
+        "parameters": parameters,
+        "regions": regions.tolist(),
+        "queries": [(query.index, query.group, dataclasses.asdict(query.camera), query.date) for query in queries],
+    }
 
 
 class _Renderer:
@@ -176,7 +214,7 @@ def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
     kinds = [groups[int(queries.ids[i].rsplit("-", 1)[1])] for i in in_order]
     # One of every group, so that all kinds show, then the first ones as they come.
     firsts = [in_order[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
-    turns = (firsts + [i for i in in_order if i not in firsts])[:rows * blocks]
+    turns = (firsts + [i for i in in_order if i not in firsts])[: rows * blocks]
     width = round(cell * 1.5)
     block, height = width + 4 * cell + 24, cell + 18
     sheet = Image.new("RGB", (blocks * block, 20 + height * rows), "white")
@@ -195,8 +233,10 @@ def contact_sheet(root, queries, table, groups, rows=10, blocks=2, cell=150):
             for k, year in enumerate(reversed(YEARS)):
                 place = (left + width + 4 + k * (cell + 2), top)
                 _paste(sheet, Path(root) / grid.image_path(*region, year), place, (cell, cell))
-            label += (f"north {queries.orientations[i]:+.0f} deg clockwise of up; {len(positives)} positives, "
-                      f"best IoU {iou:.2f}")
+            label += (
+                f"north {queries.orientations[i]:+.0f} deg clockwise of up; {len(positives)} positives, "
+                f"best IoU {iou:.2f}"
+            )
         else:
             label += "no positive"
         draw.text((left + 2, top + cell + 2), label, fill="black")
@@ -216,23 +256,44 @@ def _year_and_file(text):
 
 
 def add_command(commands, formatter):
-    parser = commands.add_parser("demo", help="the demo world, rendered from mosaics of Earth", formatter_class=formatter)
+    parser = commands.add_parser(
+        "demo", help="the demo world, rendered from mosaics of Earth", formatter_class=formatter
+    )
     parser.add_argument("output", help="folder of the data set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_queries", type=int, default=2400)
     parser.add_argument("--zooms", type=int, nargs="+", default=[7, 8], help="Web Mercator zooms of the database")
     parser.add_argument("--image_size", type=int, default=256, help="side of a database image, pixels")
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--mosaics", type=_year_and_file, nargs="+", default=[], metavar="YEAR=FILE",
-                      help="equirectangular pictures of Earth in place of blue_marble/'s")
+    parser.add_argument(
+        "--mosaics",
+        type=_year_and_file,
+        nargs="+",
+        default=[],
+        metavar="YEAR=FILE",
+        help="equirectangular pictures of Earth in place of blue_marble/'s",
+    )
     parser.add_argument("--query_mosaic", default=str(QUERY_MOSAIC), metavar="FILE", help="what the queries show")
-    parser.add_argument("--photos", choices=demo_world.PHOTOS, default="full",
-                      help="full: queries as an astronaut would take them; hazy: without clouds; clear: without air, "
-                           "camera and clouds, for telling what makes them hard")
+    parser.add_argument(
+        "--photos",
+        choices=demo_world.PHOTOS,
+        default="full",
+        help="full: queries as an astronaut would take them; hazy: without clouds; clear: without air, "
+        "camera and clouds, for telling what makes them hard",
+    )
     parser.set_defaults(command_main=main)
 
 
 def main(args):
-    made = build_demo(args.output, args.seed, args.num_queries, args.zooms, args.image_size, args.num_workers,
-                      dict(args.mosaics), args.query_mosaic, args.photos)
+    made = build_demo(
+        args.output,
+        args.seed,
+        args.num_queries,
+        args.zooms,
+        args.image_size,
+        args.num_workers,
+        dict(args.mosaics),
+        args.query_mosaic,
+        args.photos,
+    )
     return f"{args.output}: {made:,} images made now; look at {Path(args.output) / FIGURE}"

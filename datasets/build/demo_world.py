@@ -60,9 +60,14 @@ def query_name(query, seed):
     corners = np.round(corners, 6) + 0.0
     area = int(round(float(grid.quadrilateral_area(geo.unwrap_footprints(corners)))))
     nadir = tuple((np.round(query.camera.nadir, 1) + 0.0).tolist())
-    return ImageName(footprint=tuple(map(tuple, corners.tolist())),
-                     image_id=f"DEMO{seed % 100:02d}-E-{query.index:05d}", timestamp=query.date, nadir=nadir, area=area,
-                     orientation=round(orientation(query.camera), 1) + 0.0)
+    return ImageName(
+        footprint=tuple(map(tuple, corners.tolist())),
+        image_id=f"DEMO{seed % 100:02d}-E-{query.index:05d}",
+        timestamp=query.date,
+        nadir=nadir,
+        area=area,
+        orientation=round(orientation(query.camera), 1) + 0.0,
+    )
 
 
 # ---- planning: which photos are taken ----
@@ -87,8 +92,10 @@ def _draw_nadir(rng, center, radius_km):
             lat0, lon0 = np.radians(center)
             sin_lat = np.sin(lat0) * np.cos(angle) + np.cos(lat0) * np.sin(angle) * np.cos(bearing)
             lat = np.degrees(np.arcsin(np.clip(sin_lat, -1, 1)))
-            lon = np.degrees(lon0 + np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat0),
-                                               np.cos(angle) - np.sin(lat0) * sin_lat))
+            lon = np.degrees(
+                lon0
+                + np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat0), np.cos(angle) - np.sin(lat0) * sin_lat)
+            )
         if abs(lat) <= MAX_NADIR_LATITUDE:
             return float(lat), float(geo.wrap_longitude(lon))
 
@@ -264,8 +271,12 @@ def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
     # Air between: its path grows as 1 / cos(incidence) with the slant; blue scatters most.
     # So smooth that a few points will do.
     coarse = 1 / incidence(camera, *np.meshgrid(np.linspace(0, 1, 25), np.linspace(0, 1, 17)))
-    path = F.interpolate(torch.from_numpy(coarse.clip(max=8).astype(np.float32))[None, None], light.shape[1:],
-                         mode="bilinear", align_corners=True)[0, 0]
+    path = F.interpolate(
+        torch.from_numpy(coarse.clip(max=8).astype(np.float32))[None, None],
+        light.shape[1:],
+        mode="bilinear",
+        align_corners=True,
+    )[0, 0]
     depth = torch.tensor([0.055, 0.08, 0.14])[:, None, None] * float(rng.lognormal(0, 0.35)) * path
     airlight = torch.tensor([0.17, 0.24, 0.36])[:, None, None]
     light = light * torch.exp(-depth) + airlight * (1 - torch.exp(-depth))
@@ -278,7 +289,8 @@ def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
     light = light * balance * exposure * (1 - corner * radius)
 
     light = light + torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32)) * (
-        float(rng.uniform(0.002, 0.012)) * (light.clamp(min=0) + 0.02).sqrt())
+        float(rng.uniform(0.002, 0.012)) * (light.clamp(min=0) + 0.02).sqrt()
+    )
     tone = 1 - torch.exp(-1.7 * light.clamp(min=0))  # a soft shoulder, so that clouds do not clip hard
     tone = tone ** (1 / float(rng.uniform(1.9, 2.4)))
     contrast, saturation = float(rng.uniform(0.9, 1.3)), float(rng.uniform(0.8, 1.2))

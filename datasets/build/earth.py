@@ -44,11 +44,18 @@ def open_raster(path):
         raise ValueError(f"--raster {path}: cannot be read as a raster ({error})") from error
     around = 2 * MERCATOR_HALF / source.transform.a
     if source.crs is None or source.crs.to_epsg() != 3857 or source.count < 3 or source.dtypes[0] != "uint8":
-        raise ValueError(f"--raster {path}: expected three bands of uint8 in Web Mercator (EPSG:3857); other rasters go "
-                         f"through `python -m datasets.build raster`, or gdalwarp -t_srs EPSG:3857")
-    if abs(around - round(around)) > 1e-3 * around / source.width or abs(source.transform.a + source.transform.e) > 1e-6:
-        raise ValueError(f"--raster {path}: {around:.2f} of its pixels go around the Earth; they must be square, and a "
-                         f"whole number of them")
+        raise ValueError(
+            f"--raster {path}: expected three bands of uint8 in Web Mercator (EPSG:3857); other rasters go "
+            f"through `python -m datasets.build raster`, or gdalwarp -t_srs EPSG:3857"
+        )
+    if (
+        abs(around - round(around)) > 1e-3 * around / source.width
+        or abs(source.transform.a + source.transform.e) > 1e-6
+    ):
+        raise ValueError(
+            f"--raster {path}: {around:.2f} of its pixels go around the Earth; they must be square, and a "
+            f"whole number of them"
+        )
     return source, round(around)
 
 
@@ -58,8 +65,10 @@ def windows(source, around, regions):
     tile = around / 2.0**zoom
     if len(tile) and (tile.min() * grid.TILES < MIN_SIDE or (tile % 1).any()):
         finest = int(np.floor(np.log2(around * grid.TILES / MIN_SIDE)))
-        raise ValueError(f"--zooms {sorted(set(zoom.tolist()))}: at zoom {zoom[tile.argmin()]} a region would show "
-                         f"{tile.min() * grid.TILES:g} of the raster's pixels; zooms up to {finest} can be built")
+        raise ValueError(
+            f"--zooms {sorted(set(zoom.tolist()))}: at zoom {zoom[tile.argmin()]} a region would show "
+            f"{tile.min() * grid.TILES:g} of the raster's pixels; zooms up to {finest} can be built"
+        )
     left = col * tile - round((source.transform.c + MERCATOR_HALF) / source.transform.a)
     top = row * tile - round((MERCATOR_HALF - source.transform.f) / source.transform.a)
     return np.stack([left, top, grid.TILES * tile], axis=1).astype(np.int64)
@@ -72,8 +81,10 @@ def month_ratio(folder, month):
         path = Path(folder) / f"{each:02d}.jpg"
         mosaic = read_image(path)
         if mosaic.shape[2] != 2 * mosaic.shape[1]:
-            raise ValueError(f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
-                             f"the whole Earth, so exactly twice as wide as high")
+            raise ValueError(
+                f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
+                f"the whole Earth, so exactly twice as wide as high"
+            )
         pad = int(4 * SMOOTH)
         padded = F.pad(F.pad(mosaic[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
         blurred = gaussian_blur2d(padded, 2 * pad + 1, (SMOOTH, SMOOTH))
@@ -149,13 +160,17 @@ def build_earth(output, raster, months_folder, regions, months=MONTHS, image_siz
     """regions (N, 3) rows of the grid -> Counter of images made now, and there already. A second run goes on.
 
     raster: file in Web Mercator. months_folder: 01.jpg … 12.jpg of the whole Earth. months: one for each of YEARS.
-    image_size: pixels a side; None: the raster's own, so that each zoom has another. Raises ValueError, FileNotFoundError.
+    image_size: pixels a side; None: the raster's own, so that each zoom has another. ValueError, FileNotFoundError.
     """
     output = Path(output)
     source, around = open_raster(raster)
     places = windows(source, around, regions)
-    inside = ((places[:, 0] >= 0) & (places[:, 1] >= 0) & (places[:, 0] + places[:, 2] <= source.width)
-              & (places[:, 1] + places[:, 2] <= source.height))
+    inside = (
+        (places[:, 0] >= 0)
+        & (places[:, 1] >= 0)
+        & (places[:, 0] + places[:, 2] <= source.width)
+        & (places[:, 1] + places[:, 2] <= source.height)
+    )
     # Along the raster's rows of blocks, so that each block is decoded about once.
     block = source.block_shapes[0][0]
     order = np.lexsort((places[:, 0] // block, places[:, 1] // block))
@@ -167,9 +182,11 @@ def build_earth(output, raster, months_folder, regions, months=MONTHS, image_siz
             np.save(ratios[month], month_ratio(months_folder, month))
         setup = (output, raster, ratios, months, image_size, quality)
         counts = Counter(made=0, outside=int((~inside).sum()))
-        chunks = [[tuple(region) for region in jobs[start:start + 64]] for start in range(0, len(jobs), 64)]
-        with multiprocessing.get_context("spawn").Pool(max(1, num_workers), _start_worker, setup) as pool, \
-                tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar:
+        chunks = [[tuple(region) for region in jobs[start : start + 64]] for start in range(0, len(jobs), 64)]
+        with (
+            multiprocessing.get_context("spawn").Pool(max(1, num_workers), _start_worker, setup) as pool,
+            tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar,
+        ):
             for made in pool.imap(_work, chunks):
                 counts["made"] += sum(made)
                 bar.update(len(YEARS) * len(made))
@@ -185,13 +202,23 @@ def sample_of(regions, count, seed):
 
 
 def add_command(commands, formatter):
-    parser = commands.add_parser("earth", help="the Earth at true scale, from a Web Mercator raster and monthly mosaics",
-                                 formatter_class=formatter)
+    parser = commands.add_parser(
+        "earth",
+        help="the Earth at true scale, from a Web Mercator raster and monthly mosaics",
+        formatter_class=formatter,
+    )
     parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
     parser.add_argument("--raster", type=Path, required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
     parser.add_argument("--months", type=Path, required=True, metavar="FOLDER", help="01.jpg … 12.jpg, equirectangular")
-    parser.add_argument("--seasons", type=int, nargs=len(YEARS), default=list(MONTHS), choices=range(1, 13),
-                        metavar="MONTH", help=f"the months that stand for the years {YEARS[0]} to {YEARS[-1]}")
+    parser.add_argument(
+        "--seasons",
+        type=int,
+        nargs=len(YEARS),
+        default=list(MONTHS),
+        choices=range(1, 13),
+        metavar="MONTH",
+        help=f"the months that stand for the years {YEARS[0]} to {YEARS[-1]}",
+    )
     parser.add_argument("--image_size", type=int, help="pixels a side; default: the raster's own at each zoom")
     parser.add_argument("--regions", type=int, metavar="N", help="only so many, drawn by --seed; default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -204,14 +231,37 @@ def add_command(commands, formatter):
 def main(args):
     if args.image_size is not None and args.image_size < MIN_SIDE:
         raise ValueError(f"--image_size {args.image_size}: at least {MIN_SIDE}")
-    parameters = {"version": VERSION, "kind": "earth", "raster": fingerprint(args.raster), "zooms": sorted(set(args.zooms)),
-                  "months": {f"{m:02d}": fingerprint(args.months / f"{m:02d}.jpg")["sha256"] for m in sorted({*args.seasons, RASTER_MONTH})},
-                  "seasons": args.seasons, "image_size": args.image_size, "bbox": args.bbox, "regions": args.regions,
-                  "seed": args.seed, "land_only": args.land_only, "quality": args.quality}
+    parameters = {
+        "version": VERSION,
+        "kind": "earth",
+        "raster": fingerprint(args.raster),
+        "zooms": sorted(set(args.zooms)),
+        "months": {
+            f"{m:02d}": fingerprint(args.months / f"{m:02d}.jpg")["sha256"]
+            for m in sorted({*args.seasons, RASTER_MONTH})
+        },
+        "seasons": args.seasons,
+        "image_size": args.image_size,
+        "bbox": args.bbox,
+        "regions": args.regions,
+        "seed": args.seed,
+        "land_only": args.land_only,
+        "quality": args.quality,
+    }
     if read_plan(args.output, parameters) is None:
         write_plan(args.output, {"parameters": parameters})
     regions = sample_of(select_regions(args.zooms, args.bbox, args.land_only), args.regions, args.seed)
-    counts = build_earth(args.output, args.raster, args.months, regions, tuple(args.seasons), args.image_size,
-                         args.quality, args.num_workers)
-    return (f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['outside']:,} "
-            f"regions lie outside the raster")
+    counts = build_earth(
+        args.output,
+        args.raster,
+        args.months,
+        regions,
+        tuple(args.seasons),
+        args.image_size,
+        args.quality,
+        args.num_workers,
+    )
+    return (
+        f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['outside']:,} "
+        f"regions lie outside the raster"
+    )

@@ -71,12 +71,16 @@ def read_csv(path, text):
     names = [name.strip().lower() for name in header]
     unknown = [name for name in names if name not in COLUMNS]
     if "path" not in names or "date" not in names:
-        raise ValueError(f"{path}, line 1: expected a header with path, date, and {CORNER_FIELDS[0]} … "
-                         f"{CORNER_FIELDS[-1]} or lat, lon, size_km, separated by commas; "
-                         f"found {', '.join(names) or 'nothing'}")
+        raise ValueError(
+            f"{path}, line 1: expected a header with path, date, and {CORNER_FIELDS[0]} … "
+            f"{CORNER_FIELDS[-1]} or lat, lon, size_km, separated by commas; "
+            f"found {', '.join(names) or 'nothing'}"
+        )
     if unknown or len(set(names)) < len(names):
-        raise ValueError(f"{path}, line 1: column {(unknown or names)[0]!r} is unknown or there twice; columns are "
-                         f"{', '.join(COLUMNS)}")
+        raise ValueError(
+            f"{path}, line 1: column {(unknown or names)[0]!r} is unknown or there twice; columns are "
+            f"{', '.join(COLUMNS)}"
+        )
     rows, reader = [], csv.reader(lines)
     next(reader)
     for fields in reader:
@@ -93,11 +97,15 @@ def read_geojson(path, text):
     """Features with a Polygon of four corners, or a Point and size_km; coordinates are lon, lat, as in GeoJSON."""
     try:
         features = json.loads(text)["features"]
-        features = [(feature["properties"] or {}, feature["geometry"]["type"], feature["geometry"]["coordinates"])
-                    for feature in features]
+        features = [
+            (feature["properties"] or {}, feature["geometry"]["type"], feature["geometry"]["coordinates"])
+            for feature in features
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no GeoJSON FeatureCollection whose features have properties and a geometry "
-                         f"({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path}: is no GeoJSON FeatureCollection whose features have properties and a geometry "
+            f"({type(error).__name__}: {error})"
+        ) from error
     rows = []
     for number, (properties, kind, coordinates) in enumerate(features, start=1):
         place = f"{path}, feature {number}"
@@ -111,11 +119,14 @@ def read_geojson(path, text):
                 corners = corners[:-1] if corners[0] == corners[-1] else corners
                 if len(corners) != 4:
                     raise ValueError(f"{place}, geometry: a Polygon of {len(corners)} corners, expected 4")
-                columns |= {name: str(value) for name, value in
-                            zip(CORNER_FIELDS, (value for lon, lat in corners for value in (lat, lon)))}
+                columns |= {
+                    name: str(value)
+                    for name, value in zip(CORNER_FIELDS, (value for lon, lat in corners for value in (lat, lon)))
+                }
             else:
-                raise ValueError(f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and "
-                                 f"size_km")
+                raise ValueError(
+                    f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and size_km"
+                )
         except (TypeError, IndexError) as error:
             raise ValueError(f"{place}, geometry: coordinates are not those of a {kind}") from error
         rows.append(Row(place, columns))
@@ -187,8 +198,11 @@ def plan_image(row, folder, is_query):
     source, is_jpeg = source_of(row, folder, is_query)
     for column in ("azimuth", "orientation"):
         if not is_query and row.number(column, 0.0) % 360:
-            raise row.error(column, f"is {row.columns[column]}; database images are north-up: leave it out or 0, turn "
-                                    f"the picture first, or build it from a GeoTIFF (datasets.build raster)")
+            raise row.error(
+                column,
+                f"is {row.columns[column]}; database images are north-up: leave it out or 0, turn "
+                f"the picture first, or build it from a GeoTIFF (datasets.build raster)",
+            )
     corners, date = footprint_of(row), date_of(row, is_query)
     corners = np.round(corners, 6 if is_query else 5) + 0.0  # no -0.0
     center = geo.centers(corners)
@@ -203,8 +217,14 @@ def plan_image(row, folder, is_query):
     own = f"OWN-{zlib.crc32(corners.tobytes()):08x}" if not is_query else source.stem
     image_id = re.sub(r"[@/\\\s]+", "-", row.columns.get("id", "") or own)
     turn = row.number("orientation", float(corner_orientations(corners[None])[0])) if is_query else 0.0
-    name = ImageName(tuple(map(tuple, corners.tolist())), image_id, date, nadir,
-                     int(grid.quadrilateral_area(ring(corners[None]))[0]), turn)
+    name = ImageName(
+        tuple(map(tuple, corners.tolist())),
+        image_id,
+        date,
+        nadir,
+        int(grid.quadrilateral_area(ring(corners[None]))[0]),
+        turn,
+    )
     if is_query:
         return source, is_jpeg, f"queries/{name}"
     # A region of the public data set is 4 tiles wide; the zoom says only which folder, and goes by the width.
@@ -223,15 +243,21 @@ def plan_images(rows, folder, is_query):
             name = ImageName.parse(image[2])
             key = (name.image_id, name.timestamp if not is_query else "")
             if seen.setdefault(key, row.place) != row.place:
-                raise row.error("id", f"{name.image_id} is that of {seen[key]} already; give each image its own"
-                                + ("" if is_query else " (one id for the years of one region)"))
+                raise row.error(
+                    "id",
+                    f"{name.image_id} is that of {seen[key]} already; give each image its own"
+                    + ("" if is_query else " (one id for the years of one region)"),
+                )
             images.append(image)
         except ValueError as error:
             errors.append(str(error))
     if errors:
         more = [f"… and {len(errors) - MAX_ERRORS} more"] if len(errors) > MAX_ERRORS else []
-        raise ValueError("\n  ".join([f"{len(errors)} of {len(rows)} rows cannot be used, nothing was written:",
-                                      *errors[:MAX_ERRORS], *more]))
+        raise ValueError(
+            "\n  ".join(
+                [f"{len(errors)} of {len(rows)} rows cannot be used, nothing was written:", *errors[:MAX_ERRORS], *more]
+            )
+        )
     return images
 
 
@@ -253,8 +279,10 @@ def build_own(output, list_file, is_query, link=False):
     for source, is_jpeg, path in images:
         place(source, is_jpeg, output / path, link)
     if not ((output / "queries").is_dir() and any(output.glob(f"database/{DATABASE_YEAR}_*"))):
-        return len(images), (f"evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
-                             f"another list, or from datasets.build tiles or raster")
+        return len(images), (
+            f"evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
+            f"another list, or from datasets.build tiles or raster"
+        )
     queries, database = Catalogue.read(output, "queries"), Catalogue.read(output, "database", DATABASE_YEAR)
     table = intersections_table(queries, database)
     save_intersections(output / INTERSECTIONS_FILE, table)
@@ -264,11 +292,14 @@ def build_own(output, list_file, is_query, link=False):
 
 def add_command(commands, formatter):
     parser = commands.add_parser(
-        "own", help="your own images, from a CSV or GeoJSON list", formatter_class=formatter,
+        "own",
+        help="your own images, from a CSV or GeoJSON list",
+        formatter_class=formatter,
         description="Columns (GeoJSON: properties and geometry): path, date; lat1 lon1 … lat4 lon4 around the image, "
         "or lat lon size_km (or width_km height_km, and azimuth of the image's up); and if known nadir_lat nadir_lon "
         "orientation id zoom. A database image is north-up, its date can be a year; one id for the years of a region. "
-        "What is no JPEG becomes one: transparency over black, 65,535 of 16 bits white; other depths are refused.")
+        "What is no JPEG becomes one: transparency over black, 65,535 of 16 bits white; other depths are refused.",
+    )
     parser.add_argument("output", type=Path, help="folder of the data set; can hold one already")
     parser.add_argument("--list", required=True, type=Path, metavar="FILE", help=".csv, .geojson or .json")
     parser.add_argument("--as", required=True, choices=("queries", "database"), dest="kind")

@@ -33,11 +33,16 @@ def read_plan(output, parameters):
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete the folder {output} and build again") from error
     parameters = json.loads(json.dumps(parameters))  # as they would be read again
-    different = [f"{key}: {found.get(key)} there, {parameters.get(key)} now"
-                 for key in sorted({*found, *parameters}) if found.get(key) != parameters.get(key)]
+    different = [
+        f"{key}: {found.get(key)} there, {parameters.get(key)} now"
+        for key in sorted({*found, *parameters})
+        if found.get(key) != parameters.get(key)
+    ]
     if different:
-        raise ValueError(f"{output}: holds a world of other parameters ({'; '.join(different)}); "
-                         f"build into another folder, or delete this one first")
+        raise ValueError(
+            f"{output}: holds a world of other parameters ({'; '.join(different)}); "
+            f"build into another folder, or delete this one first"
+        )
     return plan
 
 

@@ -35,8 +35,10 @@ class Raster:
             raise ValueError(f"{path}: --bands {self.bands}, the file has {source.count}; give three of them, or one")
         types = {source.dtypes[band - 1] for band in self.bands}
         if types != {"uint8"} and scale is None:
-            raise ValueError(f"{path}: holds {', '.join(sorted(types))}; say with --scale LOW HIGH which values are "
-                             f"to be black and white (for instance 0 3000 for Sentinel-2 reflectances)")
+            raise ValueError(
+                f"{path}: holds {', '.join(sorted(types))}; say with --scale LOW HIGH which values are "
+                f"to be black and white (for instance 0 3000 for Sentinel-2 reflectances)"
+            )
         if source.count == 1 and source.colorinterp[0].name == "palette":
             raise ValueError(f"{path}: holds a palette; make colours of it first: gdal_translate -expand rgb")
         self.crs, self.transform = _place(path, source)
@@ -85,8 +87,9 @@ class Raster:
         """x (4,) and y (4,) of the file's corners in its own coordinate system."""
         source, move = self.source(), self.transform
         places = [(col, row) for col in (0, source.width) for row in (0, source.height)]
-        return tuple(zip(*[(move.a * col + move.b * row + move.c, move.d * col + move.e * row + move.f)
-                           for col, row in places]))
+        return tuple(
+            zip(*[(move.a * col + move.b * row + move.c, move.d * col + move.e * row + move.f) for col, row in places])
+        )
 
     def _turns(self, region):
         """Whole turns by which the file's longitudes are to be moved to see the region: files can run from 0 to 360."""
@@ -117,10 +120,18 @@ class Raster:
         source, move, pixel = self.source(), self.transform, side / size
         moved = Affine(move.a, move.b, move.c + turn, move.d, move.e, move.f)
         # Bilinear widens with the scale, so that finer pixels are averaged. A file's own alpha band stays the last one.
-        with WarpedVRT(source, src_crs=self.crs, src_transform=moved, crs="EPSG:3857",
-                       transform=Affine(pixel, 0, left, 0, -pixel, top), width=size, height=size,
-                       resampling=Resampling.bilinear, add_alpha=source.colorinterp[-1].name != "alpha",
-                       **options) as view:
+        with WarpedVRT(
+            source,
+            src_crs=self.crs,
+            src_transform=moved,
+            crs="EPSG:3857",
+            transform=Affine(pixel, 0, left, 0, -pixel, top),
+            width=size,
+            height=size,
+            resampling=Resampling.bilinear,
+            add_alpha=source.colorinterp[-1].name != "alpha",
+            **options,
+        ) as view:
             return view.read(self.bands), view.read(view.count) > 0
 
     def close(self):
@@ -137,9 +148,11 @@ def _place(path, source):
         return source.crs, source.transform
     if source.width == 2 * source.height:
         return CRS.from_epsg(4326), from_bounds(-180, -90, 180, 90, source.width, source.height)
-    raise ValueError(f"{path}: nothing in the file says where it lies, and it is not twice as wide as high "
-                     f"({source.width} × {source.height}), so no picture of the whole Earth: georeference it "
-                     f"(gdal_translate -a_srs -a_ullr)")
+    raise ValueError(
+        f"{path}: nothing in the file says where it lies, and it is not twice as wide as high "
+        f"({source.width} × {source.height}), so no picture of the whole Earth: georeference it "
+        f"(gdal_translate -a_srs -a_ullr)"
+    )
 
 
 def within(raster, regions):
@@ -199,16 +212,28 @@ def year_and_file(text):
 
 
 def add_command(commands, formatter):
-    parser = commands.add_parser("raster", help="a database from GeoTIFFs or equirectangular pictures, one a year",
-                                 formatter_class=formatter)
+    parser = commands.add_parser(
+        "raster", help="a database from GeoTIFFs or equirectangular pictures, one a year", formatter_class=formatter
+    )
     parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
-    parser.add_argument("--rasters", type=year_and_file, nargs="+", required=True, metavar="YEAR=FILE",
-                        help="GeoTIFF, .vrt (gdalbuildvrt joins files), or equirectangular picture of the whole Earth")
+    parser.add_argument(
+        "--rasters",
+        type=year_and_file,
+        nargs="+",
+        required=True,
+        metavar="YEAR=FILE",
+        help="GeoTIFF, .vrt (gdalbuildvrt joins files), or equirectangular picture of the whole Earth",
+    )
     add_area_arguments(parser, years=False)
     parser.add_argument("--image_size", type=int, default=1024, help="side of an image, pixels")
     parser.add_argument("--bands", type=int, nargs="+", help="red, green and blue, or grey; default: the first three")
-    parser.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="values that become black and white; needed unless the bands are 8 bit")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white; needed unless the bands are 8 bit",
+    )
     parser.add_argument("--min_coverage", type=float, default=0.5, help="share of an image that must hold data")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG files")
     parser.add_argument("--num_workers", type=int, default=2, help="threads")
@@ -222,8 +247,10 @@ def main(args):
     if len(set(years)) < len(years):
         raise ValueError(f"--rasters: {max(years, key=years.count)} is there twice; join its files with gdalbuildvrt")
     if args.image_size < 1 or not 0 <= args.min_coverage <= 1 or not 1 <= args.quality <= 100:
-        raise ValueError(f"--image_size {args.image_size} --min_coverage {args.min_coverage} --quality {args.quality}: "
-                         f"expected 1 or more, 0 to 1, and 1 to 100")
+        raise ValueError(
+            f"--image_size {args.image_size} --min_coverage {args.min_coverage} --quality {args.quality}: "
+            f"expected 1 or more, 0 to 1, and 1 to 100"
+        )
     if args.scale and args.scale[0] >= args.scale[1]:
         raise ValueError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: LOW must be less than HIGH")
     if args.output.exists() and not args.output.is_dir():
@@ -231,14 +258,19 @@ def main(args):
     rasters = {year: Raster(file, args.bands, args.scale) for year, file in args.rasters}
     try:
         regions = select_regions(args.zooms, args.bbox, args.land_only)
-        counts = build_rasters(args.output, rasters, regions, args.image_size, args.min_coverage, args.quality,
-                               args.num_workers)
+        counts = build_rasters(
+            args.output, rasters, regions, args.image_size, args.min_coverage, args.quality, args.num_workers
+        )
     finally:
         for raster in rasters.values():
             raster.close()
     if not counts["made"] + counts["there"]:
-        raise ValueError(f"none of {len(regions):,} regions lies within the rasters with {args.min_coverage:.0%} of "
-                         f"data; do --zooms {args.zooms} and --bbox fit them? A region of zoom 9 is 300 km wide at the "
-                         f"equator")
-    return (f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['empty']:,} "
-            f"left out for lack of data, {counts['outside']:,} lie outside of their raster")
+        raise ValueError(
+            f"none of {len(regions):,} regions lies within the rasters with {args.min_coverage:.0%} of "
+            f"data; do --zooms {args.zooms} and --bbox fit them? A region of zoom 9 is 300 km wide at the "
+            f"equator"
+        )
+    return (
+        f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['empty']:,} "
+        f"left out for lack of data, {counts['outside']:,} lie outside of their raster"
+    )

@@ -14,8 +14,9 @@ from datasets.images import open_image, to_rgb
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
-REDIRECTS_ONLY = urllib3.Retry(total=3, connect=0, read=0, redirect=3, status=0, other=0, raise_on_status=False,
-                               respect_retry_after_header=False)
+REDIRECTS_ONLY = urllib3.Retry(
+    total=3, connect=0, read=0, redirect=3, status=0, other=0, raise_on_status=False, respect_retry_after_header=False
+)
 FAILURES_IN_A_ROW = 32  # tiles whose every try failed, one after another: the server is gone, or refuses
 FRUITLESS = 128  # tiles that the server does not have before the first one that it has: the template is wrong
 PLACEHOLDERS = {"{TileMatrix}": "{z}", "{TileRow}": "{y}", "{TileCol}": "{x}"}  # as WMTS capabilities call them
@@ -38,14 +39,18 @@ def check_template(template, years):
         raise ValueError(f"--url {template}: expected http://… or https://…")
     unknown = sorted(set(found) - {"z", "x", "y", "-y", "year"})
     if unknown:
-        raise ValueError(f"--url {template}: unknown {', '.join('{' + name + '}' for name in unknown)}; only {{z}} "
-                         f"{{x}} {{y}} (or {{-y}}) and {{year}} are filled in, write the rest out")
+        raise ValueError(
+            f"--url {template}: unknown {', '.join('{' + name + '}' for name in unknown)}; only {{z}} "
+            f"{{x}} {{y}} (or {{-y}}) and {{year}} are filled in, write the rest out"
+        )
     missing = [f"{{{name}}}" for name in ("z", "x", "y") if name not in found and f"-{name}" not in found]
     if missing:
         raise ValueError(f"--url {template}: {' and '.join(missing)} is missing")
     if "year" not in found and len(set(years)) > 1:
-        raise ValueError(f"--url {template}: {{year}} is missing, so all of --years {sorted(set(years))} would be the "
-                         f"same images; add it, or build one year at a time")
+        raise ValueError(
+            f"--url {template}: {{year}} is missing, so all of --years {sorted(set(years))} would be the "
+            f"same images; add it, or build one year at a time"
+        )
     return template
 
 
@@ -102,14 +107,25 @@ class TileServer:
     no single tile's, `failure` is that, and no further request is made.
     """
 
-    def __init__(self, template, tile_size=256, rate=10.0, concurrency=8, retries=5, timeout=30.0, headers=None,
-                 error_tiles=(), blank_status=()):
+    def __init__(
+        self,
+        template,
+        tile_size=256,
+        rate=10.0,
+        concurrency=8,
+        retries=5,
+        timeout=30.0,
+        headers=None,
+        error_tiles=(),
+        blank_status=(),
+    ):
         self.template, self.tile_size, self.retries = template, tile_size, retries
         self.stop, self.failure = threading.Event(), None
         self.limit = RateLimit(rate, self.stop)
         headers = {"User-Agent": "EarthLoc datasets.build", **(headers or {})}
-        self.http = urllib3.PoolManager(maxsize=concurrency, block=True, headers=headers,
-                                        timeout=urllib3.Timeout(connect=timeout, read=timeout))
+        self.http = urllib3.PoolManager(
+            maxsize=concurrency, block=True, headers=headers, timeout=urllib3.Timeout(connect=timeout, read=timeout)
+        )
         self.error_tiles = {bytes(data) for data in error_tiles}
         self.blank_status, self.blank = frozenset(blank_status), black_tile(tile_size)
         self.lock, self.requests, self.received, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0, 0
@@ -190,12 +206,16 @@ class TileServer:
             else:
                 self.failed += 1
             if self.failed >= FAILURES_IN_A_ROW:
-                raise ServerError(f"{self.failed} tiles in a row could not be had in {self.retries + 1} tries each, "
-                                  f"the last one: {problem}; is the server up, and --rate within what it allows? What "
-                                  f"is built so far is whole, run again to continue")
+                raise ServerError(
+                    f"{self.failed} tiles in a row could not be had in {self.retries + 1} tries each, "
+                    f"the last one: {problem}; is the server up, and --rate within what it allows? What "
+                    f"is built so far is whole, run again to continue"
+                )
             if not self.got and self.absent >= FRUITLESS:
-                raise ServerError(f"the first {self.absent} tiles could not be had, the last one: {problem}; do --url, "
-                                  f"--header, --zooms and --years fit what the server has?")
+                raise ServerError(
+                    f"the first {self.absent} tiles could not be had, the last one: {problem}; do --url, "
+                    f"--header, --zooms and --years fit what the server has?"
+                )
 
     def close(self):
         self.stop.set()

@@ -131,13 +131,30 @@ def describe_plan(jobs, total, rate, image_size, tile_kb):
         requests += len(np.unique(corners[:, None] + offsets))
     disk = len(jobs) * IMAGE_KB * (image_size / 1024) ** 2
     hours = requests / rate / 3600
-    return (f"{total:,} images, {total - len(jobs):,} of them are there, {len(jobs):,} to build: {requests:,} requests "
-            f"({16 * len(jobs):,} if tiles were not shared), {requests * tile_kb / 1e6:,.1f} GB to download at "
-            f"{tile_kb:g} kB a tile, {disk / 1e6:,.1f} GB of images, at least {hours:,.1f} h at {rate:g} requests/s")
+    return (
+        f"{total:,} images, {total - len(jobs):,} of them are there, {len(jobs):,} to build: {requests:,} requests "
+        f"({16 * len(jobs):,} if tiles were not shared), {requests * tile_kb / 1e6:,.1f} GB to download at "
+        f"{tile_kb:g} kB a tile, {disk / 1e6:,.1f} GB of images, at least {hours:,.1f} h at {rate:g} requests/s"
+    )
 
 
-def build_tiles(output, template, regions, years, tile_size=256, image_size=1024, rate=10.0, concurrency=8, retries=5,
-                timeout=30.0, headers=None, error_tiles=(), max_blank=15, quality=90, blank_status=()):
+def build_tiles(
+    output,
+    template,
+    regions,
+    years,
+    tile_size=256,
+    image_size=1024,
+    rate=10.0,
+    concurrency=8,
+    retries=5,
+    timeout=30.0,
+    headers=None,
+    error_tiles=(),
+    max_blank=15,
+    quality=90,
+    blank_status=(),
+):
     """Fetches what is missing -> (images made, images left out, requests). left_out.csv lists tiles that are no good.
 
     max_blank: a region with more blank tiles of its 16 is left out. blank_status: HTTP statuses that count as a blank
@@ -145,8 +162,7 @@ def build_tiles(output, template, regions, years, tile_size=256, image_size=1024
     """
     output = Path(output)
     jobs, total = plan(output, regions, years)
-    server = TileServer(template, tile_size, rate, concurrency, retries, timeout, headers, error_tiles,
-                        blank_status)
+    server = TileServer(template, tile_size, rate, concurrency, retries, timeout, headers, error_tiles, blank_status)
     problems, made, left_out = {}, 0, 0
     bar = tqdm(total=total, initial=total - len(jobs), desc="tiles", unit="image", smoothing=0.05, mininterval=0.5)
     try:
@@ -176,8 +192,10 @@ def write_left_out(output, problems):
         with open(file, newline="") as stream:
             rows = [row for row in list(csv.reader(stream))[1:] if row and row[0] not in problems]
     for path, wrong in problems.items():
-        rows += [[path, f"{zoom}/{col}/{row}", "left out" if gone else "written", problem]
-                 for (_, zoom, row, col), problem, gone in wrong]
+        rows += [
+            [path, f"{zoom}/{col}/{row}", "left out" if gone else "written", problem]
+            for (_, zoom, row, col), problem, gone in wrong
+        ]
     if rows or file.exists():
         output.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(file.name + ".tmp")
@@ -189,8 +207,12 @@ def write_left_out(output, problems):
 def add_command(commands, formatter):
     parser = commands.add_parser("tiles", help="a database from a tile server (XYZ or WMTS)", formatter_class=formatter)
     parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
-    parser.add_argument("--url", required=True, metavar="TEMPLATE",
-                        help="with {z} {x} {y} (or {-y}) and {year}, or WMTS's {TileMatrix} {TileCol} {TileRow}")
+    parser.add_argument(
+        "--url",
+        required=True,
+        metavar="TEMPLATE",
+        help="with {z} {x} {y} (or {-y}) and {year}, or WMTS's {TileMatrix} {TileCol} {TileRow}",
+    )
     add_area_arguments(parser)
     parser.add_argument("--tile_size", type=int, default=256, help="side of the server's tiles, pixels")
     parser.add_argument("--image_size", type=int, default=1024, help="side of an image of 4 × 4 tiles, pixels")
@@ -199,12 +221,24 @@ def add_command(commands, formatter):
     parser.add_argument("--retries", type=int, default=5, help="of a tile, after errors that may pass")
     parser.add_argument("--timeout", type=float, default=30, help="seconds without an answer")
     parser.add_argument("--header", action="append", default=[], metavar="NAME:VALUE", help="sent with each request")
-    parser.add_argument("--error_tile", action="append", default=[], type=Path, metavar="FILE",
-                        help="what the server sends where it has nothing, as it comes from it")
+    parser.add_argument(
+        "--error_tile",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="what the server sends where it has nothing, as it comes from it",
+    )
     parser.add_argument("--max_blank", type=int, default=15, help="one-coloured tiles of 16 that an image may have")
-    parser.add_argument("--blank_status", type=int, nargs="*", default=[], metavar="STATUS",
-                        help="HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers "
-                             "that have no tiles at sea")
+    parser.add_argument(
+        "--blank_status",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="STATUS",
+        help="HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers "
+        "that have no tiles at sea",
+    )
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG files")
     parser.add_argument("--tile_kb", type=float, default=12, help="size of a tile that --dry_run reckons with")
     parser.add_argument("--dry_run", action="store_true", help="say how many requests and GB, and ask for nothing")
@@ -234,8 +268,22 @@ def main(args):
         jobs, total = plan(args.output, regions, args.years)
         return describe_plan(jobs, total, args.rate, args.image_size, args.tile_kb)
     made, left_out, requests = build_tiles(
-        args.output, template, regions, args.years, args.tile_size, args.image_size, args.rate, args.concurrency,
-        args.retries, args.timeout, headers, error_tiles, args.max_blank, args.quality,
-        args.blank_status)
-    return (f"{args.output}: {made:,} images made now with {requests:,} requests, {left_out:,} left out"
-            + (f" (see {args.output / LEFT_OUT_FILE}; run again to try them again)" if left_out else ""))
+        args.output,
+        template,
+        regions,
+        args.years,
+        args.tile_size,
+        args.image_size,
+        args.rate,
+        args.concurrency,
+        args.retries,
+        args.timeout,
+        headers,
+        error_tiles,
+        args.max_blank,
+        args.quality,
+        args.blank_status,
+    )
+    return f"{args.output}: {made:,} images made now with {requests:,} requests, {left_out:,} left out" + (
+        f" (see {args.output / LEFT_OUT_FILE}; run again to try them again)" if left_out else ""
+    )

@@ -31,18 +31,29 @@ class MixVPR(nn.Module):
     Channels are projected to `mix_channels`, positions to `out_rows`; the flat output runs over rows fastest.
     """
 
-    def __init__(self, channels: int, height: int, width: int, descriptor_dim: int,
-                 mix_depth: Annotated[int, "mixers"] = 4,
-                 mix_channels: Annotated[int | None, "output channels; default: descriptor_dim / out_rows"] = None,
-                 out_rows: Annotated[int, "rows of the output"] = 4):
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        descriptor_dim: int,
+        mix_depth: Annotated[int, "mixers"] = 4,
+        mix_channels: Annotated[int | None, "output channels; default: descriptor_dim / out_rows"] = None,
+        out_rows: Annotated[int, "rows of the output"] = 4,
+    ):
         super().__init__()
-        for flag, value, least in (("mix_depth", mix_depth, 0), ("mix_channels", mix_channels, 1),
-                                   ("out_rows", out_rows, 1)):
+        for flag, value, least in (
+            ("mix_depth", mix_depth, 0),
+            ("mix_channels", mix_channels, 1),
+            ("out_rows", out_rows, 1),
+        ):
             if value is not None and value < least:
                 raise ValueError(f"--{flag} {value}: must be at least {least}")
         if mix_channels is None and descriptor_dim % out_rows:
-            raise ValueError(f"--descriptor_dim {descriptor_dim} is no multiple of --out_rows {out_rows}: "
-                             "change one of them or set --mix_channels")
+            raise ValueError(
+                f"--descriptor_dim {descriptor_dim} is no multiple of --out_rows {out_rows}: "
+                "change one of them or set --mix_channels"
+            )
         mix_channels = mix_channels or descriptor_dim // out_rows
         self.shape = (channels, height, width)
         self.out_dim = mix_channels * out_rows
@@ -52,9 +63,11 @@ class MixVPR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.shape:
-            raise ValueError(f"MixVPR was built for features of {' x '.join(map(str, self.shape))} and got "
-                             f"{' x '.join(map(str, x.shape[1:]))}: images must have the size of the model's "
-                             "--image_size")
+            raise ValueError(
+                f"MixVPR was built for features of {' x '.join(map(str, self.shape))} and got "
+                f"{' x '.join(map(str, x.shape[1:]))}: images must have the size of the model's "
+                "--image_size"
+            )
         x = self.mix(x.flatten(2))
         x = self.channel_proj(x.transpose(1, 2)).transpose(1, 2)
         return l2_normalise(self.row_proj(x).flatten(1))
