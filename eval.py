@@ -9,12 +9,13 @@ import torch
 
 from datasets.build.cache import cache_note
 from datasets.sets import load_evaluation_data
+from models.config import add_model_arguments, model_config
 from models.earthloc import build_model, load_model
 from retrieval.describe import ROTATIONS, SEARCHES
 from retrieval.evaluation import describe_sets, evaluation_figure, score_sets, write_predictions, write_results
 from retrieval.store import model_fingerprint, tidy
 from utils import distributed, figures
-from utils.arguments import add_model_arguments, make_parser, model_config, positive, run, whole
+from utils.arguments import make_parser, positive, run, whole
 from utils.logs import make_log_dir, setup_logging
 from utils.precision import PRECISIONS, default_precision, require_device
 

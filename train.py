@@ -13,7 +13,7 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from augmentations.year_wise import GROUPS
+from augmentations.year_wise import GROUPS, Augmentation
 from datasets.batches import DRAWS, BatchLoader
 from datasets.build.cache import cache_note
 from datasets.names import DATABASE_YEAR
@@ -21,25 +21,16 @@ from datasets.regions import RegionDataset, source_size
 from datasets.sets import VALIDATION, load_evaluation_data
 from datasets.training import iteration_seed, neutral_pairs, note_unreadable, read_regions, serve_period, serve_sample
 from losses import LOSSES
-from models.config import ModelConfig
+from models.config import ModelConfig, add_model_arguments, model_config
 from models.earthloc import EarthLoc, build_model
 from models.whitening import whiten
 from retrieval.evaluation import describe_sets, score_sets
 from retrieval.reclustering import make_clusters, save_clusters_figure
 from utils import distributed, figures
-from utils.arguments import (
-    add_augmentation_arguments,
-    add_model_arguments,
-    add_run_arguments,
-    augmentation_of,
-    make_parser,
-    model_config,
-    positive,
-    whole,
-)
+from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
 from utils.logs import own_folder
-from utils.loop import Outcome, guarded_update, launch, run_loop
+from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
 from utils.precision import autocast, default_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
@@ -48,84 +39,42 @@ from utils.settings import add_settings, chosen_settings, make
 
 def parse_arguments(argv=None):
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_path", default="data", help="folder with database/, queries/ and the intersections")
-    data.add_argument(
-        "--positives",
-        choices=("years", "views"),
-        default="years",
-        help="positives of an image: its region's other years, or augmented views of itself (Table 3)",
-    )
-    data.add_argument(
-        "--source_size",
-        type=positive,
-        help="pixels a side at which images are loaded, before the crop; "
-        "default: 1.6 × image_size, up to the next power of two",
-    )
-    data.add_argument("--num_workers", type=whole, default=4)
-    data.add_argument(
-        "--max_unreadable",
-        type=float,
-        default=0.05,
-        help="share of regions with an unreadable image above which the run stops",
-    )
-    batches = parser.add_argument_group("batches (paper, sec. 4.2)")
-    batches.add_argument(
-        "--batch_size",
-        type=positive,
-        default=32,
-        help="regions a batch, over all processes; each brings its four years",
-    )
-    batches.add_argument("--batches", choices=("clustered", "random"), default="clustered")
-    batches.add_argument("--num_clusters", type=positive, default=200)
-    batches.add_argument(
-        "--cluster_draw",
-        choices=DRAWS,
-        default="size",
-        help="a batch's cluster: in proportion to its size, or any, equally likely (released code)",
-    )
-    batches.add_argument("--recluster_every", type=positive, default=5000, help="iterations")
-    augmentation = parser.add_argument_group("augmentation (paper, sec. 4.3)")
-    add_augmentation_arguments(augmentation, GROUPS)
-    loss = parser.add_argument_group("loss (paper, sec. 4.4)")
-    loss.add_argument("--loss", choices=LOSSES, default="multi_similarity")
-    loss.add_argument(
-        "--neutral",
-        choices=("on", "off"),
-        default="on",
-        help="on: regions that share ground are no negatives; off: they are",
-    )
-    add_settings(loss, LOSSES)
-    steps = parser.add_argument_group("optimisation (paper, sec. 5.1)")
-    steps.add_argument("--iterations", type=positive, default=50_000)
-    steps.add_argument("--lr", type=float, default=1e-4)
-    steps.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant")
-    steps.add_argument("--warmup", type=whole, default=0, help="iterations over which lr rises from 0")
-    steps.add_argument(
-        "--fc_init",
-        choices=("random", "whitening"),
-        default="random",
-        help="whitening: the last layer starts as a PCA whitening of what it gets (README, 'Plateau')",
-    )
-    steps.add_argument("--fc_std", type=float, default=1.0, help="scale of the whitening: larger moves slower")
-    steps.add_argument("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
-    system = add_run_arguments(parser, "default", validate_every="recluster_every")
-    system.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the network: minutes before the first step (benchmarks/speed_step.py)",
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_path", default="data", help="folder with database/, queries/ and the intersections")
+    add("--positives", choices=("years", "views"), default="years", help="of an image: other years, or views of itself")
+    add("--source_size", type=positive, help="pixels a side as loaded; default: 1.6 × image_size, to a power of two")
+    add("--num_workers", type=whole, default=4)
+    add("--max_unreadable", type=float, default=0.05, help="share of regions with unreadable images that stops the run")
+    add = parser.add_argument_group("batches (paper, sec. 4.2)").add_argument
+    add("--batch_size", type=positive, default=32, help="regions, over all processes; each brings its four years")
+    add("--batches", choices=("clustered", "random"), default="clustered")
+    add("--num_clusters", type=positive, default=200)
+    add("--cluster_draw", choices=DRAWS, default="size", help="a batch's cluster: by its size, or uniform (released)")
+    add("--recluster_every", type=positive, default=5000, help="iterations")
+    group = parser.add_argument_group("augmentation (paper, sec. 4.3)")
+    group.add_argument("--augmentation", choices=GROUPS, default="year", help="what shares one random draw")
+    add_settings(group, {"augmentation": Augmentation})
+    group = parser.add_argument_group("loss (paper, sec. 4.4)")
+    group.add_argument("--loss", choices=LOSSES, default="multi_similarity")
+    group.add_argument("--neutral", choices=("on", "off"), default="on", help="off: shared ground makes no exception")
+    add_settings(group, LOSSES)
+    add = parser.add_argument_group("optimisation (paper, sec. 5.1)").add_argument
+    add("--iterations", type=positive, default=50_000)
+    add("--lr", type=float, default=1e-4)
+    add("--lr_schedule", choices=("constant", "cosine"), default="constant")
+    add("--warmup", type=whole, default=0, help="iterations over which lr rises from 0")
+    add("--fc_init", choices=("random", "whitening"), default="random", help="of the last layer (README, 'Plateau')")
+    add("--fc_std", type=float, default=1.0, help="scale of the whitening: larger moves slower")
+    add("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
+    add = add_run_arguments(parser, "default", validate_every="recluster_every").add_argument
+    add("--compile", action="store_true", help="torch.compile the network: minutes before the first step")
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
 def make_loss(args, num_regions):
-    return make(
-        LOSSES[args.loss],
-        chosen_settings(args, LOSSES[args.loss]),
-        num_regions=num_regions,
-        descriptor_dim=args.descriptor_dim,
-    )
+    settings, known = chosen_settings(args, LOSSES[args.loss]), {"descriptor_dim": args.descriptor_dim}
+    return make(LOSSES[args.loss], settings, num_regions=num_regions, **known)
 
 
 def prepare(args):
@@ -134,7 +83,7 @@ def prepare(args):
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
     loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
     validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
-    augment = augmentation_of(args, args.image_size)
+    augment = Augmentation(args.image_size, args.augmentation, **chosen_settings(args, Augmentation))
     return regions, loader, augment, validation
 
 
@@ -154,16 +103,8 @@ def start(args, regions, loader, augment, folder, device, precision):
     else:
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
-            whiten(
-                model,
-                serve_sample(loader, len(regions), args.batch_size, args.seed),
-                augment,
-                args.seed,
-                args.fc_std,
-                args.fc_regulariser,
-                device,
-                precision,
-            )
+            batches = serve_sample(loader, len(regions), args.batch_size, args.seed)
+            whiten(model, batches, augment, args.seed, args.fc_std, args.fc_regulariser, device, precision)
     run.network = distributed.wrap(model)
     if args.compile:
         model.compile()
@@ -201,9 +142,8 @@ def validate(run, validation, writer, image_size, batch_size, num_workers, devic
     """R@1 of the validation set, logged and written; None without one."""
     if not validation.sets:
         return None
-    descriptors, data = describe_sets(
-        run.model, validation, image_size, batch_size, num_workers, device, precision, progress=False
-    )
+    how = image_size, batch_size, num_workers, device, precision
+    descriptors, data = describe_sets(run.model, validation, *how, progress=False)
 
     def score():
         result = score_sets(data, descriptors)
@@ -224,6 +164,9 @@ def train(args, folder, device, stop):
         logging.info(note)
     with stop.at_once():
         regions, loader, augment, validation = prepare(args)
+    clustering = args.num_clusters, args.batch_size, args.seed
+    describing = args.image_size, args.num_workers, device, precision
+    period_of = args.recluster_every, args.iterations, args.seed
     served, unreadable = None, {}
 
     def left_out(errors):
@@ -235,43 +178,19 @@ def train(args, folder, device, stop):
         period, since = divmod(run.iteration, args.recluster_every)
         if since == 0:
             with stop.at_once():
-                clusters = (
-                    [np.arange(len(regions))]
-                    if args.batches == "random"
-                    else make_clusters(
-                        run.model,
-                        regions,
-                        period,
-                        args.num_clusters,
-                        args.batch_size,
-                        args.seed,
-                        args.image_size,
-                        args.num_workers,
-                        device,
-                        precision,
-                        left_out,
-                    )
-                )
+                if args.batches == "random":
+                    clusters = [np.arange(len(regions))]
+                else:
+                    clusters = make_clusters(run.model, regions, period, *clustering, *describing, left_out)
             run.memory["clusters"] = clusters
-            logging.info(
-                f"Iteration {run.iteration}: {len(clusters)} clusters of {min(map(len, clusters))} to "
-                f"{max(map(len, clusters))} regions"
-            )
+            sizes = [len(each) for each in clusters]
+            logging.info(f"Iteration {run.iteration}: {len(sizes)} clusters of {min(sizes)} to {max(sizes)} regions")
             if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
                 save_clusters_figure(folder, regions, clusters)
         if since == 0 or served is None:
             with stop.at_once():
-                served = serve_period(
-                    loader,
-                    run.memory["clusters"],
-                    args.batch_size,
-                    run.iteration,
-                    args.recluster_every,
-                    args.iterations,
-                    args.seed,
-                    mine,
-                    args.cluster_draw,
-                )
+                own = run.memory["clusters"], args.batch_size, run.iteration
+                served = serve_period(loader, *own, *period_of, mine, args.cluster_draw)
             meter.restart()
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
@@ -294,35 +213,19 @@ def train(args, folder, device, stop):
         neutral = neutral_pairs(regions.footprints[rows.numpy()], places) if args.neutral == "on" else None
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, args.warmup)
         loss, norm, descriptors = update(run, views.flatten(0, 1), labels, neutral, run.loss_fn, lr, device, precision)
-        return Outcome(
-            run.iteration - 1,
-            loss,
-            norm,
-            len(labels),
-            lambda: scalars(run.loss_fn, descriptors, labels, neutral, lr),
-            lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]},
-        )
+        logged = lambda: scalars(run.loss_fn, descriptors, labels, neutral, lr)
+        batch = lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]}
+        return Outcome(run.iteration - 1, loss, norm, len(labels), logged, batch)
+
+    def validating(writer):
+        sizes = args.image_size, 4 * args.batch_size, args.num_workers
+        return validate(run, validation, writer, *sizes, device, precision)
 
     with closing(loader):
         with stop.at_once():
             run = start(args, regions, loader, augment, folder, device, precision)
-        finished = run_loop(
-            run,
-            step,
-            lambda writer: validate(
-                run, validation, writer, args.image_size, 4 * args.batch_size, args.num_workers, device, precision
-            ),
-            folder,
-            stop,
-            vars(args),
-            iterations=args.iterations,
-            validate_every=args.validate_every,
-            save_every=args.save_every,
-            keep_every=args.keep_every,
-            pause_every=args.recluster_every,
-            log_every=args.log_every,
-            max_skips=args.max_skips,
-        )
+        due = {name: getattr(args, name) for name in LOOP_FLAGS}
+        finished = run_loop(run, step, validating, folder, stop, vars(args), pause_every=args.recluster_every, **due)
     if finished:
         logging.info(
             f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from augmentations.turns import turn_and_flip
+from augmentations.year_wise import Augmentation
 from datasets.gps import Photos, distinct_points, photos_of_dataset, read_photos
 from datasets.photo_batches import Schedule, candidates_of, draws_of, note_unreadable
 from datasets.sets import VALIDATION, load_evaluation_data
@@ -26,91 +27,55 @@ from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
 from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils import distributed, figures, geo
-from utils.arguments import add_augmentation_arguments, add_run_arguments, augmentation_of, make_parser, positive, whole
+from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
-from utils.loop import Outcome, guarded_update, launch, run_loop
+from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
 from utils.precision import autocast, default_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
+from utils.settings import add_settings, chosen_settings
 from utils.signals import ignore_signals, iterate
 
 
 def parse_arguments(argv=None):
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data: a CSV, or an EarthLoc data set")
-    data.add_argument("--train_csv", help="IMG_ID,LAT,LON of the training images")
-    data.add_argument("--images", help="folder of the CSV's images; default: the CSV's own")
-    data.add_argument("--dataset_path", help="EarthLoc's layout: its database images at their footprints' centres")
-    data.add_argument("--val_csv", help="IMG_ID,LAT,LON to validate on; an EarthLoc data set brings its validation set")
-    data.add_argument("--val_images", help="folder of --val_csv's images; default: the CSV's own")
-    data.add_argument(
-        "--source_size",
-        type=positive,
-        help="pixels a side at which images are loaded, before the crop; default: 1.15 × the encoder's size",
-    )
-    data.add_argument("--num_workers", type=whole, default=4)
-    model = parser.add_argument_group("model")
-    model.add_argument("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
-    model.add_argument("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
-    model.add_argument(
-        "--weights",
-        default="imagenet",
-        help="of a backbone: imagenet, none, or a file (a classifier's or EarthLoc's state dict); CLIP brings its own",
-    )
-    model.add_argument("--cut_after", help="last kept stage of a backbone; default: all of it")
-    model.add_argument("--freeze_until", help="last frozen stage of a backbone, or none; default: as in train.py")
-    model.add_argument("--image_size", type=positive, help="pixels a side, of a backbone; default: 128")
-    model.add_argument(
-        "--gem_grid", type=positive, default=1, help="a backbone's features are pooled over so many cells a side"
-    )
-    model.add_argument(
-        "--sigmas",
-        type=float,
-        nargs="+",
-        default=list(SIGMAS),
-        help="of the location encoder's capsules, coarse to fine",
-    )
-    loss = parser.add_argument_group("loss (paper, sec. 3.3)")
-    loss.add_argument("--queue_size", type=whole, default=4096)
-    loss.add_argument("--noise_batch", type=float, default=150.0, help="metres, sigma of the noise on the batch's GPS")
-    loss.add_argument("--noise_queue", type=float, default=1000.0, help="metres, on the queue's GPS")
-    loss.add_argument(
-        "--neutral_km",
-        type=float,
-        default=0.0,
-        help="coordinates nearer than this to a photo's own are no negatives of it; 0: the paper's loss",
-    )
-    augmentation = parser.add_argument_group("augmentation; turns, flips and weather are of each image")
-    add_augmentation_arguments(
-        augmentation,
-        ("image", "batch", "none"),
-        augmentation="image",
-        rotation=0.0,
-        perspective=0.0,
-        min_crop=0.5,
-        aspect=1.3,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-    )
-    augmentation.add_argument(
-        "--turns",
-        choices=("on", "off"),
-        default="off",
-        help="on: also turn by 0, 90, 180 or 270 degrees, for photos from orbit",
-    )
-    augmentation.add_argument(
-        "--flip", choices=("on", "off"), default="on", help="mirror half of the images; off for photos from orbit"
-    )
-    steps = parser.add_argument_group("optimisation (paper, sec. 4)")
-    steps.add_argument("--batch_size", type=positive, default=512, help="images, over all processes")
-    steps.add_argument("--iterations", type=positive, default=50_000)
-    steps.add_argument("--lr", type=float, default=3e-5)
-    steps.add_argument("--weight_decay", type=float, default=1e-6)
-    steps.add_argument("--lr_schedule", choices=("step", "cosine"), default="step")
-    steps.add_argument("--lr_gamma", type=float, default=0.87, help="factor of each step of the schedule")
-    steps.add_argument("--lr_step", type=positive, help="iterations between these; default: an epoch")
+    add = parser.add_argument_group("data: a CSV, or an EarthLoc data set").add_argument
+    add("--train_csv", help="IMG_ID,LAT,LON of the training images")
+    add("--images", help="folder of the CSV's images; default: the CSV's own")
+    add("--dataset_path", help="EarthLoc's layout: its database images at their footprints' centres")
+    add("--val_csv", help="IMG_ID,LAT,LON to validate on; an EarthLoc data set brings its validation set")
+    add("--val_images", help="folder of --val_csv's images; default: the CSV's own")
+    add("--source_size", type=positive, help="pixels a side as loaded; default: 1.15 × the encoder's size")
+    add("--num_workers", type=whole, default=4)
+    add = parser.add_argument_group("model").add_argument
+    add("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
+    add("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
+    add("--weights", default="imagenet", help="of a backbone: imagenet, none, or a state dict's file; CLIP has its own")
+    add("--cut_after", help="last kept stage of a backbone; default: all of it")
+    add("--freeze_until", help="last frozen stage of a backbone, or none; default: as in train.py")
+    add("--image_size", type=positive, help="pixels a side, of a backbone; default: 128")
+    add("--gem_grid", type=positive, default=1, help="a backbone's features are pooled over so many cells a side")
+    add("--sigmas", type=float, nargs="+", default=list(SIGMAS), help="of the location encoder, coarse to fine")
+    add = parser.add_argument_group("loss (paper, sec. 3.3)").add_argument
+    add("--queue_size", type=whole, default=4096)
+    add("--noise_batch", type=float, default=150.0, help="metres, sigma of the noise on the batch's GPS")
+    add("--noise_queue", type=float, default=1000.0, help="metres, on the queue's GPS")
+    add("--neutral_km", type=float, default=0.0, help="nearer coordinates are no negatives; 0: the paper's loss")
+    group = parser.add_argument_group("augmentation; turns, flips and weather are of each image")
+    group.add_argument("--augmentation", choices=("image", "batch", "none"), default="image")
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    geometry = {"rotation": 0.0, "perspective": 0.0, "min_crop": 0.5, "aspect": 1.3}
+    add_settings(group, {"augmentation": Augmentation}, **geometry, **jitter)
+    group.add_argument("--turns", choices=("on", "off"), default="off", help="0 to 270 degrees, for photos from orbit")
+    group.add_argument("--flip", choices=("on", "off"), default="on", help="half of the images; off for orbit")
+    add = parser.add_argument_group("optimisation (paper, sec. 4)").add_argument
+    add("--batch_size", type=positive, default=512, help="images, over all processes")
+    add("--iterations", type=positive, default=50_000)
+    add("--lr", type=float, default=3e-5)
+    add("--weight_decay", type=float, default=1e-6)
+    add("--lr_schedule", choices=("step", "cosine"), default="step")
+    add("--lr_gamma", type=float, default=0.87, help="factor of each step of the schedule")
+    add("--lr_step", type=positive, help="iterations between these; default: an epoch")
     add_run_arguments(parser, "geoclip", validate_every=1000)
     return parser.parse_args(argv)
 
@@ -118,10 +83,7 @@ def parse_arguments(argv=None):
 def load_photos(args):
     """Flags -> training Photos and validation Photos or None. ValueError names the flag that is missing."""
     if bool(args.train_csv) == bool(args.dataset_path):
-        raise ValueError(
-            "give the training images by --train_csv FILE (with --images FOLDER), or by --dataset_path "
-            "FOLDER; one of the two"
-        )
+        raise ValueError("give the training images by --train_csv FILE or --dataset_path FOLDER, one of the two")
     if args.train_csv:
         training = read_photos(args.train_csv, args.images)
     else:
@@ -143,18 +105,9 @@ def start(args, training, gallery, folder, device):
         model = GeoCLIP(GeoClipConfig(**checkpoint["geoclip_config"]))
         model.load_own_state(checkpoint["model"], path)
     else:
-        model = build_geoclip(
-            GeoClipConfig(
-                args.image_encoder,
-                args.clip,
-                args.cut_after,
-                args.freeze_until,
-                args.image_size,
-                args.gem_grid,
-                tuple(args.sigmas),
-            ),
-            args.weights,
-        )
+        backbone = args.cut_after, args.freeze_until, args.image_size, args.gem_grid
+        config = GeoClipConfig(args.image_encoder, args.clip, *backbone, tuple(args.sigmas))
+        model = build_geoclip(config, args.weights)
     model = model.to(device, memory_format=torch.channels_last)
     queue = initial_queue(training.points, args.queue_size, np.random.default_rng([args.seed, 7]))
     run = Run(
@@ -249,22 +202,16 @@ def train(args, folder, device, stop):
     with stop.at_once():
         run = start(args, training, gallery, folder, device)
     encoder, size = run.model.image_encoder, run.model.image_encoder.image_size
-    augment = augmentation_of(args, size)
+    augment = Augmentation(size, args.augmentation, **chosen_settings(args, Augmentation))
     source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
     rank = distributed.rank()
     schedule = Schedule(
         len(training), args.batch_size, args.iterations, args.seed, rank, distributed.world(), run.iteration
     )
     own = np.arange(args.batch_size)[schedule.own()]
-    served = iterate(
-        DataLoader(
-            PhotoFiles(training.paths, source_size, encoder.fit),
-            batch_sampler=schedule,
-            num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-    )
+    photos = PhotoFiles(training.paths, source_size, encoder.fit)
+    workers = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
+    served = iterate(DataLoader(photos, batch_sampler=schedule, **workers))
     unreadable = set()
 
     def step(meter):
@@ -273,42 +220,27 @@ def train(args, folder, device, stop):
         note_unreadable(rows, errors, unreadable, len(training))
         views = augmented(images.to(device, non_blocking=True), augment, draws_of(args.seed, run.iteration, rank), args)
         if rank == 0 and run.iteration == 0:
-            figures.save(
-                figures.mosaic([list(views[i : i + 8]) for i in range(0, min(len(views), 40), 8)]), folder / "batch.jpg"
-            )
+            rows_of_8 = [list(views[i : i + 8]) for i in range(0, min(len(views), 40), 8)]
+            figures.save(figures.mosaic(rows_of_8), folder / "batch.jpg")
         # All processes' coordinates, so that each photo meets the same candidates on one GPU and on eight (sec. 3.3).
         points = training.points[schedule.batch(run.iteration)]
         queue = run.memory["queue"]
         candidates = candidates_of(points, queue, args.noise_batch, args.noise_queue, args.seed, run.iteration)
         readable = torch.tensor([not error for error in errors], device=device)
-        lr = learning_rate(
-            run.iteration, args.lr, args.lr_schedule, args.iterations, gamma=args.lr_gamma, step=args.lr_step
-        )
+        decay = {"gamma": args.lr_gamma, "step": args.lr_step}
+        lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, **decay)
         loss, norm, hits = update(run, views, points, candidates, own, readable, args.neutral_km, lr, device, precision)
         run.memory["queue"] = advance_queue(queue, points)
-        return Outcome(
-            run.iteration - 1,
-            loss,
-            norm,
-            args.batch_size,
-            lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr},
-            lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]},
-        )
+        logged = lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr}
+        batch = lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]}
+        return Outcome(run.iteration - 1, loss, norm, args.batch_size, logged, batch)
 
-    finished = run_loop(
-        run,
-        step,
-        lambda writer: validate(run, validation, gallery, writer, args.batch_size, args.num_workers, device, precision),
-        folder,
-        stop,
-        vars(args),
-        iterations=args.iterations,
-        validate_every=args.validate_every,
-        save_every=args.save_every,
-        keep_every=args.keep_every,
-        log_every=args.log_every,
-        max_skips=args.max_skips,
-    )
+    def validating(writer):
+        sizes = args.batch_size, args.num_workers
+        return validate(run, validation, gallery, writer, *sizes, device, precision)
+
+    due = {name: getattr(args, name) for name in LOOP_FLAGS}
+    finished = run_loop(run, step, validating, folder, stop, vars(args), **due)
     if unreadable:
         logging.info(f"{len(unreadable)} training images could not be read and took no part, listed above")
     if finished:

@@ -7,6 +7,7 @@ for the hue, which is ours because kornia's takes longer than all the rest (benc
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from kornia import enhance
@@ -44,17 +45,17 @@ class Augmentation:
 
     size: int
     group: str = "year"
-    rotation: float = 45.0
-    perspective: float = 0.5
-    min_crop: float = 1.0
-    aspect: float = 1.0
-    brightness: float = 0.9
-    contrast: float = 0.9
-    saturation: float = 0.9
-    hue: float = 0.0
-    clouds: float = 0.0
-    haze: float = 0.0
-    exposure: float = 0.0
+    rotation: Annotated[float, "degrees"] = 45.0
+    perspective: Annotated[float, "distortion scale"] = 0.5
+    min_crop: Annotated[float, "smallest crop, as a share of the largest; below 1 it zooms in at random"] = 1.0
+    aspect: Annotated[float, "largest stretch of one side against the other"] = 1.0
+    brightness: Annotated[float, "of the colour jitter"] = 0.9
+    contrast: Annotated[float, "of the colour jitter"] = 0.9
+    saturation: Annotated[float, "of the colour jitter"] = 0.9
+    hue: Annotated[float, "of the colour jitter"] = 0.0
+    clouds: Annotated[float, "largest share of an image under clouds; see --exposure"] = 0.0
+    haze: Annotated[float, "largest opacity of the air; see --exposure"] = 0.0
+    exposure: Annotated[float, "of a camera, its largest strength; with clouds, haze or this half become photos"] = 0.0
 
     def __post_init__(self):
         if self.group not in GROUPS:

@@ -19,7 +19,7 @@ from utils.arguments import make_parser
 from utils.arguments import run as run_script
 from utils.precision import require_device
 
-MOSAIC = Path(__file__).parent.parent / "datasets" / "blue_marble" / "bmng_5400.jpg"
+MOSAIC = Path(__file__).parent.parent / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
 
 
 def pictures(count, side, seed=0):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from models.aggregators import AGGREGATORS
 from models.backbone import FROZEN_BATCHNORM, choose_stages, kept_and_frozen
-from utils.settings import settings_of
+from utils.arguments import positive
+from utils.settings import add_settings, chosen_settings, settings_of
 
 FLAT_SETTINGS = ("mix_depth", "mix_channels", "out_rows", "gem_grid")  # fields of their own in older checkpoints
 
@@ -55,3 +56,32 @@ class ModelConfig:
         """
         cut_after, freeze_until = choose_stages(self.backbone, self.cut_after, self.freeze_until, pretrained)
         return replace(self, cut_after=cut_after, freeze_until=freeze_until)
+
+
+def add_model_arguments(parser):
+    """One flag for each field of ModelConfig and each setting of an aggregator, and --weights."""
+    group = parser.add_argument_group("model (paper, sec. 5.1)")
+    add = group.add_argument
+    add("--backbone", default="resnet50", help="any of timm's ResNets, EfficientNets, ConvNeXts, ViTs … by name")
+    add("--weights", default="imagenet", help="imagenet (the backbone's own), none (from scratch), or a state dict")
+    add("--cut_after", help="last kept stage; default: the deepest of stride 16, as layer3 or blocks4; a ViT's last")
+    add("--freeze_until", help="last frozen stage, or none; default: the deepest of stride 8; none with --weights none")
+    add("--frozen_batchnorm", choices=FROZEN_BATCHNORM, default="fixed", help="adapt: as in the released code")
+    add("--aggregator", choices=list(AGGREGATORS), default="mixvpr")
+    add("--descriptor_dim", type=positive, default=4096)
+    add("--image_size", type=positive, default=320, help="pixels a side, in training and in evaluation")
+    add_settings(group, AGGREGATORS)
+
+
+def model_config(args):
+    """Parsed flags -> ModelConfig. Raises ValueError naming the flag that does not fit."""
+    return ModelConfig(
+        args.backbone,
+        args.cut_after,
+        args.freeze_until,
+        args.aggregator,
+        args.descriptor_dim,
+        args.image_size,
+        chosen_settings(args, AGGREGATORS[args.aggregator]),
+        args.frozen_batchnorm,
+    )

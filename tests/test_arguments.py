@@ -10,8 +10,8 @@ import train
 import train_geoclip
 from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
-from models.config import ModelConfig
-from utils.arguments import augmentation_of, model_config, run
+from models.config import ModelConfig, model_config
+from utils.arguments import run
 from utils.settings import chosen_settings, settings_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def test_presets_parse_and_describe_a_model(preset):
 @pytest.mark.parametrize("preset", [path.name for path in GEOCLIP])
 def test_presets_of_geoclip_parse(preset):
     args = train_geoclip.parse_arguments([f"@presets/{preset}"])
-    assert augmentation_of(args, 96).size == 96 and args.queue_size > 0
+    assert Augmentation(96, args.augmentation, **chosen_settings(args, Augmentation)).size == 96 and args.queue_size > 0
 
 
 def test_augmentation_flags_reach_the_augmentation():
@@ -62,7 +62,9 @@ def test_augmentation_flags_reach_the_augmentation():
             "0.9",
         ]
     )
-    assert augmentation_of(args, 64) == Augmentation(64, "year", 1.0, 0.1, 0.6, 1.1, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.5)
+    assert Augmentation(64, args.augmentation, **chosen_settings(args, Augmentation)) == Augmentation(
+        64, "year", 1.0, 0.1, 0.6, 1.1, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.5
+    )
 
 
 def test_the_papers_preset_is_the_default_recipe():

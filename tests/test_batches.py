@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from datasets.batches import BatchLoader, random_clusters, schedule, spread
 from datasets.images import read_image
 from datasets.regions import RegionDataset, Regions
+from datasets.training import serve_period
 
 CLUSTERS = [np.arange(0, 10), np.arange(10, 17), np.arange(17, 40), np.arange(40, 44)]
 
@@ -159,9 +159,8 @@ def test_a_uniform_draw_takes_regions_of_one_cluster_each_once_whatever_came_bef
 
 @pytest.mark.parametrize("draw", ["size", "uniform"])
 def test_cluster_draw_reaches_the_schedule_of_training(draw):
-    args = train.parse_arguments(["--cluster_draw", draw, "--batch_size", "4", "--iterations", "30", "--seed", "3"])
-    run = SimpleNamespace(iteration=0, clusters=CLUSTERS)
-    served = train.serve(run, SimpleNamespace(serve=lambda batches, spares: batches), args, slice(1, 3))
+    loader = SimpleNamespace(serve=lambda batches, spares: batches)
+    served = serve_period(loader, CLUSTERS, 4, 0, 5000, 30, 3, slice(1, 3), draw)
     assert np.array_equal(served, schedule(CLUSTERS, 4, 30, [3, 2, 0], draw)[:, 1:3])
 
 

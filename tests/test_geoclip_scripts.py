@@ -20,6 +20,7 @@ import eval_geoclip
 import predict_geoclip
 import train_geoclip
 from augmentations.turns import turn_and_flip
+from augmentations.year_wise import Augmentation
 from datasets.gps import photos_of_dataset
 from datasets.photo_batches import Schedule, candidates_of
 from datasets.sets import VALIDATION, load_evaluation_data
@@ -28,8 +29,9 @@ from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.weights import save_safetensors
 from utils import geo
-from utils.arguments import augmentation_of, run
+from utils.arguments import run
 from utils.checkpoint import load_checkpoint
+from utils.settings import chosen_settings
 from utils.signals import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -505,7 +507,10 @@ def test_what_shares_one_augmentation(group, alike):
     )
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     views = train_geoclip.augmented(
-        image.expand(3, -1, -1, -1), augmentation_of(args, 32), torch.Generator().manual_seed(1), args
+        image.expand(3, -1, -1, -1),
+        Augmentation(32, args.augmentation, **chosen_settings(args, Augmentation)),
+        torch.Generator().manual_seed(1),
+        args,
     )
     assert views.shape == (3, 3, 32, 32)
     assert ((views[0] - views[1:]).abs().max() < 1e-6) == alike

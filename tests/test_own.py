@@ -11,7 +11,6 @@ from PIL import Image
 
 from datasets import grid
 from datasets.build import __main__ as build
-from datasets.build import check
 from datasets.build.own import square_corners
 from datasets.names import YEARS, Catalogue, ImageName
 from datasets.regions import RegionDataset, Regions
@@ -68,7 +67,7 @@ def test_a_data_set_that_is_checked_trained_on_and_evaluated(lists, tmp_path, li
     output = tmp_path / "out"
     assert build.main(["own", str(output), "--list", str(lists[0]), "--as", "database", *link]) == 0
     assert build.main(["own", str(output), "--list", str(lists[1]), "--as", "queries", *link]) == 0
-    assert check.main(check.parse_arguments([str(output), "--num_workers", "1"])) == 0
+    assert build.main(["check", str(output), "--num_workers", "1"]) == 0
     regions, missing = Regions.read(output)
     assert len(regions) == 2 and not missing and RegionDataset(regions, 16)[0][1].shape == (4, 3, 16, 16)
     data = load_evaluation_data(output)
@@ -171,18 +170,18 @@ def test_a_picture_of_any_kind_is_placed_as_it_is_read(tmp_path, kind, mode):
 def test_depths_that_are_no_picture_are_refused_and_nothing_is_written(tmp_path, capsys):
     Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(tmp_path / "a.tif")
     code, output = place(tmp_path, "a.tif", "queries")
-    assert code == 1 and not output.exists()
+    assert code == 2 and not output.exists()
     assert re.search("line 2, column path: .*a.tif: .*floating point", capsys.readouterr().err)
     Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(tmp_path / "a.tif")  # its header does not tell
     code, output = place(tmp_path, "a.tif", "queries")
-    assert code == 1 and not list(output.rglob("*.*")) and "a.tif: " in capsys.readouterr().err
+    assert code == 2 and not list(output.rglob("*.*")) and "a.tif: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("column", ["azimuth", "orientation"])
 def test_database_images_that_are_not_north_up_are_refused(tmp_path, capsys, column):
     picture(tmp_path / "a.jpg", 1)
     code, output = place(tmp_path, "a.jpg", "database", **{column: "30"})
-    assert code == 1 and not output.exists()
+    assert code == 2 and not output.exists()
     assert f"line 2, column {column}: is 30; database images are north-up" in capsys.readouterr().err
     for kind, value in (("database", "360"), ("database", ""), ("queries", "30")):
         assert place(tmp_path, "a.jpg", kind, **{column: value})[0] == 0
@@ -217,7 +216,7 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     good = {**GOOD, **dict.fromkeys([*CORNERS, "nadir_lat", "nadir_lon", "id"], "")}
     write_csv(tmp_path / "list.csv", [good, {**good, "path": "y.jpg", **change}])
-    assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / "list.csv"), "--as", "queries"]) == 1
+    assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / "list.csv"), "--as", "queries"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: 1 of 2 rows") and re.search(message, error)
     assert not (tmp_path / "out").exists()
@@ -252,7 +251,7 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
 )
 def test_lists_of_another_form(tmp_path, capsys, name, text, message):
     (tmp_path / name).write_text(text)
-    assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / name), "--as", "queries"]) == 1
+    assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / name), "--as", "queries"]) == 2
     assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == [name]
 
@@ -260,5 +259,5 @@ def test_lists_of_another_form(tmp_path, capsys, name, text, message):
 def test_database_images_are_square(tmp_path, capsys):
     picture(tmp_path / "x.jpg", 1, (60, 40))
     write_csv(tmp_path / "list.csv", [{**GOOD, "date": "2021"}])
-    assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / "list.csv"), "--as", "database"]) == 1
+    assert build.main(["own", str(tmp_path / "out"), "--list", str(tmp_path / "list.csv"), "--as", "database"]) == 2
     assert "60 × 40 pixels; database images are square" in capsys.readouterr().err

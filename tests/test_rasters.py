@@ -162,6 +162,6 @@ def test_the_command_and_its_errors(tmp_path, capsys):
         ([f"2021={file}", "--bbox", "-40", "10", "-30", "20"], "none of"),
         ([f"2021={file}", "--min_coverage", "3"], "--min_coverage 3.0"),
     ):
-        assert build.main(["raster", str(tmp_path / "no"), *base, "--rasters", *flags]) == 1
+        assert build.main(["raster", str(tmp_path / "no"), *base, "--rasters", *flags]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -386,7 +386,7 @@ def test_a_signal_is_a_wish_until_it_is_looked_at():
 
 def test_a_system_without_sigusr1_can_import_it(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
-    names = runpy.run_path(str(ROOT / "utils" / "preemption.py"))
+    names = runpy.run_path(str(ROOT / "utils" / "signals.py"))
     assert names["SIGNALS"] == (signal.SIGTERM, signal.SIGINT)
 
 

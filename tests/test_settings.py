@@ -38,6 +38,14 @@ def test_each_class_has_its_default_and_takes_what_is_given():
     assert chosen_settings(args, Short) == {"depth": 0} and chosen_settings(args, Long) == {"depth": 0, "power": 0.0}
     told = " ".join(parser.format_help().split())
     assert "short: mixers (default: 4); long: blocks (default: 2)" in told and "default: None" not in told
+    assert args.depth == 0 and parsed()[0].depth is None  # shared: each class has its own default
+
+
+def test_a_setting_of_one_class_shows_its_default_and_another_can_be_given():
+    parser = make_parser("")
+    add_settings(parser, {"short": Short}, depth=7)
+    assert parser.parse_args([]).depth == 7 and chosen_settings(parser.parse_args([]), Short) == {"depth": 7}
+    assert "mixers (default: 7)" in " ".join(parser.format_help().split())
 
 
 def test_a_setting_has_one_type():

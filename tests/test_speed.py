@@ -90,8 +90,8 @@ def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(speed_step.__file__).parent.glob("[!_]*.py")))
-def test_every_experiment_can_be_imported(name):
-    assert importlib.import_module(f"experiments.{name}").__doc__
+def test_every_benchmark_can_be_imported(name):
+    assert importlib.import_module(f"benchmarks.{name}").__doc__
 
 
 def test_a_training_step_is_measured(capsys):

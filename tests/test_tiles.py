@@ -32,7 +32,7 @@ BOX = (38, 72, 46, 95)  # central Asia: no tile is blank
 
 @pytest.fixture(scope="module")
 def marble():
-    with Image.open(ROOT / "datasets" / "blue_marble" / "bmng_may_2048.jpg") as image:
+    with Image.open(ROOT / "datasets" / "build" / "blue_marble" / "bmng_may_2048.jpg") as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -590,6 +590,6 @@ def test_land_only_leaves_the_ocean_out():
 )
 def test_wrong_flags_are_named(tmp_path, capsys, flags, message):
     base = ["tiles", str(tmp_path), "--url", "http://127.0.0.1:9/{z}/{x}/{y}/{year}", "--zooms", "5", "--no-land_only"]
-    assert build.main(base + flags) == 1
+    assert build.main(base + flags) == 2
     assert message in capsys.readouterr().err
     assert not os.listdir(tmp_path)

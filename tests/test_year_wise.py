@@ -9,7 +9,7 @@ from torchvision.transforms import functional as TF
 import train
 from augmentations.year_wise import SQUARE, Augmentation, Draw, adjust_hue, jitter, warp
 from experiments.chain import as_one, chain, draw_chain, geometry, shown
-from utils.arguments import augmentation_of
+from utils.settings import chosen_settings
 
 HARD = dict(rotation=180.0, perspective=0.66, min_crop=0.2, aspect=2.0)
 
@@ -169,7 +169,10 @@ def test_the_papers_preset_shows_as_much_of_an_image_as_the_released_code():
             halves += abs((q[0] - p[0]) * (r[1] - p[1]) - (r[0] - p[0]) * (q[1] - p[1])) / 2
         return halves**0.5 / 2
 
-    augment, state = augmentation_of(train.parse_arguments(["@presets/paper.args"]), 320), generator()
+    augment, state = (
+        Augmentation(320, **chosen_settings(train.parse_arguments(["@presets/paper.args"]), Augmentation)),
+        generator(),
+    )
     ours = [side(augment.draw(state).quad) for _ in range(800)]
     released = [side(as_one(draw_chain(320, state, released=True)).quad) for _ in range(800)]
     assert sum(ours) / 800 == pytest.approx(0.71, abs=0.01) and sum(released) / 800 == pytest.approx(0.72, abs=0.01)

@@ -19,6 +19,8 @@ from utils.precision import require_device
 from utils.runs import how_to_go_on
 from utils.signals import EXIT_CODE, Stop, Stopped
 
+LOOP_FLAGS = ("iterations", "validate_every", "save_every", "keep_every", "log_every", "max_skips")  # of run_loop
+
 
 def launch(train, args):
     """The frame of a trainer's main: signals, processes, the log folder -> the run's folder.

@@ -5,7 +5,8 @@ A registry is a plain dict, name -> class. A setting is an annotated keyword of 
     def __init__(self, channels, height, width, gem_grid: Annotated[int, "cells a side"] = 1)
 
 becomes `--gem_grid` of that type, told in --help with its default; Literal["before", "after"] is a choice. Keywords
-without Annotated are no flags. Two classes may share a setting: it is one flag, and each has its own default.
+without Annotated are no flags. Two classes may share a setting: it is one flag, and each has its own default. The
+fields of a dataclass are keywords, too.
 """
 
 import inspect
@@ -26,20 +27,27 @@ def settings_of(cls):
     return found
 
 
-def add_settings(group, registry):
-    """Adds a flag for every setting of the registry's classes; None where it is not given, so the class decides."""
+def add_settings(group, registry, **defaults):
+    """Adds a flag for every setting of the registry's classes, with other defaults where given.
+
+    Where several classes share one and it is not given, its value is None: each class has its own default.
+    """
     flags = {}
     for choice, cls in registry.items():
         for name, (kind, default, text) in settings_of(cls).items():
-            known, texts = flags.setdefault(name, (kind, []))
+            known, uses = flags.setdefault(name, (kind, []))
             if known is not kind:
                 raise TypeError(f"--{name} is {known} for one class and {kind} for {cls.__name__}")
-            texts.append(f"{choice}: {text}" + ("" if default is None else f" (default: {default})"))
-    for name, (kind, texts) in flags.items():
+            uses.append((choice, text, default))
+    for name, (kind, uses) in flags.items():
         choices = typing.get_args(kind) or None
-        group.add_argument(
-            f"--{name}", type=type(choices[0]) if choices else kind, choices=choices, help="; ".join(texts)
-        )
+        (choice, text, default), *others = uses
+        if others:
+            default, text = None, "; ".join(f"{choice}: {text} (default: {default})" for choice, text, default in uses)
+        elif len(registry) > 1:
+            text = f"{choice}: {text}"
+        default, kind = defaults.get(name, default), type(choices[0]) if choices else kind
+        group.add_argument(f"--{name}", type=kind, choices=choices, default=default, help=text)
 
 
 def chosen_settings(args, cls):

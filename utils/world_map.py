@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from utils import figures
 
-BACKGROUND = Path(__file__).resolve().parent.parent / "datasets" / "blue_marble" / "bmng_august_2048.jpg"
+BACKGROUND = Path(__file__).resolve().parent.parent / "datasets" / "build" / "blue_marble" / "bmng_august_2048.jpg"
 YELLOW = (255, 215, 60)
 
 
