@@ -295,7 +295,7 @@ def test_folders_and_files_that_are_no_data_set(tmp_path):
 
 
 def test_many_names_are_checked_by_columns(tmp_path):
-    """1 % of the full catalogue of 720,000 names (20 s): hardly a call of a function a name."""
+    """1 % of the full catalogue of 720,000 names: a few calls of functions a name, where parsing one by one takes 25."""
     regions, calls = area.all_regions([9])[:1800], 0
     paths = [path for region in regions.tolist() for path in area.image_paths(tuple(region), (2018, 2019, 2020, 2021))]
     (tmp_path / "names.txt").write_text("\n".join(paths))
@@ -310,7 +310,7 @@ def test_many_names_are_checked_by_columns(tmp_path):
         report = check.check(tmp_path / "names.txt")
     finally:
         sys.setprofile(before)
-    assert report["database"] == 7200 and check.problems(report) == 0 and calls < 3 * 7200
+    assert report["database"] == 7200 and check.problems(report) == 0 and calls < 15 * 7200
 
 
 @pytest.mark.skipif(not NAMES.is_dir(), reason="needs ../shared/names")

@@ -108,7 +108,7 @@ def test_a_run_that_fails_in_the_middle_goes_on_where_it_was(root):
 KILLED = """
 import os, signal, sys, time, torch
 sys.path.insert(0, os.getcwd())
-from tests.test_descriptors import COMMON, Counting, paths
+from tests.test_store import COMMON, Counting, paths
 from retrieval import describe as retrieval
 class Dies(Counting):
     def forward(self, images):
@@ -300,7 +300,7 @@ WAITS = """
 import logging, os, sys, time
 sys.path.insert(0, os.getcwd())
 from pathlib import Path
-from tests.test_descriptors import COMMON, Counting
+from tests.test_store import COMMON, Counting
 from retrieval import describe as retrieval
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 root, folder, gate, *names = sys.argv[1:]
@@ -423,7 +423,7 @@ def test_eval_keeps_its_descriptors_and_scores_the_same(world, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     counted = []
     read = retrieval.read_image
-    monkeypatch.setattr(retrieval, "read_image", lambda path, size: counted.append(path) or read(path, size))
+    monkeypatch.setattr(retrieval, "read_image", lambda path, *more: counted.append(path) or read(path, *more))
 
     def recalls(*more):
         counted.clear()
