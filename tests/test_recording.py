@@ -91,7 +91,7 @@ def recorded(world, folder, flags):
         seen.clusters.append(SimpleNamespace(descriptors=descriptors, rows=make_clusters(model, regions, *args)))
         return seen.clusters[-1].rows
 
-    augmentation, whiten, update, make_clusters = (train.Augmentation, train.whiten, train.update, train.make_clusters)
+    whiten, update, make_clusters = (train.whiten, train.update, train.make_clusters)
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.groups.append(optimizer.param_groups[0]["lr"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
