@@ -18,7 +18,7 @@ from datasets.batches import DRAWS, BatchLoader
 from datasets.build.cache import cache_note
 from datasets.names import DATABASE_YEAR
 from datasets.regions import RegionDataset, source_size
-from datasets.sets import VALIDATION, load_evaluation_data
+from datasets.sets import VALIDATION, load_validation_data
 from datasets.training import iteration_seed, neutral_pairs, note_unreadable, read_regions, serve_period, serve_sample
 from losses import LOSSES
 from models.config import ModelConfig, add_model_arguments, model_config
@@ -82,7 +82,9 @@ def prepare(args):
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
     loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
-    validation = load_evaluation_data(args.dataset_path).only(VALIDATION)
+    validation = load_validation_data(args.dataset_path)
+    if validation is None:
+        logging.info(f"{args.dataset_path} has no photos, so no validation: best.pt is the newest")
     augment = Augmentation(args.image_size, args.augmentation, **chosen_settings(args, Augmentation))
     return regions, loader, augment, validation
 
@@ -140,7 +142,7 @@ def scalars(loss_fn, descriptors, labels, neutral, lr):
 
 def validate(run, validation, writer, image_size, batch_size, num_workers, device, precision):
     """R@1 of the validation set, logged and written; None without one."""
-    if not validation.sets:
+    if validation is None or not validation.sets:
         return None
     how = image_size, batch_size, num_workers, device, precision
     descriptors, data = describe_sets(run.model, validation, *how, progress=False)

@@ -112,6 +112,14 @@ def load_evaluation_data(dataset_path, validation=True):
     return make_evaluation_data(queries, database, load_positives(root / INTERSECTIONS_FILE), validation)
 
 
+def load_validation_data(dataset_path):
+    """As `load_evaluation_data`, of the validation set alone; None where the data set has no folder of queries, so that
+    one can train on satellite images only."""
+    if not (Path(dataset_path) / "queries").exists():
+        return None
+    return load_evaluation_data(dataset_path).only(VALIDATION)
+
+
 def make_evaluation_data(queries, database, intersections, validation=True):
     """Catalogues and Positives, or {query name: [(database path, IoU)]} -> EvaluationData."""
     pairs, notes = positive_pairs(queries, database, intersections)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -57,6 +58,15 @@ def save_safetensors(model: nn.Module, path: str | Path, half: bool = True) -> N
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(state, temporary, metadata={"model_config": json.dumps(asdict(model.config))})
     os.replace(temporary, path)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Config and all values -> 64 hexadecimal digits that are the same wherever these weights are loaded."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:

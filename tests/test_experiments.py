@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from experiments import curve, export, plain_recall, table3
+from experiments import curve, export, plain_recall, real_photos, table3
 from models.earthloc import load_model
 
 TINY = [
@@ -122,3 +122,28 @@ def test_plain_and_fast_runs_take_the_same_draws(world, tmp_path, monkeypatch, c
 
     plain, fast = views(plain_recall.one_by_one), views(plain_recall.at_once)
     assert (plain - fast).abs().mean() < 0.01 < (plain - views(plain_recall.at_once, 1)).abs().mean() / 3
+
+
+def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_path, capsys, monkeypatch):
+    """A model that tells the tiny world's regions apart by their mean colours: each photo is found at once."""
+    from datasets.names import Catalogue
+    from models.config import ModelConfig
+    from models.earthloc import EarthLoc
+    from models.weights import save_safetensors
+    from retrieval import earth_index
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "m.safetensors")
+    common = ["--resume", "m.safetensors", "--dataset_path", str(world.path)]
+    earth_index.main(earth_index.parse_arguments(["i.safetensors", *common, "--dim", "32", "--num_workers", "0"]))
+    real_photos.main(real_photos.parse_arguments([*common, "--index", "i.safetensors"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "10 of 10 photos have a right image among 24" in lines
+    recalls = [float(cell) for cell in next(line for line in lines if "m.safetensors |" in line).split("|")[2:6]]
+    assert recalls == sorted(recalls) and 0 <= recalls[0] <= recalls[3] == 100  # 20 of 24 images, 9 right each
+    near, world_wide = lines[-1].split("|")[2], lines[-1].split("|")[4]
+    photos = Catalogue.read(world.path, "queries")
+    assert len(near.split()) == len(world_wide.split()) == (photos.areas >= 2000).sum()
+    assert all(1 <= int(rank) <= 24 for rank in near.split())
+    assert all(int(a) <= int(b) for a, b in zip(near.split(), world_wide.split()))

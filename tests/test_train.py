@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -226,6 +227,14 @@ def test_a_region_without_a_year_is_logged_and_the_run_goes_on(own_world):
     folder = train.main(arguments(own_world, "--iterations", "1"))
     log = (folder / "info.log").read_text()
     assert "23 regions with all years" in log and "{:02d}_{:04d}_{:04d}".format(*own_world.regions[0]) in log
+
+
+def test_a_data_set_of_satellite_images_alone_is_trained_on(own_world):
+    shutil.rmtree(own_world.path / "queries")
+    folder = train.main(arguments(own_world))
+    log = (folder / "info.log").read_text()
+    assert "no photos, so no validation" in log and "Recalls on" not in log
+    assert load_checkpoint(folder / "best.pt")["iteration"] == load_checkpoint(folder / "last.pt")["iteration"] == 4
 
 
 def test_odd_images_are_trained_on_and_broken_ones_named(own_world):

@@ -1,0 +1,166 @@
+"""The whole Earth in one small file: what a model made of regions of the grid, compressed, to be searched anywhere.
+
+A region stands in it once: instead of the image, the photo is turned. Descriptors are projected onto their first
+principal directions and kept as a byte a value, so 256 bytes a region; scores are cosines of what is kept.
+
+python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER makes one of a data set's images of 2021.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from datasets import grid
+from datasets.sets import read_database
+from models.earthloc import load_model
+from models.weights import weights_fingerprint
+from retrieval.describe import describe_kept, first_of_each, take
+from retrieval.search import search
+from utils.arguments import make_parser, positive, run
+from utils.files import replacing
+from utils.precision import PRECISIONS
+
+FORMAT = "earthloc index 1"
+TURNS = (0, 90, 180, 270)  # degrees that a photo is turned counter-clockwise before it is described
+
+
+class EarthIndex:
+    """Regions (N, 3) of zoom, row, col and their descriptors as codes (N, K) uint8.
+
+    A descriptor x (D,) becomes axes.T @ (x - mean), (K,); code c of column k stands for low[k] + c * step[k].
+    fingerprint: `weights_fingerprint` of the model that made it.
+    """
+
+    def __init__(self, regions, codes, low, step, axes, mean, fingerprint):
+        self.regions, self.codes, self.low, self.step = regions, codes, low, step
+        self.axes, self.mean, self.fingerprint = axes, mean, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @cached_property
+    def footprints(self) -> np.ndarray:
+        """(N, 4, 2) degrees, BL, TL, TR, BR."""
+        return grid.footprints(self.regions)
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """(N, K) float32 of unit length."""
+        return _unit(self.codes * self.step + self.low)
+
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """photos (4, Q, D): descriptors of each photo in TURNS; rows (m,): where to look -> scores, rows of the index
+        and rotations (degrees, as predict.py counts them: of the image, counter-clockwise), each (Q, k), best first.
+
+        A region counts in its best rotation. Fewer than k rows: score -inf, row -1. ValueError on other shapes.
+        """
+        turns, count, dim = photos.shape
+        if turns != len(TURNS) or dim != len(self.mean):
+            raise ValueError(f"photos of shape {photos.shape}: expected ({len(TURNS)}, photos, {len(self.mean)})")
+        rows = np.asarray(rows)
+        scores, found = search(self.vectors, self.project(photos.reshape(-1, dim)), min(k, len(rows)), rows)
+        # Turning a photo by t is turning the images by -t.
+        rotations = np.broadcast_to((-np.array(TURNS) % 360)[:, None, None], (turns, count, scores.shape[1]))
+        # A photo's turns side by side, each with its k best.
+        side_by_side = lambda each: each.reshape(turns, count, -1).swapaxes(0, 1).reshape(count, -1)
+        scores, found, rotations = map(side_by_side, (scores, np.where(found < 0, -1, rows[found]), rotations))
+        order = np.argsort(-scores, axis=1, kind="stable")
+        scores, found, rotations = (np.take_along_axis(each, order, axis=1) for each in (scores, found, rotations))
+        first = first_of_each(found, k)
+        return take(scores, first, -np.inf), take(found, first, -1), take(rotations, first, 0)
+
+    def project(self, descriptors: np.ndarray) -> np.ndarray:
+        """(Q, D) -> (Q, K) float32 of unit length, to be compared with `vectors`."""
+        return _unit((descriptors - self.mean) @ self.axes)
+
+    def save(self, path: str | Path) -> None:
+        """Writes all of it to one .safetensors file."""
+        arrays = {name: getattr(self, name) for name in ("regions", "codes", "low", "step", "axes", "mean")}
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint}
+        with replacing(path) as file:
+            file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EarthIndex":
+        """What `save` wrote. FileNotFoundError, ValueError where there is none or something else."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--index {path}: no such file; make one by `python -m retrieval.earth_index`")
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"--index {path}: not an index of the Earth ({json.dumps(metadata)[:80]})")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"--index {path}: truncated, or no index ({error}); fetch or make it again") from error
+        arrays["axes"] = arrays["axes"].astype(np.float32)
+        return cls(**arrays, fingerprint=metadata["fingerprint"])
+
+
+def compress(regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint: str) -> EarthIndex:
+    """regions (N, 3), descriptors (N, D) -> EarthIndex of `dim` bytes a region. Values beyond the range that holds all
+    but 2 in 10,000 of a column are cut off. ValueError where one is not finite, or dim is larger than D."""
+    if not np.isfinite(descriptors).all():
+        raise ValueError("descriptors are not finite: has the model diverged?")
+    if not 1 <= dim <= descriptors.shape[1]:
+        raise ValueError(f"--dim {dim}: the model's descriptors have {descriptors.shape[1]} values")
+    mean = descriptors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = descriptors - mean
+    axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)[1][:, ::-1][:, :dim].astype(np.float16)
+    values = _unit(centred @ axes.astype(np.float32))
+    low, high = np.quantile(values, (1e-4, 1 - 1e-4), axis=0).astype(np.float32)
+    step = np.maximum(high - low, 1e-12) / np.float32(255)
+    codes = ((values - low) / step).round().clip(0, 255).astype(np.uint8)
+    return EarthIndex(np.asarray(regions, np.int32), codes, low, step, axes.astype(np.float32), mean, fingerprint)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def main(args):
+    """-> the EarthIndex, written to args.index."""
+    model, database = load_model(args.resume).eval(), read_database(args.dataset_path)
+    regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
+    strange = np.flatnonzero(np.abs(grid.footprints(regions) - database.footprints).max(axis=(1, 2)) > 1e-4)
+    if len(strange):
+        raise ValueError(
+            f"{database.paths[strange[0]]}: its corners are not those of its region, so no index of the grid can hold "
+            f"it ({len(strange)} of {len(database)} images); leave it out of the database"
+        )
+    how = model.config.image_size, args.batch_size, args.num_workers, args.device, args.precision
+    descriptors, failures = describe_kept(args.descriptors, model, database.root, database.paths, *how, label="Earth")
+    rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
+    vectors = np.asarray(descriptors[0, rows], np.float32)
+    index = compress(regions[rows], vectors, args.dim, weights_fingerprint(model))
+    index.save(args.index)
+    print(
+        f"{args.index}: {len(index):,} regions, {Path(args.index).stat().st_size / 1e6:.1f} MB, {len(failures)} failed"
+    )
+    return index
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("index", help="file to write, .safetensors")
+    add("--resume", required=True, help="weights or checkpoint")
+    add("--dataset_path", required=True, help="folder with database/, images named by the grid")
+    add("--dim", type=positive, default=256, help="bytes a region")
+    add("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
+    add("--batch_size", type=positive, default=32)
+    add("--num_workers", type=int, default=2)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=PRECISIONS, default="fp32")
+    add("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
