@@ -230,7 +230,7 @@ class Catalogue:
         if not top.is_dir():
             raise FileNotFoundError(
                 f"{top}: no such folder; is --dataset_path right? A data set has the folders "
-                f"database/ and queries/ (README, 'The real data set')"
+                f"database/ and queries/ (docs/data.md)"
             )
         prefix = "" if year is None else f"{folder}/{year}_"
         return cls.from_table(root, index.read_table(root, folder, parse_paths, prefix))

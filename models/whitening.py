@@ -1,4 +1,4 @@
-"""The last layer's start as a whitening of what the model gets in training (README, "Plateau")."""
+"""The last layer's start as a whitening of what the model gets in training (docs/decisions.md, "Plateau")."""
 
 import torch
 from tqdm import tqdm

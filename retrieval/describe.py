@@ -296,7 +296,7 @@ def nearest_to_nadir(nadirs, centers, k, block=512):
     """Database images ranked by distance of their centre (M, 2) from each nadir (Q, 2) -> (Q, k) int, -1 fills up.
 
     What is found without looking at the photo, by guessing that it shows what lies below the station. The paper's row
-    "Nadir" has a fifth to a tenth of these recalls and does not say what it counts (README, errata).
+    "Nadir" has a fifth to a tenth of these recalls and does not say what it counts (docs/decisions.md).
     """
     nadirs, centers = geo.to_unit_vectors(nadirs), geo.to_unit_vectors(centers)
     width = min(k, len(centers))
