@@ -6,11 +6,11 @@ import logging
 
 import numpy as np
 import shapely
-from shapely.geometry import MultiPolygon, Polygon, box, mapping
-from shapely.geometry.polygon import orient
+from shapely.geometry import mapping
 
-from datasets.overlap import ring
 from utils import geo
+from utils.geo import ring
+from utils.outlines import outlines
 
 
 def readable_rows(paths, failures):
@@ -54,21 +54,8 @@ def point(prediction):
 
 
 def area(footprint):
-    """Corners (4, 2) degrees -> a Polygon, counter-clockwise; over the antimeridian a MultiPolygon
-    of what lies on either side (RFC 7946, sec. 3.1.9). Around a pole, it reaches from edge to edge of the map."""
-    lat, lon = footprint.T
-    steps = geo.wrap_longitude(np.diff(lon, append=lon[0]))  # each edge goes the short way round
-    if abs(steps.sum()) > 180:
-        pole, lon = np.copysign(90, lat.mean()), lon[0] + np.cumsum([0, *steps])
-        outline = Polygon([*zip(lon, [*lat, lat[0]]), (lon[-1], pole), (lon[0], pole)])
-    else:
-        outline = Polygon(ring(footprint)[:, ::-1])
-    whole = box(-180, -90, 180, 90)
-    if whole.covers(outline):
-        return mapping(orient(outline))
-    copies = (shapely.transform(outline, lambda points: points + [turn, 0]) for turn in (-360, 0, 360))
-    parts = [part for part in (copy.intersection(whole) for copy in copies) if part.area]
-    return mapping(orient(parts[0]) if len(parts) == 1 else MultiPolygon([orient(part) for part in parts]))
+    """Corners (4, 2) degrees -> GeoJSON geometry, cut at the antimeridian."""
+    return mapping(outlines(footprint)[0])
 
 
 def distances_to_footprints(footprints, point, points_per_edge=16):
