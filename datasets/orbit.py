@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +112,9 @@ def subpoint(position: np.ndarray, angle: float) -> tuple[float, float]:
 
 def in_utc(when: datetime) -> datetime:
     """Any time -> the same in UTC; one that does not say its offset is taken for UTC, the station's time."""
-    return when.replace(tzinfo=timezone.utc) if when.tzinfo is None else when.astimezone(timezone.utc)
+    return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
 
 
 def _epoch(satellite) -> datetime:
     year = satellite.epochyr + (2000 if satellite.epochyr < 57 else 1900)  # as the format has it
-    return datetime(year, 1, 1, tzinfo=timezone.utc) + timedelta(days=satellite.epochdays - 1)
+    return datetime(year, 1, 1, tzinfo=UTC) + timedelta(days=satellite.epochdays - 1)
