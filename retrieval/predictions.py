@@ -1,14 +1,18 @@
 """What predict.py and predict_geoclip.py share: photos that cannot be read, and places as JSON, CSV and GeoJSON."""
 
 import csv
+import io
 import json
 import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import shapely
 from shapely.geometry import mapping
 
 from utils import geo
+from utils.files import replacing
 from utils.geo import ring
 from utils.outlines import outlines
 
@@ -25,28 +29,43 @@ def readable_rows(paths, failures):
     return np.setdiff1d(np.arange(len(paths)), [row for row, _ in failures])
 
 
-def write_predictions(folder, predictions, footprints=None):
-    """-> predictions.json, predictions.csv and predictions.geojson in the folder.
+def write_predictions(folder: Path, places: Callable[[], Iterable[tuple[dict, np.ndarray | None]]]) -> None:
+    """-> predictions.json, predictions.csv and predictions.geojson in the folder, each whole or not at all.
 
-    predictions: a list of dicts with the same keys, among them latitude and longitude, degrees. On the map each is a
-    point, or where footprints (P, 4, 2) degrees are given its area; longitude first and counter-clockwise, as RFC 7946
-    wants it. A byte of a file name that is no text stands as \\udcXX in all three; json.loads makes it the name again.
+    places: a function that goes through (properties, footprint), as often as it is called; one is in memory at a time.
+    Properties have the same keys, among them latitude and longitude, degrees. On the map each place is its footprint
+    (4, 2) degrees, or a point where that is None; longitude first and counter-clockwise, as RFC 7946 wants it. A byte
+    of a file name that is no text stands as \\udcXX in all three; json.loads makes it the name again.
     """
-    (folder / "predictions.json").write_text(json.dumps(predictions, indent=2) + "\n")
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, predictions[0].keys())
-        writer.writeheader()
-        writer.writerows(predictions)
-    features = [
-        {
-            "type": "Feature",
-            "geometry": point(each) if footprints is None else area(footprints[number]),
-            "properties": {key: value for key, value in each.items() if key not in ("latitude", "longitude")},
-        }
-        for number, each in enumerate(predictions)
-    ]
-    collection = {"type": "FeatureCollection", "features": features}
-    (folder / "predictions.geojson").write_text(json.dumps(collection) + "\n")
+    with replacing(folder / "predictions.json", sync=False) as file:
+        file.writelines(_listed("[\n", (json.dumps(properties) for properties, _ in places()), "\n]\n"))
+    with replacing(folder / "predictions.geojson", sync=False) as file:
+        features = (json.dumps(feature(*place)) for place in places())
+        file.writelines(_listed('{"type": "FeatureCollection", "features": [\n', features, "\n]}\n"))
+    with replacing(folder / "predictions.csv", sync=False) as binary:
+        file = io.TextIOWrapper(binary, newline="", encoding="utf-8", errors="backslashreplace")
+        writer = None
+        for properties, _ in places():
+            if writer is None:
+                writer = csv.DictWriter(file, properties.keys())
+                writer.writeheader()
+            writer.writerow(properties)
+        file.flush()
+        file.detach()
+
+
+def _listed(begin, items, end):
+    """Texts -> bytes of a JSON list, an item a line."""
+    yield begin.encode()
+    for number, item in enumerate(items):
+        yield (",\n" if number else "").encode() + item.encode()
+    yield end.encode()
+
+
+def feature(properties: dict, footprint: np.ndarray | None) -> dict:
+    """A place -> GeoJSON."""
+    geometry = point(properties) if footprint is None else area(np.asarray(footprint, dtype=np.float64))
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
 
 
 def point(prediction):

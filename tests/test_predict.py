@@ -96,41 +96,6 @@ def test_a_database_image_and_its_turned_copy_are_found_at_their_place(go, world
         assert np.abs(photo - found).mean() < 10 < 20 < np.abs(photo - second).mean()
 
 
-def test_places_are_the_best_images_among_the_rows_each_in_its_best_rotation():
-    """Against plain loops. Few dimensions: an image often has two of the best scores, and the best row is often out."""
-    rng = np.random.default_rng(0)
-    photos, images = rng.normal(size=(9, 3)), rng.normal(size=(4, 30, 3))
-    photos, images = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in (photos, images))
-    rows = np.sort(rng.choice(30, 12, replace=False))
-    scores, found, rotations = predict.locate(photos.astype(np.float32), images.astype(np.float32), rows, 5)
-    for photo, given in zip(photos, zip(scores, found, rotations)):
-        best = sorted(
-            ((max((float(photo @ images[turn, row]), 90 * turn) for turn in range(4)), row) for row in rows.tolist()),
-            reverse=True,
-        )[:5]
-        for ((score, rotation), row), (a, b, c) in zip(best, zip(*given), strict=True):
-            assert (a, b, c) == (pytest.approx(score, abs=1e-5), row, rotation)
-
-
-def test_every_prediction_says_its_own_image_and_area(world):
-    database = read_database(world.path)
-    first, last = int(np.argmin(database.areas)), int(np.argmax(database.areas))
-    predictions = predict.as_predictions(
-        ["a", "b"], database, np.ones((2, 2)), np.array([[first, last], [last, first]]), np.array([[0, 90], [180, 270]])
-    )
-    assert [(each["image"], each["rank"], each["rotation"]) for each in predictions] == [
-        ("a", 1, 0),
-        ("a", 2, 90),
-        ("b", 1, 180),
-        ("b", 2, 270),
-    ]
-    for each, row in zip(predictions, (first, last, last, first)):
-        name = ImageName.parse(each["database_image"])
-        assert each["database_image"] == database.paths[row] and each["area_km2"] == name.area
-        np.testing.assert_allclose((each["latitude"], each["longitude"]), name.nadir, atol=0.02)
-    assert len({each["area_km2"] for each in predictions}) == 2
-
-
 def test_a_file_name_with_a_stray_byte_is_in_all_files(go, world, tmp_path, capfd):
     photo = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
     try:
