@@ -36,6 +36,10 @@ from utils.signals import EXIT_CODE, Stop, Stopped
 from utils.tables import Strings
 from utils.world_map import candidates_map
 
+# Flags that the locator takes as they are, and those that decide what is found: an archive goes on with the same ones.
+LOCATOR = "dataset_path index register matcher_weights ground candidates near_km descriptors".split()
+LOCATOR += "device precision batch_size num_workers".split()
+DECIDING = "dataset_path index top_k near near_km register ground candidates".split()
 TELL_EVERY = 60  # seconds between lines in the log
 
 
@@ -61,6 +65,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("registration").add_argument
     add("--register", choices=("xfeat", "aliked", "disk", "sift", "none"), default="none", help="of the best places")
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
+    add("--ground", metavar="FILE", help="Web Mercator raster to register on; default: the images of --dataset_path")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
 
     add = parser.add_argument_group("archives").add_argument
@@ -92,7 +97,7 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-    """-> the predictions, dicts, in the order of the photos; with --output an iterator, so that memory does not grow."""
+    """-> the predictions, dicts, in the order of the photos; with --output an iterator: memory does not grow."""
     if args.merge is not None:
         return merge_shards(Path(args.merge))
     near = None if args.near is None else tuple(check_points([args.near], "--near")[0].tolist())
@@ -102,26 +107,12 @@ def main(args):
     notes = nadirs.check(photos)
     photos = photos[list(shard_rows(len(photos), shard))]
 
-    if args.output is None:
-        folder = make_log_dir(args.log_dir)
-    else:
-        folder = shard_folder(args.output, shard)
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = make_log_dir(args.log_dir) if args.output is None else shard_folder(args.output, shard)
+    folder.mkdir(parents=True, exist_ok=True)
     setup_logging(folder, args)
     for note in notes:
         logging.info(note)
-    names = (
-        "dataset_path",
-        "index",
-        "register",
-        "matcher_weights",
-        "candidates",
-        "near_km",
-        "descriptors",
-        "precision",
-    )
-    names += ("batch_size", "num_workers", "device")
-    locator = Locator.from_files(args.resume, **{name: getattr(args, name) for name in names})
+    locator = Locator.from_files(args.resume, **{name: getattr(args, name) for name in LOCATOR})
     require_enough(locator.places, near, args.near_km, args.top_k)
     precision, size = locator.settings["precision"], locator.settings["image_size"]
     fingerprint = model_fingerprint(locator.model, size, precision)
@@ -129,9 +120,7 @@ def main(args):
 
     columns = COLUMNS | dict.fromkeys(own_columns(dict.fromkeys(nadirs.columns)), str)
     settings = {"model": fingerprint, "columns": list(columns)}
-    settings |= {
-        name: getattr(args, name) for name in ("dataset_path", "index", "top_k", "near", "near_km", "register")
-    }
+    settings |= {name: getattr(args, name) for name in DECIDING}
     with Archive.open(folder, settings, columns) as archive:
         rows = np.flatnonzero([not archive.is_done(photo) for photo in photos])
         if len(rows) < len(photos):
@@ -229,7 +218,8 @@ def save_picture(file, places, answers, size=160):
     for answer in answers:
         pictures = [places.picture(place.row, size) for place in answer.places]
         turned = [
-            None if each is None else rotate(each, place.rotation) for each, place in zip(pictures, answer.places)
+            None if each is None else rotate(each, 90 * round(place.rotation / 90))
+            for each, place in zip(pictures, answer.places)
         ]
         cells.append([read_image(answer.image, size, upright=True), *turned])
         found = (f"{place.latitude:.1f} {place.longitude:.1f} ({place.score:.2f})" for place in answer.places)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +98,12 @@ class Dataset(Places):
             )
 
         return cls(catalogue, describe)
+
+    @cached_property
+    def ground(self):
+        from retrieval.ground import DatabaseGround
+
+        return DatabaseGround(self.source, self.names, self.footprints)
 
     def prepare(self, rows):
         new = rows[~self.known[rows]]

@@ -32,7 +32,7 @@ COLUMNS = {
     "verified": bool,
     "latitude": float,
     "longitude": float,
-    "rotation": int,
+    "rotation": float,
     "database_image": str,
     "area_km2": int,
     "nadir_lat": float,
@@ -48,9 +48,10 @@ class Place:
     image: its path, or its number. rank: from 1. score: cosine similarity with database_image. inliers: points of the
     photo found on the ground by one homography; 0 without registration. probability: that the place is right, None
     without registration; verified: it is high enough to act on. latitude, longitude: of the footprint's centre.
-    rotation: compass azimuth of the photo's up direction, as a viewer shows it, to the next quarter. nadir: the point
-    below the camera (lat, lon), None: unknown. footprint (4, 2): the ground at the photo's own corners, bottom left,
-    top left, top right, bottom right, where it was registered; else those of the database image, turned likewise.
+    rotation: compass azimuth of the photo's up direction, as a viewer shows it, degrees; without registration to the
+    next quarter. nadir: the point below the camera (lat, lon), None: unknown. footprint (4, 2): the ground at the
+    photo's own corners, bottom left, top left, top right, bottom right, where it was registered; else that of the
+    database image, turned likewise. row: of the database image. registration: what retrieval/registration.py found.
     """
 
     image: str | int
@@ -61,13 +62,14 @@ class Place:
     verified: bool
     latitude: float
     longitude: float
-    rotation: int
+    rotation: float
     database_image: str
     area_km2: int
     nadir: tuple[float, float] | None
     footprint: np.ndarray
     row: int
     columns: dict[str, str] = field(default_factory=dict)
+    registration: object | None = None
 
     def as_dict(self) -> dict:
         lat, lon = (None, None) if self.nadir is None else self.nadir
@@ -104,6 +106,7 @@ class Locator:
         model: torch.nn.Module,
         places: Places,
         matcher=None,
+        register: str = "none",
         near_km: float = 2500,
         candidates: int = 10,
         batch_size: int = 32,
@@ -111,8 +114,8 @@ class Locator:
         device: str | torch.device = "cpu",
         precision: str = "fp32",
     ):
-        """matcher: of retrieval/matching.py; candidates: so many of the best are registered."""
-        self.model, self.places, self.matcher = model, places, matcher
+        """matcher: what `make_matcher(register)` gives; candidates: so many of the best are registered."""
+        self.model, self.places, self.matcher, self.register = model, places, matcher, register
         self.near_km, self.candidates = near_km, candidates
         self.settings = dict(
             image_size=model.config.image_size,
@@ -130,6 +133,7 @@ class Locator:
         index: str | Path | None = None,
         register: str = "none",
         matcher_weights: str | Path | None = None,
+        ground: str | Path | None = None,
         descriptors: str | Path = "logs/descriptors",
         device: str | torch.device = "cpu",
         precision: str = "auto",
@@ -139,12 +143,16 @@ class Locator:
     ) -> Locator:
         """weights: checkpoint or released weights. dataset_path: a data set's folder (its database/ is described when
         first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py. register: xfeat, aliked,
-        disk, sift or none. settings: near_km, candidates.
+        disk, sift or none, on the data set's images or on ground, a Web Mercator raster. settings: near_km, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
         if (dataset_path is None) == (index is None):
             raise ValueError("give --dataset_path, a folder with database/, or --index, a file; one of them")
+        if register != "none" and dataset_path is None and ground is None:
+            raise ValueError(
+                f"--register {register}: an index has no pictures; give --ground, a raster, or --dataset_path"
+            )
         device = require_device(str(device))
         precision = default_precision(device) if precision == "auto" else precision
         model = load_model(weights).to(device).eval()
@@ -160,7 +168,11 @@ class Locator:
             places = Index(EarthIndex.load(index), index)
         else:
             places = Dataset.read(dataset_path, model, descriptors, image_size=model.config.image_size, **common)
-        return cls(model, places, matcher, **common, **settings)
+        if ground is not None:
+            from retrieval.ground import RasterGround
+
+            places.ground = RasterGround(ground)
+        return cls(model, places, matcher, register, **common, **settings)
 
     def __call__(
         self, images: Sequence, nadirs: Sequence[tuple[float, float] | None] | None = None, top_k: int = 3
@@ -217,10 +229,8 @@ class Locator:
                 registered = self._register(image, candidates, nadir)
             except (ValueError, OSError) as error:  # it could be read when it was described
                 return Answer(name, [], nadir, str(error))
-        order = sorted(range(len(candidates)), key=lambda k: -registered[k][0].inliers if registered[k] else 0)
-        places = [
-            self._place(name, rank, candidates[k], registered[k], nadir) for rank, k in enumerate(order[:top_k], 1)
-        ]
+        order = by_inliers([each and each[0] for each in registered])[:top_k]
+        places = [self._place(name, rank, candidates[k], registered[k], nadir) for rank, k in enumerate(order, 1)]
         return Answer(name, places, nadir)
 
     def _register(self, image, candidates, nadir):
@@ -230,18 +240,18 @@ class Locator:
 
         photo = within(image, REGISTERED_SIDE) if torch.is_tensor(image) else read_within(image, REGISTERED_SIDE)
         tried = [(self.places.footprints[row], rotation) for _, row, rotation in candidates]
-        found = register(photo, tried, self.places.ground, self.matcher)
-        return [None if each is None else (each, float(probability(each))) for each in found]
+        found = register(photo, tried, self.places.ground, self.matcher, nadir=nadir.point)
+        return [None if each is None else (each, float(probability(each, self.register))) for each in found]
 
     def _place(self, name, rank, candidate, registered, nadir):
         score, row, rotation = candidate
         footprint, area = turn_footprint(self.places.footprints[row], rotation), int(self.places.areas[row])
-        inliers, probability, verified = 0, None if self.matcher is None else 0.0, False
+        registration, inliers, probability, verified = None, 0, None if self.matcher is None else 0.0, False
         if registered is not None:
             from retrieval.confidence import VERIFIED
 
             registration, probability = registered
-            footprint, inliers = np.asarray(registration.footprint), int(registration.inliers)
+            footprint, inliers, rotation = registration.footprint, int(registration.inliers), registration.rotation
             verified = bool(probability >= VERIFIED)
             area = round(float(grid.quadrilateral_area(geo.unwrap_footprints(footprint))))
         lat, lon = geo.centers(footprint).tolist()
@@ -254,14 +264,26 @@ class Locator:
             verified,
             round(lat, 6),
             round(lon, 6),
-            rotation,
+            round(rotation, 1),
             self.places.names[row],
             area,
             nadir.point,
             footprint,
             row,
             nadir.columns,
+            registration,
         )
+
+
+def by_inliers(registrations: Sequence) -> list[int]:
+    """Registrations of candidates, None where there is none, best score first -> their order as places: by inliers.
+
+    Neighbours may lead to one and the same registration: all but the first of them come last.
+    """
+    known = {id(each): k for k, each in reversed(list(enumerate(registrations))) if each is not None}
+    again = [each is not None and known[id(each)] != k for k, each in enumerate(registrations)]
+    inliers = [0 if each is None else each.inliers for each in registrations]
+    return sorted(range(len(inliers)), key=lambda k: (again[k], -inliers[k]))
 
 
 def turn_footprint(footprint: np.ndarray, rotation: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageOps
 
 import predict
-from datasets.names import ImageName
 from datasets.sets import read_database
 from models.config import ModelConfig
 from models.earthloc import build_model

@@ -3,8 +3,8 @@
 import json
 import logging
 import os
-import shutil
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -472,7 +472,7 @@ def test_eval_and_predict_describe_nothing_twice(world, tmp_path, monkeypatch):
                 ]
             )
         )
-        return sum("database" in Path(path).relative_to(world.path).parts for path in files)
+        return sum(Path(path).is_relative_to(world.path / "database") for path in files)
 
     everything = len(data.database_rows)
     assert everything == len(database)
