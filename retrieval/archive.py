@@ -91,7 +91,7 @@ class Archive:
         self.done = np.unique(np.fromiter((digest(json.loads(line)["image"]) for line in self.lines), np.uint64))
         (self.folder / PARTS).mkdir(exist_ok=True)
         for path in (self.folder / PARTS).iterdir():
-            if path.name >= _part_name(self.parts):
+            if path.name > _part_name(self.parts):  # that one holds some of what is pending, and is written anew
                 path.unlink()
         self.lines.seek(self.parted)
         self.pending = [json.loads(line) for line in self.lines]
@@ -148,6 +148,7 @@ class Archive:
 
     def finish(self) -> None:
         """The last file of Parquet, and predictions.json, .csv and .geojson. A later run may still add photos."""
+        (self.folder / PARTS / _part_name(self.parts)).unlink(missing_ok=True)
         if self.pending:
             parts, parted, kept = self.parts, self.parted, self.pending
             self._write_part()

@@ -47,11 +47,14 @@ class Places:
         """Sorted rows whose footprint reaches into the circle of so many km around a point (lat, lon); None: all."""
         if point is None:
             return np.arange(len(self))
-        away = geo.EARTH_RADIUS_KM * np.arccos((self.vectors @ geo.to_unit_vectors(point)).clip(-1, 1))
+        cosines = self.vectors @ geo.to_unit_vectors(point)
+        widest = (km + self.reach.max(initial=0)) / geo.EARTH_RADIUS_KM + 1e-6
+        rows = np.flatnonzero(cosines >= np.cos(min(widest, np.pi)))  # few: the arc cosine of these only
+        away = geo.EARTH_RADIUS_KM * np.arccos(cosines[rows].clip(-1, 1))
         near = away <= km - 0.01  # the arc cosine is off by some 0.1 m
-        rim = np.flatnonzero(~near & (away <= km + self.reach + 0.01))
-        near[rim] = distances_to_footprints(self.footprints[rim], point) <= km  # the outlines of these only
-        return np.flatnonzero(near)
+        rim = np.flatnonzero(~near & (away <= km + self.reach[rows] + 0.01))
+        near[rim] = distances_to_footprints(self.footprints[rows[rim]], point) <= km  # fewer: the outlines of these
+        return rows[near]
 
     def prepare(self, rows: np.ndarray) -> np.ndarray:
         """Rows that are to be searched, sorted -> those that can be."""
