@@ -107,6 +107,8 @@ def errors_name(path):
         why = (
             "of no known kind, or of bands or bits that are not a picture's"
             if isinstance(error, UnidentifiedImageError)
+            else f"more than {MAX_PIXELS:,} pixels: scale it down"
+            if isinstance(error, Image.DecompressionBombError)
             else str(error) or type(error).__name__
         )
         raise ValueError(f"{path}: cannot be read as an image ({why}); replace or remove the file") from error
