@@ -107,7 +107,7 @@ def errors_name(path):
         why = (
             "of no known kind, or of bands or bits that are not a picture's"
             if isinstance(error, UnidentifiedImageError)
-            else f"more than {MAX_PIXELS:,} pixels: scale it down"
+            else f"{str(error).partition(', could be')[0]}: scale it down"
             if isinstance(error, Image.DecompressionBombError)
             else str(error) or type(error).__name__
         )
