@@ -5,6 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,7 @@ def write_predictions(folder: Path, places: Callable[[], Iterable[tuple[dict, np
     with replacing(folder / "predictions.json", sync=False) as file:
         file.writelines(_listed("[\n", (json.dumps(properties) for properties, _ in places()), "\n]\n"))
     with replacing(folder / "predictions.geojson", sync=False) as file:
-        features = (json.dumps(feature(*place)) for place in places())
-        file.writelines(_listed('{"type": "FeatureCollection", "features": [\n', features, "\n]}\n"))
+        file.writelines(_listed('{"type": "FeatureCollection", "features": [\n', _features(places()), "\n]}\n"))
     with replacing(folder / "predictions.csv", sync=False) as binary:
         file = io.TextIOWrapper(binary, newline="", encoding="utf-8", errors="backslashreplace")
         writer = None
@@ -62,10 +62,16 @@ def _listed(begin, items, end):
     yield end.encode()
 
 
-def feature(properties: dict, footprint: np.ndarray | None) -> dict:
-    """A place -> GeoJSON."""
-    geometry = point(properties) if footprint is None else area(np.asarray(footprint, dtype=np.float64))
-    return {"type": "Feature", "geometry": geometry, "properties": properties}
+def _features(places, block=1000):
+    """Places -> each one's Feature as JSON. Outlines are made for a block at once: one by one they take ten times as
+    long as all else."""
+    places = iter(places)
+    while part := list(islice(places, block)):
+        areas = [footprint for _, footprint in part if footprint is not None]
+        shapes = iter(shapely.to_geojson(outlines(np.array(areas))).tolist() if areas else [])
+        for properties, footprint in part:
+            geometry = json.dumps(point(properties)) if footprint is None else next(shapes)
+            yield f'{{"type": "Feature", "geometry": {geometry}, "properties": {json.dumps(properties)}}}'
 
 
 def point(prediction):
