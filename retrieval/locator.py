@@ -196,7 +196,8 @@ class Locator:
         self, images: Sequence, nadir_of: Callable[[int], Nadir], top_k: int = 3, kept=None
     ) -> Iterator[list[Answer]]:
         """images: paths, or uint8 tensors (3, H, W). nadir_of: number of an image -> its Nadir. kept: a file for the
-        photos' descriptors (`kept_descriptors`). Yields the answers of a batch, in the order of the images."""
+        photos' descriptors (`kept_descriptors`). Yields the answers of a batch, or where photos are registered of one
+        photo, in the order of the images."""
         depth = max(top_k, self.candidates) if self.matcher is not None else top_k
         described = describe_in_order(self.model, images, rotations=self.places.turns, kept=kept, **self.settings)
         for numbers, descriptors, failures in described:
@@ -206,10 +207,12 @@ class Locator:
             points = [nadirs[number].point for number in numbers[readable].tolist()]
             found = search_near(self.places, descriptors[:, readable], points, self.near_km, depth)
             lists = dict(zip(numbers[readable].tolist(), zip(*found)))
-            yield [
+            answers = (
                 self._answer(images[number], number, nadirs[number], lists.get(number), failed.get(number), top_k)
                 for number in numbers.tolist()
-            ]
+            )
+            # Registration takes most of a second a photo: what is done is not held back.
+            yield from ([list(answers)] if self.matcher is None else ([answer] for answer in answers))
 
     def _answer(self, image, number, nadir, found, error, top_k):
         name = number if torch.is_tensor(image) else os.fspath(image)
