@@ -164,7 +164,7 @@ def locate_all(locator, photos, nadirs, archive, args):
                 if time.monotonic() - told > TELL_EVERY:
                     told, rate = time.monotonic(), bar.format_dict["rate"] or bar.n / bar.format_dict["elapsed"]
                     left = timedelta(seconds=round((bar.total - bar.n) / rate))
-                    logging.info(f"{bar.n} of {bar.total} photos, {rate:.1f} photos/s, {left} left")
+                    logging.info(f"{bar.n} of {bar.total} photos, {rate:.3g} photos/s, {left} left")
                 stop.check()
         except Stopped as signal:
             again = "the same command goes on" if args.output else "with --output FOLDER it could go on"
