@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -105,13 +106,16 @@ def main(args):
     photos = Strings(each_image(args.inputs))
     nadirs = read_nadirs(args.nadirs, near, args.tle, [each for each in args.inputs if Path(each).is_dir()])
     notes = nadirs.check(photos)
-    photos = photos[list(shard_rows(len(photos), shard))]
+    rows = shard_rows(len(photos), shard)
+    photos = photos[rows.start : rows.stop]
 
     folder = make_log_dir(args.log_dir) if args.output is None else shard_folder(args.output, shard)
     folder.mkdir(parents=True, exist_ok=True)
     setup_logging(folder, args)
     for note in notes:
         logging.info(note)
+    if args.output is not None and args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU each
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     locator = Locator.from_files(args.resume, **{name: getattr(args, name) for name in LOCATOR})
     require_enough(locator.places, near, args.near_km, args.top_k)
     precision, size = locator.settings["precision"], locator.settings["image_size"]
@@ -126,7 +130,7 @@ def main(args):
         if len(rows) < len(photos):
             logging.info(f"{folder}: {len(photos) - len(rows)} of {len(photos)} photos are done, {len(rows)} are left")
         count = locate_all(locator, photos[rows], nadirs, archive, args)
-        if not count and archive.bytes == 0:
+        if not count and args.output is None:
             raise ValueError(f"none of the {len(photos)} images could be read or placed, see above")
         archive.finish()
     left_out = f"; {archive.failed} photos are left out, failures.csv says why" if archive.failed else ""
@@ -147,42 +151,49 @@ def require_enough(places, near, near_km, top_k):
 def locate_all(locator, photos, nadirs, archive, args):
     """Photos (Strings) -> their places in the archive, a picture and maps; returns how many have one."""
     shown = args.shown if args.shown is not None else 0 if args.output else 50
-    sources, unknown, sheet, count, told = Counter(), Counter(), [], 0, time.monotonic()
+    sources, unknown, sheet, count, told = Counter(), [], [], 0, time.monotonic()
     keep = archive_descriptors(locator, photos, args)
     with Stop() as stop, keep as kept, tqdm(total=len(photos), desc="locating", unit=" photos", leave=False) as bar:
         nadir_of = lambda number: nadirs.of(photos[number])
         try:
-            for answers in locator.stream(photos, nadir_of, args.top_k, kept):
+            for answers in interruptible(locator.stream(photos, nadir_of, args.top_k, kept), stop):
                 placed = [place for answer in answers for place in answer.places]
                 failures = [(answer.image, answer.why) for answer in answers if answer.why]
                 archive.add(((place.as_dict(), place.footprint) for place in placed), failures)
                 count += len(answers) - len(failures)
                 sources.update(answer.nadir.source for answer in answers)
-                unknown.update(answer.nadir.why for answer in answers if answer.nadir.why)
+                unknown += [answer for answer in answers if answer.nadir.why][: 5 - len(unknown)]
                 sheet += tell(answers, archive.folder, args.output is None, shown - len(sheet), len(sheet))
                 bar.update(len(answers))
                 if time.monotonic() - told > TELL_EVERY:
                     told, rate = time.monotonic(), bar.format_dict["rate"] or bar.n / bar.format_dict["elapsed"]
                     left = timedelta(seconds=round((bar.total - bar.n) / rate))
                     logging.info(f"{bar.n} of {bar.total} photos, {rate:.3g} photos/s, {left} left")
-                stop.check()
         except Stopped as signal:
             again = "the same command goes on" if args.output else "with --output FOLDER it could go on"
             logging.info(f"stopped by {signal} after {bar.n} photos, {archive.folder} has their places; {again}")
             sys.exit(EXIT_CODE)
     told = ", ".join(f"{number} {source}" for source, number in sources.most_common())
     logging.info(f"where the nadirs come from: {told} (none: the whole Earth is searched)")
-    for why, number in unknown.most_common(5):
-        logging.info(f"{number} photos without a nadir: {why}")
+    for answer in unknown:
+        logging.info(f"without a nadir, for example {answer.image}: {answer.nadir.why}")
     if sheet:
         save_picture(archive.folder / "predictions.jpg", locator.places, sheet)
     return count
 
 
+def interruptible(batches, stop):
+    """The same batches; a signal ends the wait for one, which may be that for all of the database's descriptors."""
+    while True:
+        with stop.at_once():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 def archive_descriptors(locator, photos, args):
     """With --keep_photos, the context of the file in which the photos' descriptors are; each shard has its own."""
-    from contextlib import nullcontext
-
     if not args.keep_photos:
         return nullcontext()
     place = "\0".join(map(os.path.abspath, [args.output or "", *args.inputs]))

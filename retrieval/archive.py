@@ -111,8 +111,9 @@ class Archive:
 
     def is_done(self, image: str) -> bool:
         """Whether the photo had places when the folder was opened."""
-        place = np.searchsorted(self.done, np.uint64(digest(image)))
-        return place < len(self.done) and int(self.done[place]) == digest(image)
+        key = np.uint64(digest(image))
+        place = np.searchsorted(self.done, key)
+        return place < len(self.done) and self.done[place] == key
 
     def add(self, places: Iterable[tuple[dict, np.ndarray]], failures: Iterable[tuple[str, str]] = ()) -> None:
         """A batch: (properties, footprint (4, 2)) of places, and (image, why) of photos without one -> the disk."""

@@ -2,6 +2,7 @@
 
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -183,3 +184,15 @@ def test_many_rows_come_in_blocks(tmp_path, monkeypatch):
     for number in range(30):
         found = nadirs.of(tmp_path / f"{number}.jpg")
         assert (found.point, found.columns) == ((number / 2, -number), {"who": f"n{number}"})
+
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real_photos"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/real_photos")
+def test_the_table_of_the_real_photos_says_what_their_names_say():
+    photos = sorted(map(str, (REAL / "queries").iterdir()))
+    nadirs = read_nadirs(REAL / "nadirs.csv")
+    assert len(nadirs.check(photos)) == 1  # none is without a row
+    for path in photos:
+        assert nadirs.of(path).source == "table" and nadirs.of(path).point == pytest.approx(nadir_of_name(path))

@@ -356,6 +356,34 @@ def test_shards_make_together_what_one_run_makes(archive, tmp_path, monkeypatch,
     assert "out: 10 photos, 20 places, 0 failures" in capsys.readouterr().out
 
 
+def test_more_shards_than_photos_and_a_shard_of_broken_ones(archive, photos, tmp_path):
+    for number in range(2, 10):
+        (photos / f"{number}.jpg").unlink()
+    (photos / "1.jpg").write_bytes(b"no picture")
+    for number in range(4):
+        archive("--shard", f"{number}/4")
+    predictions = list(predict.main(predict.parse_arguments(["--merge", str(tmp_path / "out")])))
+    assert [Path(each["image"]).name for each in predictions] == ["0.jpg"] * 2
+    assert "1.jpg: cannot be read" in (tmp_path / "out" / "failures.csv").read_text()
+
+
+def test_a_signal_ends_the_description_of_the_database(archive, tmp_path, monkeypatch):
+    read, files = describe.read_image, []
+
+    def signalled(path, *more):
+        files.append(path)
+        if "database" in str(path) and len(files) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(path, *more)
+
+    monkeypatch.setattr(describe, "read_image", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        archive()
+    assert stopped.value.code == EXIT_CODE and len(files) == 13 and not lines(tmp_path / "out")
+    assert len(lines(archive())) == 2 * 10
+    assert len({path for path in files if "database" in str(path)}) == 24
+
+
 def test_photos_descriptors_can_be_kept(archive, photos, tmp_path, monkeypatch):
     first = archive("--keep_photos")
     read, files = describe.read_image, []
