@@ -244,7 +244,7 @@ class Locator:
         photo = within(image, REGISTERED_SIDE) if torch.is_tensor(image) else read_within(image, REGISTERED_SIDE)
         tried = [(self.places.footprints[row], rotation) for _, row, rotation in candidates]
         found = register(photo, tried, self.places.ground, self.matcher, nadir=nadir.point)
-        return [None if each is None else (each, float(probability(each, self.register))) for each in found]
+        return [None if each is None else (each, float(probability(each))) for each in found]
 
     def _place(self, name, rank, candidate, registered, nadir):
         score, row, rotation = candidate
