@@ -53,7 +53,7 @@ def main(args):
     bias = None if near is None else nadir_bias(np.repeat(near, len(paths), axis=0), points, args.near_km)
     rows, probabilities = locate(embeddings[readable], gallery, model.scale.item(), args.top_k, bias)
     predictions = as_predictions(paths, points[rows], probabilities)
-    write_predictions(folder, predictions)
+    write_predictions(folder, lambda: ((each, None) for each in predictions))
     for number, (path, found, shares) in enumerate(zip(paths, points[rows], probabilities)):
         described = ", ".join(f"{lat:.4f} {lon:.4f} ({100 * share:.2f} %)" for (lat, lon), share in zip(found, shares))
         logging.info(f"{path}: {described}")

@@ -161,18 +161,21 @@ def photos_of_dataset(root, part="database"):
 
 def find_images(paths):
     """Files and folders (searched through) -> image files, those of a folder sorted. ValueError where there is none."""
-    found = []
+    return [Path(path) for path in each_image(paths)]
+
+
+def each_image(paths):
+    """As find_images, one at a time, as str."""
     for path in map(Path, paths):
         if path.is_dir():
             inside, _ = list_files(path)
             if not inside:
                 raise ValueError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")
-            found += [path / name for name in inside]
+            yield from (str(path / name) for name in inside)
         elif path.exists():
-            found.append(path)
+            yield str(path)
         else:
             raise FileNotFoundError(f"{path}: no such image or folder")
-    return found
 
 
 def package_gallery():

@@ -42,6 +42,27 @@ def read_pixels(path, size=None, into=None, upright=False):
     return decode(read_bytes(path), path, size, into, upright)
 
 
+def read_within(path, longest):
+    """As read_image as a viewer shows it, in its aspect, its longer side at most `longest` pixels."""
+    content = read_bytes(path)
+    with errors_name(path):
+        with open_image(io.BytesIO(content)) as image:
+            short = max(1, round(min(image.size) * longest / max(image.size)))
+            orientation = orientation_of(image)
+        pixels = decode_jpeg(content, short)
+        pixels = torch.from_numpy(decode_any(content, short) if pixels is None else pixels)
+    return within(turn(pixels, orientation).permute(2, 0, 1), longest)
+
+
+def within(image, longest):
+    """uint8 (3, H, W) -> the same, or smaller in its aspect: the longer side at most `longest` pixels."""
+    scale = longest / max(image.shape[1:])
+    if scale < 1:
+        size = [max(1, round(scale * side)) for side in image.shape[1:]]
+        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    return image.contiguous()
+
+
 def read_header(path):
     """File -> (width, height) and the kind, such as "JPEG". Raises as read_image at what the header tells."""
     with errors_name(path):
@@ -86,6 +107,8 @@ def errors_name(path):
         why = (
             "of no known kind, or of bands or bits that are not a picture's"
             if isinstance(error, UnidentifiedImageError)
+            else f"{str(error).partition(', could be')[0]}: scale it down"
+            if isinstance(error, Image.DecompressionBombError)
             else str(error) or type(error).__name__
         )
         raise ValueError(f"{path}: cannot be read as an image ({why}); replace or remove the file") from error

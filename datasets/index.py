@@ -15,7 +15,6 @@ and QGIS open. There, corners are in circular order, and a footprint over the an
 sides, as RFC 7946 has it; lat1 … lon4 are as the name says.
 """
 
-import json
 import logging
 import os
 import time
@@ -28,16 +27,11 @@ import pyarrow.compute as pc
 import shapely
 
 from datasets.listing import as_known, walk
-from utils.geo import ring
+from utils.outlines import GEO, outlines
 from utils.tables import ROW_GROUP, Damaged, as_text, opened, or_anew, read_rows, store
 
 VERSION = 2  # raise when the columns change
 MIN_IMAGES = 20_000  # below, listing takes less than a second and no index is written
-GEO = {
-    "version": "1.1.0",
-    "primary_column": "geometry",
-    "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}},
-}
 
 
 def read_table(root, folder, parse, prefix="", min_images=None):
@@ -79,9 +73,7 @@ def _read(root, folder, parse, prefix, min_images, file, trusted):
             "version": VERSION,
             "folders": [[os.fsdecode(name), times, int(count)] for (name, times, _), count in zip(found, counts)],
         }
-        if writable and store(
-            file, _for_others(table), state, {b"geo": json.dumps(GEO).encode()}, distinct=("path", "geometry")
-        ):
+        if writable and store(file, _for_others(table), state, GEO, distinct=("path", "geometry")):
             end = f"{file.name} written for the next start"
         else:
             end = f"{root} cannot be written to, so there is no {file.name} and every start lists them"
@@ -119,17 +111,5 @@ def _for_others(table):
         part = table.slice(start, ROW_GROUP)
         corners = np.stack([part[f"{axis}{corner}"] for corner in range(1, 5) for axis in ("lat", "lon")], axis=-1)
         yield part.append_column(
-            "geometry", pa.array(shapely.to_wkb(polygons(corners.reshape(-1, 4, 2))).tolist(), pa.binary())
+            "geometry", pa.array(shapely.to_wkb(outlines(corners.reshape(-1, 4, 2))).tolist(), pa.binary())
         )
-
-
-def polygons(footprints):
-    """(N, 4, 2) degrees -> (N,) shapely polygons, longitude first; MultiPolygons over the antimeridian."""
-    points = ring(footprints)[..., ::-1]
-    shapes = shapely.polygons(points)
-    over = np.flatnonzero((np.abs(points[..., 0]) > 180).any(axis=-1))
-    turned = [shapely.transform(shapes[over], lambda xy: xy + [turn, 0]) for turn in (-360, 0, 360)]
-    parts = shapely.intersection(np.stack(turned), shapely.box(-180, -90, 180, 90))
-    parts[shapely.area(parts) == 0] = None  # an edge on the antimeridian
-    shapes[over] = shapely.union_all(parts, axis=0)
-    return shapes

@@ -1,5 +1,6 @@
 """Describe images, search, and count: the array side of evaluation. Nothing here knows a data set's layout."""
 
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets.images import read_image
+from datasets.images import read_image, resize
 from retrieval.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
 from retrieval.store import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
 from utils import distributed, geo
 from utils.precision import autocast
 from utils.signals import ignore_signals, iterate
+from utils.tables import Strings
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 RANKS = (1, 5, 10, 20, 100)
@@ -22,18 +24,22 @@ RANKS = (1, 5, 10, 20, 100)
 
 class ImageFiles(Dataset):
     """Paths -> (row, uint8 (3, size, size), error). A file that cannot be read says so and gives no pixels to use.
-    upright: as a viewer shows them (EXIF), see read_image."""
+    upright: as a viewer shows them (EXIF), see read_image. A uint8 tensor (3, H, W) may stand in a path's place."""
 
     def __init__(self, paths, size, upright=False):
-        self.paths = [str(path) for path in paths]
+        as_is = isinstance(paths, Strings)  # a million names in little memory
+        self.paths = paths if as_is else [path if torch.is_tensor(path) else str(path) for path in paths]
         self.size, self.upright = size, upright
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, row):
+        path = self.paths[row]
         try:
-            return row, read_image(self.paths[row], self.size, self.upright), ""
+            if torch.is_tensor(path):
+                return row, resize(path.permute(1, 2, 0), self.size).permute(2, 0, 1).contiguous(), ""
+            return row, read_image(path, self.size, self.upright), ""
         except (ValueError, OSError) as error:
             return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
 
@@ -78,7 +84,7 @@ def describe(
     shares = [batches_of(len(paths), batch_size)[rank :: distributed.world()] for rank in range(distributed.world())]
     descriptors, failures = None, []
     with evaluating(model):
-        for rows, described, failed in _describe_batches(
+        for rows, described, failed in describe_batches(
             model,
             paths,
             shares[distributed.rank()],
@@ -146,8 +152,7 @@ def describe_kept(
     names = [paths[row] for row in wanted]
     failures = []
     with evaluating(model):
-        with torch.inference_mode(), autocast(torch.device(device), precision):
-            dim = model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+        dim = descriptor_dim(model, image_size, device, precision)
         with descriptor_file(
             Path(folder) / file_name(root, fingerprint, rotations),
             fingerprint,
@@ -158,7 +163,7 @@ def describe_kept(
             missing = np.flatnonzero(~kept.described)
             committed = time.monotonic()
             batches = [missing[each] for each in batches_of(len(missing), batch_size)]
-            for rows, described, failed in _describe_batches(
+            for rows, described, failed in describe_batches(
                 model,
                 [Path(root) / name for name in names],
                 batches,
@@ -180,12 +185,71 @@ def describe_kept(
     return Rows(kept.values.vectors, index), failures
 
 
+def describe_in_order(
+    model, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32", rotations=(0,), kept=None
+):
+    """As `describe`, for photos (upright), a batch at a time: yields rows (B,), descriptors (len(rotations), B, D)
+    float32, and failures. Memory does not grow with the number of paths.
+
+    kept: a DescriptorFile of these paths, of which what it has is taken, and which keeps what is new.
+    """
+    batches = [np.arange(each.start, each.stop) for each in batches_of(len(paths), batch_size)]
+    known = np.zeros(len(paths), dtype=bool) if kept is None else kept.described.copy()
+    fresh = describe_batches(
+        model,
+        paths,
+        [rows[~known[rows]] for rows in batches if not known[rows].all()],
+        image_size,
+        num_workers,
+        device,
+        precision,
+        rotations,
+        "",
+        progress=False,
+        upright=True,
+    )
+    with evaluating(model):
+        for rows in batches:
+            old, failures, descriptors = known[rows], [], None
+            if not old.all():
+                _, described, failures = next(fresh)
+                if kept is not None:
+                    described = described.astype(np.float16).astype(np.float32)  # as they will be found next time
+                    kept.write(rows[~old], described)
+                    kept.commit()
+                descriptors = np.full((len(rotations), len(rows), described.shape[2]), np.nan, dtype=np.float32)
+                descriptors[:, ~old] = described
+            if old.any():
+                before = np.asarray(kept.values[:, rows[old]], dtype=np.float32)
+                if descriptors is None:
+                    descriptors = before
+                descriptors[:, old] = before
+            yield rows, descriptors, failures
+
+
+@contextmanager
+def kept_descriptors(folder, name, model, paths, image_size, device="cpu", precision="fp32", rotations=(0,)):
+    """The file NAME_… in the folder, for the descriptors of these photos -> DescriptorFile for `describe_in_order`."""
+    fingerprint = model_fingerprint(model, image_size, precision)
+    images = image_fingerprints("", Strings(os.path.abspath(path) for path in paths))
+    path = Path(folder) / f"{name}_{fingerprint[:16]}_{'-'.join(map(str, rotations))}.f16"
+    dim = descriptor_dim(model, image_size, device, precision)
+    with descriptor_file(path, fingerprint, rotations, dim, images) as kept:
+        yield kept
+
+
+def descriptor_dim(model, image_size, device="cpu", precision="fp32"):
+    """Values in a descriptor of the model."""
+    with evaluating(model), torch.inference_mode(), autocast(torch.device(device), precision):
+        return model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+
+
 def batches_of(count, batch_size):
     """-> list of ranges that cover range(count), each of batch_size but the last."""
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _describe_batches(
+def describe_batches(
     model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress, upright=False
 ):
     """Of each batch of rows of paths, yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures,

@@ -1,16 +1,21 @@
 """What predict.py and predict_geoclip.py share: photos that cannot be read, and places as JSON, CSV and GeoJSON."""
 
 import csv
+import io
 import json
 import logging
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import shapely
-from shapely.geometry import MultiPolygon, Polygon, box, mapping
-from shapely.geometry.polygon import orient
+from shapely.geometry import mapping
 
-from datasets.overlap import ring
 from utils import geo
+from utils.files import replacing
+from utils.geo import ring
+from utils.outlines import outlines
 
 
 def readable_rows(paths, failures):
@@ -25,28 +30,48 @@ def readable_rows(paths, failures):
     return np.setdiff1d(np.arange(len(paths)), [row for row, _ in failures])
 
 
-def write_predictions(folder, predictions, footprints=None):
-    """-> predictions.json, predictions.csv and predictions.geojson in the folder.
+def write_predictions(folder: Path, places: Callable[[], Iterable[tuple[dict, np.ndarray | None]]]) -> None:
+    """-> predictions.json, predictions.csv and predictions.geojson in the folder, each whole or not at all.
 
-    predictions: a list of dicts with the same keys, among them latitude and longitude, degrees. On the map each is a
-    point, or where footprints (P, 4, 2) degrees are given its area; longitude first and counter-clockwise, as RFC 7946
-    wants it. A byte of a file name that is no text stands as \\udcXX in all three; json.loads makes it the name again.
+    places: a function that goes through (properties, footprint), as often as it is called; one is in memory at a time.
+    Properties have the same keys, among them latitude and longitude, degrees. On the map each place is its footprint
+    (4, 2) degrees, or a point where that is None; longitude first and counter-clockwise, as RFC 7946 wants it. A byte
+    of a file name that is no text stands as \\udcXX in all three; json.loads makes it the name again.
     """
-    (folder / "predictions.json").write_text(json.dumps(predictions, indent=2) + "\n")
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, predictions[0].keys())
-        writer.writeheader()
-        writer.writerows(predictions)
-    features = [
-        {
-            "type": "Feature",
-            "geometry": point(each) if footprints is None else area(footprints[number]),
-            "properties": {key: value for key, value in each.items() if key not in ("latitude", "longitude")},
-        }
-        for number, each in enumerate(predictions)
-    ]
-    collection = {"type": "FeatureCollection", "features": features}
-    (folder / "predictions.geojson").write_text(json.dumps(collection) + "\n")
+    with replacing(folder / "predictions.json", sync=False) as file:
+        file.writelines(_listed("[\n", (json.dumps(properties) for properties, _ in places()), "\n]\n"))
+    with replacing(folder / "predictions.geojson", sync=False) as file:
+        file.writelines(_listed('{"type": "FeatureCollection", "features": [\n', _features(places()), "\n]}\n"))
+    with replacing(folder / "predictions.csv", sync=False) as binary:
+        file = io.TextIOWrapper(binary, newline="", encoding="utf-8", errors="backslashreplace")
+        writer = None
+        for properties, _ in places():
+            if writer is None:
+                writer = csv.DictWriter(file, properties.keys())
+                writer.writeheader()
+            writer.writerow(properties)
+        file.flush()
+        file.detach()
+
+
+def _listed(begin, items, end):
+    """Texts -> bytes of a JSON list, an item a line."""
+    yield begin.encode()
+    for number, item in enumerate(items):
+        yield (",\n" if number else "").encode() + item.encode()
+    yield end.encode()
+
+
+def _features(places, block=1000):
+    """Places -> each one's Feature as JSON. Outlines are made for a block at once: one by one they take ten times as
+    long as all else."""
+    places = iter(places)
+    while part := list(islice(places, block)):
+        areas = [footprint for _, footprint in part if footprint is not None]
+        shapes = iter(shapely.to_geojson(outlines(np.array(areas))).tolist() if areas else [])
+        for properties, footprint in part:
+            geometry = json.dumps(point(properties)) if footprint is None else next(shapes)
+            yield f'{{"type": "Feature", "geometry": {geometry}, "properties": {json.dumps(properties)}}}'
 
 
 def point(prediction):
@@ -54,21 +79,8 @@ def point(prediction):
 
 
 def area(footprint):
-    """Corners (4, 2) degrees -> a Polygon, counter-clockwise; over the antimeridian a MultiPolygon
-    of what lies on either side (RFC 7946, sec. 3.1.9). Around a pole, it reaches from edge to edge of the map."""
-    lat, lon = footprint.T
-    steps = geo.wrap_longitude(np.diff(lon, append=lon[0]))  # each edge goes the short way round
-    if abs(steps.sum()) > 180:
-        pole, lon = np.copysign(90, lat.mean()), lon[0] + np.cumsum([0, *steps])
-        outline = Polygon([*zip(lon, [*lat, lat[0]]), (lon[-1], pole), (lon[0], pole)])
-    else:
-        outline = Polygon(ring(footprint)[:, ::-1])
-    whole = box(-180, -90, 180, 90)
-    if whole.covers(outline):
-        return mapping(orient(outline))
-    copies = (shapely.transform(outline, lambda points: points + [turn, 0]) for turn in (-360, 0, 360))
-    parts = [part for part in (copy.intersection(whole) for copy in copies) if part.area]
-    return mapping(orient(parts[0]) if len(parts) == 1 else MultiPolygon([orient(part) for part in parts]))
+    """Corners (4, 2) degrees -> GeoJSON geometry, cut at the antimeridian."""
+    return mapping(outlines(footprint)[0])
 
 
 def distances_to_footprints(footprints, point, points_per_edge=16):

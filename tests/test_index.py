@@ -220,7 +220,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_index(tree, trusting, monkeypatc
     monkeypatch.setattr(index, "ROW_GROUP", 20)
     monkeypatch.setattr(
         index,
-        "polygons",
+        "outlines",
         lambda footprints: killed(footprints) if len(footprints) < 20 else shapely.polygons(footprints),
     )
     with pytest.raises(KeyboardInterrupt):

@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import shutil
+import signal
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,10 @@ from datasets.names import ImageName
 from datasets.sets import read_database
 from models.config import ModelConfig
 from models.earthloc import build_model
+from retrieval import describe
+from retrieval.archive import Archive
 from utils.checkpoint import save_checkpoint
+from utils.signals import EXIT_CODE
 
 
 @pytest.fixture(scope="module")
@@ -96,41 +102,6 @@ def test_a_database_image_and_its_turned_copy_are_found_at_their_place(go, world
         assert np.abs(photo - found).mean() < 10 < 20 < np.abs(photo - second).mean()
 
 
-def test_places_are_the_best_images_among_the_rows_each_in_its_best_rotation():
-    """Against plain loops. Few dimensions: an image often has two of the best scores, and the best row is often out."""
-    rng = np.random.default_rng(0)
-    photos, images = rng.normal(size=(9, 3)), rng.normal(size=(4, 30, 3))
-    photos, images = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in (photos, images))
-    rows = np.sort(rng.choice(30, 12, replace=False))
-    scores, found, rotations = predict.locate(photos.astype(np.float32), images.astype(np.float32), rows, 5)
-    for photo, given in zip(photos, zip(scores, found, rotations)):
-        best = sorted(
-            ((max((float(photo @ images[turn, row]), 90 * turn) for turn in range(4)), row) for row in rows.tolist()),
-            reverse=True,
-        )[:5]
-        for ((score, rotation), row), (a, b, c) in zip(best, zip(*given), strict=True):
-            assert (a, b, c) == (pytest.approx(score, abs=1e-5), row, rotation)
-
-
-def test_every_prediction_says_its_own_image_and_area(world):
-    database = read_database(world.path)
-    first, last = int(np.argmin(database.areas)), int(np.argmax(database.areas))
-    predictions = predict.as_predictions(
-        ["a", "b"], database, np.ones((2, 2)), np.array([[first, last], [last, first]]), np.array([[0, 90], [180, 270]])
-    )
-    assert [(each["image"], each["rank"], each["rotation"]) for each in predictions] == [
-        ("a", 1, 0),
-        ("a", 2, 90),
-        ("b", 1, 180),
-        ("b", 2, 270),
-    ]
-    for each, row in zip(predictions, (first, last, last, first)):
-        name = ImageName.parse(each["database_image"])
-        assert each["database_image"] == database.paths[row] and each["area_km2"] == name.area
-        np.testing.assert_allclose((each["latitude"], each["longitude"]), name.nadir, atol=0.02)
-    assert len({each["area_km2"] for each in predictions}) == 2
-
-
 def test_a_file_name_with_a_stray_byte_is_in_all_files(go, world, tmp_path, capfd):
     photo = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
     try:
@@ -165,6 +136,21 @@ def test_files_hold_what_is_returned(go, world, tmp_path):
         # Counter-clockwise: the shoelace formula is positive.
         assert np.sum(ring[:-1, 0] * ring[1:, 1] - ring[1:, 0] * ring[:-1, 1]) > 0
     assert {"predictions.jpg", "map_0000.jpg", "config.json"} <= {each.name for each in folder.iterdir()}
+
+
+def test_every_feature_says_what_others_rely_on(go, world, tmp_path):
+    database = read_database(world.path)
+    go(world.path / database.paths[0], "--top_k", 2)
+    (folder,) = (tmp_path / "logs" / "predict").iterdir()
+    features = json.loads((folder / "predictions.geojson").read_text())["features"]
+    names = "image rank score inliers probability verified latitude longitude rotation database_image area_km2"
+    for rank, each in enumerate(features, 1):
+        place = each["properties"]
+        assert set(names.split()) <= set(place) and place["rank"] == rank
+        assert (place["inliers"], place["probability"], place["verified"]) == (0, None, False)
+        name = ImageName.parse(place["database_image"])
+        assert place["area_km2"] == name.area
+        np.testing.assert_allclose((place["latitude"], place["longitude"]), name.nadir, atol=0.02)
 
 
 def test_near_leaves_out_what_is_far_and_describes_it_only_when_asked(go, world, capsys):
@@ -207,3 +193,224 @@ def test_wrong_input_is_named(go, world, tmp_path):
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
         go(broken)
     assert {each["image"] for each in go(broken, photo)} == {str(photo)}
+
+
+@pytest.fixture
+def photos(world, tmp_path):
+    """A folder with ten photos: database images, the odd ones of the first block (Texas), the others of the Alps."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        region = world.regions[number // 2 + (0 if number % 2 else 12)]
+        shutil.copy(world.image(region), folder / f"{number}.jpg")
+    return folder
+
+
+TEXAS, ALPS = (30.0, -95.0), (45.0, 10.0)
+
+
+def test_a_table_gives_each_photo_its_nadir_and_its_columns_are_kept(go, world, photos, tmp_path, capsys):
+    rows = [f"{number}.jpg,{TEXAS[0]},{TEXAS[1]},roll {number},9" for number in range(6)]  # even ones are of the Alps
+    table = tmp_path / "nadirs.csv"
+    table.write_text("path,nadir_lat,nadir_lon,film,score\n" + "\n".join(rows) + "\n")
+    predictions = go(photos, "--nadirs", table, "--top_k", 1)
+    assert [Path(each["image"]).name for each in predictions] == [f"{number}.jpg" for number in range(10)]
+    for number, each in enumerate(predictions):
+        in_texas = each["longitude"] < 0
+        assert in_texas == (number < 6 or number % 2 == 1)
+        known = TEXAS if number < 6 else (None, None)
+        assert (each["nadir_lat"], each["nadir_lon"]) == known
+        assert each["film"] == (f"roll {number}" if number < 6 else "") and each["score"] <= 1.001
+        assert each["table_score"] == ("9" if number < 6 else "")
+    told = capsys.readouterr().out
+    assert "nadirs.csv: 4 of 10 photos have no row, such as" in told
+    assert "where the nadirs come from: 6 table, 4 none" in told
+    near = go(photos, "--nadirs", table, "--near", *ALPS, "--top_k", 1)
+    assert [each["longitude"] < 0 for each in near] == [True] * 6 + [False] * 4
+    (tmp_path / "swapped.csv").write_text("path,nadir_lat,nadir_lon\n0.jpg,-95,30\n")
+    with pytest.raises(ValueError, match="swapped.csv, line 2: nadir_lat is -95.*swapped"):
+        go(photos, "--nadirs", tmp_path / "swapped.csv")
+
+
+def test_a_nadir_with_nothing_in_reach_is_told_and_costs_no_other_photo(go, photos, tmp_path):
+    table = tmp_path / "nadirs.csv"
+    table.write_text("path,nadir_lat,nadir_lon\n0.jpg,-40,100\n1.jpg,30,-95\n")
+    predictions = go(photos, "--nadirs", table, "--top_k", 1)
+    assert [Path(each["image"]).name for each in predictions] == [f"{number}.jpg" for number in range(1, 10)]
+    (folder,) = (tmp_path / "logs" / "predict").iterdir()
+    with open(folder / "failures.csv", newline="") as file:
+        (failure,) = csv.DictReader(file)
+    assert failure["image"].endswith("0.jpg") and "shows nothing within 2500 km of -40, 100" in failure["why"]
+
+
+def test_odd_photos_are_located_or_listed_with_why(go, world, tmp_path):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    still = Image.open(world.image(world.regions[3]))
+    still.convert("CMYK").save(odd / "cmyk.jpg")
+    still.convert("L").save(odd / "grey.png")
+    Image.new("RGB", (1, 1)).save(odd / "one.png")
+    Image.new("RGB", (64, 64)).save(odd / "night.png")
+    (odd / "text.jpg").write_bytes(b"no picture")
+    (odd / "empty.jpg").write_bytes(b"")
+    (odd / "cut.jpg").write_bytes(world.image(world.regions[3]).read_bytes()[:700])
+    content = bytearray((odd / "night.png").read_bytes())
+    content[16:24] = (20_000).to_bytes(4, "big") * 2  # 400 megapixels, says its header
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (odd / "huge.png").write_bytes(content)
+    predictions = go(odd, "--top_k", 1)
+    placed = [Path(each["image"]).name for each in predictions]
+    assert {"cmyk.jpg", "grey.png", "night.png"} <= set(placed)
+    (folder,) = (tmp_path / "logs" / "predict").iterdir()
+    with open(folder / "failures.csv", newline="") as file:
+        why = {Path(row["image"]).name: row["why"] for row in csv.DictReader(file)}
+    assert sorted(placed + list(why)) == sorted(each.name for each in odd.iterdir())
+    assert (
+        "1 × 1 pixels, too small" in why["one.png"]
+        and "400000000 pixels) exceeds limit of 178956970 pixels: scale it down" in why["huge.png"]
+    )
+    assert "of no known kind" in why["text.jpg"] and "empty.jpg" in why["empty.jpg"]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="nothing: no image in this folder"):
+        go(tmp_path / "nothing")
+
+
+# ---- archives ----
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def archive(go, photos, tmp_path):
+    """Runs predict.py in batches of 3 on the ten photos -> its folder."""
+
+    def run(*more, output="out"):
+        go(photos, "--output", tmp_path / output, "--top_k", 2, "--batch_size", 3, *more)
+        return tmp_path / output
+
+    return run
+
+
+def test_an_archive_that_was_killed_goes_on_where_it_was(archive, photos, tmp_path, monkeypatch):
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    whole = archive(output="whole")
+    add, read, batches, files = Archive.add, describe.read_image, [], []
+
+    def killed(self, places, failures=()):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(add(self, places, failures))
+
+    monkeypatch.setattr(Archive, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        archive()
+    assert len(lines(tmp_path / "out")) == 2 * 6 and not (tmp_path / "out" / "predictions.json").exists()
+    monkeypatch.setattr(Archive, "add", add)
+    monkeypatch.setattr(describe, "read_image", lambda path, *more: files.append(path) or read(path, *more))
+    folder = archive()
+    assert sorted(Path(path).name for path in files) == ["6.jpg", "7.jpg", "8.jpg", "9.jpg", "broken.jpg"]
+    for name in ("predictions.jsonl", "predictions.json", "predictions.csv", "predictions.geojson", "failures.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    files.clear()
+    archive()  # nothing is left but what could not be read
+    assert [Path(path).name for path in files] == ["broken.jpg"]
+    shutil.copy(photos / "0.jpg", photos / "new.jpg")
+    archive()
+    assert len(lines(folder)) == 2 * 11
+    with pytest.raises(ValueError, match="made with top_k 2, now it is 1"):
+        archive("--top_k", 1)
+    assert len(lines(folder)) == 2 * 11
+
+
+def test_a_signal_ends_it_after_the_batch(archive, tmp_path, monkeypatch):
+    add = Archive.add
+
+    def signalled(self, *batch):
+        add(self, *batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Archive, "add", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        archive()
+    assert stopped.value.code == EXIT_CODE and len(lines(tmp_path / "out")) == 2 * 3
+    monkeypatch.setattr(Archive, "add", add)
+    assert len(lines(archive())) == 2 * 10
+
+
+def test_shards_make_together_what_one_run_makes(archive, tmp_path, monkeypatch, capsys):
+    whole = archive(output="whole")
+    archive("--shard", "0/3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    archive()
+    merging = predict.parse_arguments(["--merge", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="not finished: --shard 1/3"):
+        predict.main(merging)
+    archive("--shard", "1/3")
+    predictions = list(predict.main(merging))
+    assert predictions == json.loads((whole / "predictions.json").read_text())
+    for name in ("predictions.jsonl", "predictions.csv", "predictions.geojson"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    assert "out: 10 photos, 20 places, 0 failures" in capsys.readouterr().out
+
+
+def test_more_shards_than_photos_and_a_shard_of_broken_ones(archive, photos, tmp_path):
+    for number in range(2, 10):
+        (photos / f"{number}.jpg").unlink()
+    (photos / "1.jpg").write_bytes(b"no picture")
+    for number in range(4):
+        archive("--shard", f"{number}/4")
+    predictions = list(predict.main(predict.parse_arguments(["--merge", str(tmp_path / "out")])))
+    assert [Path(each["image"]).name for each in predictions] == ["0.jpg"] * 2
+    assert "1.jpg: cannot be read" in (tmp_path / "out" / "failures.csv").read_text()
+
+
+def test_a_signal_ends_the_description_of_the_database(archive, tmp_path, monkeypatch):
+    read, files = describe.read_image, []
+
+    def signalled(path, *more):
+        files.append(path)
+        if "database" in str(path) and len(files) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(path, *more)
+
+    monkeypatch.setattr(describe, "read_image", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        archive()
+    assert stopped.value.code == EXIT_CODE and len(files) == 13 and not lines(tmp_path / "out")
+    assert len(lines(archive())) == 2 * 10
+    assert len({path for path in files if "database" in str(path)}) == 24
+
+
+def test_photos_descriptors_can_be_kept(archive, photos, tmp_path, monkeypatch):
+    first = archive("--keep_photos")
+    read, files = describe.read_image, []
+    monkeypatch.setattr(describe, "read_image", lambda path, *more: files.append(path) or read(path, *more))
+    kept = {path.name for path in (tmp_path / "logs" / "descriptors").glob("photos_*")}
+    assert len(kept) == 2
+    before = (first / "predictions.jsonl").read_bytes()
+    for name in ("predictions.jsonl", "progress.json"):
+        (first / name).unlink()
+    (photos / "5.jpg").touch()
+    os.utime(photos / "5.jpg", (1, 1))  # it changed
+    assert (archive("--keep_photos") / "predictions.jsonl").read_bytes() == before
+    assert [Path(path).name for path in files] == ["5.jpg"]
+
+
+def test_flags_that_do_not_go_together(photos, capsys):
+    for argv, told in (
+        ([], "photos and --resume are needed"),
+        ([str(photos)], "photos and --resume are needed"),
+        ([str(photos), "--resume", "x", "--shard", "0/2"], "--shard needs --output"),
+    ):
+        with pytest.raises(SystemExit):
+            predict.parse_arguments(argv)
+        assert told in capsys.readouterr().err
+
+
+def test_a_data_set_or_an_index_is_needed(photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="give --dataset_path, .* or --index"):
+        predict.main(predict.parse_arguments([str(photos), "--resume", str(checkpoint), "--device", "cpu"]))

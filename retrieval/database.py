@@ -1,0 +1,171 @@
+"""What a photo is compared with: the images of a data set, described here, or an index that was described before.
+
+Both are `Places`: rows with footprints, of which `near` picks those in reach of a camera and `search` finds the ones
+that look most like a photo.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets import grid
+from datasets.images import read_image
+from datasets.sets import read_database
+from retrieval.describe import ROTATIONS, describe_kept, first_of_each, take
+from retrieval.predictions import distances_to_footprints
+from retrieval.search import search
+from retrieval.store import Rows
+from utils import geo
+
+FOUND = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, rows, rotations, each (Q, k)
+
+
+class Places:
+    """N places: footprints (N, 4, 2) degrees, bottom-left, top-left, top-right, bottom-right; names (N,); areas (N,)
+    km². turns: degrees, counter-clockwise, in which `search` wants a photo described."""
+
+    turns: tuple[int, ...] = (0,)
+    ground = None  # for registration: what there is around a place, see retrieval/ground.py
+
+    def __init__(self, source: str | Path, footprints: np.ndarray, names: Sequence[str], areas: np.ndarray):
+        self.source, self.footprints, self.names, self.areas = source, footprints, names, areas
+        self.centers = geo.centers(footprints)
+        self.vectors = geo.to_unit_vectors(self.centers)
+        self.reach = geo.distance_km(footprints, self.centers[:, None]).max(axis=1)
+        self.near = lru_cache(64)(self._near)  # photos of one pass share their nadir
+
+    def __len__(self) -> int:
+        return len(self.footprints)
+
+    def _near(self, point: tuple[float, float] | None, km: float) -> np.ndarray:
+        """Sorted rows whose footprint reaches into the circle of so many km around a point (lat, lon); None: all."""
+        if point is None:
+            return np.arange(len(self))
+        cosines = self.vectors @ geo.to_unit_vectors(point)
+        widest = (km + self.reach.max(initial=0)) / geo.EARTH_RADIUS_KM + 1e-6
+        rows = np.flatnonzero(cosines >= np.cos(min(widest, np.pi)))  # few: the arc cosine of these only
+        away = geo.EARTH_RADIUS_KM * np.arccos(cosines[rows].clip(-1, 1))
+        near = away <= km - 0.01  # the arc cosine is off by some 0.1 m
+        rim = np.flatnonzero(~near & (away <= km + self.reach[rows] + 0.01))
+        near[rim] = distances_to_footprints(self.footprints[rows[rim]], point) <= km  # fewer: the outlines of these
+        return rows[near]
+
+    def prepare(self, rows: np.ndarray) -> np.ndarray:
+        """Rows that are to be searched, sorted -> those that can be."""
+        return rows
+
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> FOUND:
+        """photos (len(turns), Q, D), rows as `prepare` gives them -> scores, rows and rotations (degrees that the image
+        is turned counter-clockwise to look like the photo) of the k best different places, best first, each (Q, k).
+
+        A place counts in its best rotation. Where there are fewer than k the score is -inf and the row -1.
+        """
+        raise NotImplementedError
+
+    def picture(self, row: int, size: int) -> torch.Tensor | None:
+        """uint8 (3, size, size), north up; None where there is none."""
+        return None
+
+
+class Dataset(Places):
+    """The images of 2021 of a data set's folder, each in four rotations; described when they are first to be searched,
+    and kept: `describe(rows)` -> Rows (4, N, D) that have values there, and failures [(row, what went wrong)]."""
+
+    def __init__(self, catalogue, describe: Callable[[np.ndarray], tuple[Rows, list]]):
+        super().__init__(catalogue.root, catalogue.footprints, catalogue.paths, catalogue.areas)
+        self.describe, self.descriptors = describe, None
+        self.known = np.zeros(len(catalogue), dtype=bool)
+        self.unreadable = np.zeros(len(catalogue), dtype=bool)
+
+    @classmethod
+    def read(cls, path: str | Path, model: torch.nn.Module, folder: str | Path, **settings) -> Dataset:
+        """Data set's folder, model, folder for descriptors -> Dataset. settings: as `describe_kept` takes them."""
+        catalogue = read_database(path)
+
+        def describe(rows):
+            return describe_kept(
+                folder,
+                model,
+                catalogue.root,
+                catalogue.paths,
+                rotations=ROTATIONS,
+                label="world",
+                wanted=rows,
+                **settings,
+            )
+
+        return cls(catalogue, describe)
+
+    @cached_property
+    def ground(self):
+        from retrieval.ground import DatabaseGround
+
+        return DatabaseGround(self.source, self.names, self.footprints)
+
+    def prepare(self, rows):
+        new = rows[~self.known[rows]]
+        if len(new):
+            found, failures = self.describe(new)
+            if self.descriptors is not None:  # what was found before lies where it lay in the same, longer file
+                found.index[:, self.known] = self.descriptors.index[:, self.known]
+            self.descriptors, self.known[new] = found, True
+            for row, error in failures:
+                self.unreadable[row] = True
+                logging.info(f"left out: {error}")
+        return rows[~self.unreadable[rows]]
+
+    def search(self, photos, rows, k):
+        return best_rotations(photos[0], self.descriptors, rows, k)
+
+    def picture(self, row, size):
+        return read_image(self.source / self.names[row], size)
+
+
+class Index(Places):
+    """A file of descriptors, retrieval/earth_index.py: no images needed, no pictures."""
+
+    turns = ROTATIONS
+
+    def __init__(self, index, source: str | Path):
+        names = [f"{zoom}_{row}_{col}" for zoom, row, col in index.regions.tolist()]
+        super().__init__(source, index.footprints, names, grid.name_area(index.footprints))
+        self.index = index
+
+    def search(self, photos, rows, k):
+        return self.index.search(photos, rows, k)
+
+
+def best_rotations(photos: np.ndarray, images: np.ndarray | Rows, rows: np.ndarray, k: int) -> FOUND:
+    """photos (Q, D), images (R, N, D) in the rotations of ROTATIONS, rows to look at -> as `Places.search`."""
+    turns, count, dim = images.shape
+    entries = (np.arange(turns)[:, None] * count + rows).ravel()
+    # An image may take a place for each rotation.
+    scores, entry = search(images.reshape(-1, dim), photos, min(turns * k, len(entries)), entries)
+    turn, row = np.divmod(entries[entry], count)
+    first = first_of_each(row, k)
+    return take(scores, first, -np.inf), take(row, first, -1), np.array(ROTATIONS)[take(turn, first, 0)]
+
+
+def search_near(places: Places, photos: np.ndarray, points: Sequence, km: float, k: int) -> FOUND:
+    """As `Places.search`, of each photo among the places within km of its own point (lat, lon), None: anywhere.
+
+    Photos of one point are searched together.
+    """
+    scores = np.full((photos.shape[1], k), -np.inf, dtype=np.float32)
+    found, rotations = np.full(scores.shape, -1), np.zeros(scores.shape, dtype=np.int64)
+    groups = {}
+    for photo, point in enumerate(points):
+        groups.setdefault(None if point is None else tuple(map(float, point)), []).append(photo)
+    near = {point: places.near(point, km) for point in groups}
+    places.prepare(np.unique(np.concatenate([*near.values(), np.zeros(0, dtype=np.int64)])))
+    for point, own in groups.items():
+        rows = places.prepare(near[point])
+        if len(rows):
+            scores[own], found[own], rotations[own] = places.search(photos[:, own], rows, k)
+    return scores, found, rotations
