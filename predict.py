@@ -1,6 +1,7 @@
-"""Where were these photos taken? python predict.py IMAGE_OR_FOLDER … --resume CHECKPOINT --dataset_path FOLDER
+"""Where were these photos taken? python predict.py PHOTO --near LAT LON
 
-Each photo is compared with the database images of 2021, in four rotations; those that look most alike say where it is.
+Each photo is compared with the index of the whole Earth that ships, or with the images of 2021 of --dataset_path, in
+four rotations; those that look most alike say where it is, and --register lays the photo on them.
 Leaves predictions.json, .csv and .geojson (their footprints), a picture of photos and finds, and world maps.
 
 An archive: --output FOLDER keeps what is done there, the same command goes on after a stop, and --shard i/n does a part
@@ -26,7 +27,7 @@ from datasets.images import read_image
 from datasets.nadirs import read_nadirs
 from retrieval.archive import Archive, merge, parse_shard, read_places, shard_folder, shard_rows
 from retrieval.describe import kept_descriptors, rotate
-from retrieval.locator import COLUMNS, Locator, Place, own_columns  # noqa: F401  (from predict import Locator)
+from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
 from retrieval.store import model_fingerprint, tidy
 from utils import figures
 from utils.arguments import make_parser, positive, run, whole
@@ -48,9 +49,9 @@ def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
-    add("--resume", help="checkpoint of train.py, or released weights")
+    add("--resume", default=str(EARTH_WEIGHTS), help="checkpoint of train.py, or released weights")
     add("--dataset_path", help="folder with database/; queries are not needed")
-    add("--index", help="in place of --dataset_path: a file of descriptors (python -m retrieval.earth_index)")
+    add("--index", help="file of python -m retrieval.earth_index; default: without --dataset_path, the shipped one")
     add("--top_k", type=positive, default=3, help="places for each photo")
 
     add = parser.add_argument_group("the point below the camera; the first that is known counts").add_argument
@@ -90,8 +91,8 @@ def parse_arguments(argv=None):
     add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
     add("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.merge is None and not (args.inputs and args.resume):
-        parser.error("photos and --resume are needed (or --merge FOLDER)")
+    if args.merge is None and not args.inputs:
+        parser.error("photos are needed (or --merge FOLDER)")
     if args.shard is not None and args.output is None:
         parser.error("--shard needs --output FOLDER, where all shards' results go")
     return args

@@ -16,6 +16,7 @@ import torch
 
 from datasets import grid
 from datasets.images import read_image
+from datasets.names import DATABASE_YEAR
 from datasets.sets import read_database
 from retrieval.describe import ROTATIONS, describe_kept, first_of_each, take
 from retrieval.predictions import distances_to_footprints
@@ -128,7 +129,8 @@ class Dataset(Places):
 
 
 class Index(Places):
-    """A file of descriptors, retrieval/earth_index.py: no images needed, no pictures."""
+    """A file of descriptors, retrieval/earth_index.py: no images needed. Its pictures are NASA's Blue Marble, which
+    ships with the demo world (7.4 km a pixel)."""
 
     turns = ROTATIONS
 
@@ -137,8 +139,19 @@ class Index(Places):
         super().__init__(source, index.footprints, names, grid.name_area(index.footprints))
         self.index = index
 
+    @cached_property
+    def blue_marble(self):
+        from datasets.build.demo import MOSAICS
+
+        return read_image(MOSAICS[DATABASE_YEAR])
+
     def search(self, photos, rows, k):
         return self.index.search(photos, rows, k)
+
+    def picture(self, row, size):
+        from datasets.build.demo_world import render_region
+
+        return render_region(self.blue_marble, *self.index.regions[row].tolist(), size)
 
 
 def best_rotations(photos: np.ndarray, images: np.ndarray | Rows, rows: np.ndarray, k: int) -> FOUND:

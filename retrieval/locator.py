@@ -17,6 +17,7 @@ from datasets.gps import check_points
 from datasets.images import read_within, within
 from datasets.nadirs import Nadir
 from models.earthloc import load_model
+from models.weights import weights_fingerprint
 from retrieval.database import Dataset, Index, Places, search_near
 from retrieval.describe import describe_in_order
 from utils import geo
@@ -38,6 +39,8 @@ COLUMNS = {
     "nadir_lat": float,
     "nadir_lon": float,
 }
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+EARTH_WEIGHTS, EARTH_INDEX = SHIPPED / "earth.safetensors", SHIPPED / "earth_index.safetensors"
 REGISTERED_SIDE = 1024  # pixels of a photo's longer side that a matcher sees
 
 
@@ -128,7 +131,7 @@ class Locator:
     @classmethod
     def from_files(
         cls,
-        weights: str | Path,
+        weights: str | Path = EARTH_WEIGHTS,
         dataset_path: str | Path | None = None,
         index: str | Path | None = None,
         register: str = "none",
@@ -142,20 +145,25 @@ class Locator:
         **settings,
     ) -> Locator:
         """weights: checkpoint or released weights. dataset_path: a data set's folder (its database/ is described when
-        first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py. register: xfeat, aliked,
+        first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py; with neither, the one of
+        the whole Earth that ships with the weights. register: xfeat, aliked,
         disk, sift or none, on the data set's images or on ground, a Web Mercator raster. settings: near_km, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
-        if (dataset_path is None) == (index is None):
-            raise ValueError("give --dataset_path, a folder with database/, or --index, a file; one of them")
+        if dataset_path is not None and index is not None:
+            raise ValueError("--dataset_path and --index: give one of them, a folder with database/ or a file")
+        if dataset_path is None and index is None:
+            index = EARTH_INDEX
         if register != "none" and dataset_path is None and ground is None:
             raise ValueError(
                 f"--register {register}: an index has no pictures; give --ground, a raster, or --dataset_path"
             )
         device = require_device(str(device))
         precision = default_precision(device) if precision == "auto" else precision
-        model = load_model(weights).to(device).eval()
+        model = load_model(weights)
+        fingerprint = weights_fingerprint(model)
+        model = model.to(device).eval()
         matcher = None
         if register != "none":
             from retrieval.matching import make_matcher
@@ -165,7 +173,13 @@ class Locator:
         if index is not None:
             from retrieval.earth_index import EarthIndex
 
-            places = Index(EarthIndex.load(index), index)
+            earth = EarthIndex.load(index)
+            if earth.fingerprint != fingerprint:
+                raise ValueError(
+                    f"--index {index}: was not made with {weights}, so their descriptors cannot be compared; give the "
+                    f"weights that made it by --resume, or make an index of these (python -m retrieval.earth_index)"
+                )
+            places = Index(earth, index)
         else:
             places = Dataset.read(dataset_path, model, descriptors, image_size=model.config.image_size, **common)
         if ground is not None:
