@@ -12,9 +12,11 @@ from PIL import Image
 from datasets import grid
 from datasets.nadirs import Nadir
 from models.config import ModelConfig
-from models.earthloc import build_model
+from models.earthloc import EarthLoc, build_model, load_model
+from models.weights import save_safetensors, weights_fingerprint
 from predict import Locator, Place
 from retrieval.database import Dataset, Index, Places
+from retrieval.earth_index import compress
 from retrieval.locator import COLUMNS, as_pixels, by_inliers, own_columns, turn_footprint
 
 
@@ -205,8 +207,27 @@ def test_other_arrays_are_refused(image):
 def test_an_index_alone_cannot_register():
     with pytest.raises(ValueError, match="--register xfeat: an index has no pictures; give --ground"):
         Locator.from_files("x", index="y", register="xfeat")
-    with pytest.raises(ValueError, match="give --dataset_path"):
+    with pytest.raises(ValueError, match="--dataset_path and --index: give one"):
         Locator.from_files("x", "data", "index")
+
+
+def test_an_index_of_other_weights_is_refused(tmp_path):
+    """Its descriptors mean nothing to this model; with its own weights it searches, and shows the Blue Marble."""
+    regions = np.array([(8, 100, 40 + 2 * k) for k in range(20)])
+    vectors = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
+    models = [EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 32, 32)) for _ in range(2)]
+    for name, model in zip("ab", models):
+        save_safetensors(model, tmp_path / f"{name}.safetensors")
+    own = weights_fingerprint(load_model(tmp_path / "a.safetensors"))
+    compress(regions, vectors, 16, own).save(tmp_path / "index.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors, so their descriptors cannot be compared"):
+        Locator.from_files(tmp_path / "b.safetensors", index=tmp_path / "index.safetensors")
+    locator = Locator.from_files(tmp_path / "a.safetensors", index=tmp_path / "index.safetensors")
+    photo = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    (places,) = locator([photo], top_k=4)
+    assert len({place.row for place in places}) == 4
+    picture = locator.places.picture(places[0].row, 24)
+    assert picture.shape == (3, 24, 24) and picture.float().std() > 5
 
 
 def test_places_without_a_search_say_so():

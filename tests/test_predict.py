@@ -401,8 +401,7 @@ def test_photos_descriptors_can_be_kept(archive, photos, tmp_path, monkeypatch):
 
 def test_flags_that_do_not_go_together(photos, capsys):
     for argv, told in (
-        ([], "photos and --resume are needed"),
-        ([str(photos)], "photos and --resume are needed"),
+        ([], "photos are needed"),
         ([str(photos), "--resume", "x", "--shard", "0/2"], "--shard needs --output"),
     ):
         with pytest.raises(SystemExit):
@@ -410,7 +409,8 @@ def test_flags_that_do_not_go_together(photos, capsys):
         assert told in capsys.readouterr().err
 
 
-def test_a_data_set_or_an_index_is_needed(photos, checkpoint, tmp_path, monkeypatch):
+def test_not_a_data_set_and_an_index_at_once(photos, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="give --dataset_path, .* or --index"):
-        predict.main(predict.parse_arguments([str(photos), "--resume", str(checkpoint), "--device", "cpu"]))
+    flags = ["--resume", str(checkpoint), "--device", "cpu", "--dataset_path", "data", "--index", "x"]
+    with pytest.raises(ValueError, match="--dataset_path and --index: give one"):
+        predict.main(predict.parse_arguments([str(photos), *flags]))
