@@ -309,7 +309,7 @@ def test_row_groups_and_prefixes(tree, trusting, monkeypatch):
     read(tree)
     groups, real = [], pq.ParquetFile.read_row_groups
 
-    def spy(self, rows, columns):
+    def spy(self, rows, columns, **options):
         groups.append(rows)
         return real(self, rows, columns)
 

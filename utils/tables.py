@@ -36,7 +36,10 @@ class Strings(Sequence):
     @property
     def column(self):
         """The picked texts as an Arrow array (N,), or (N * K,)."""
-        return self.array.take(pa.array(self.rows.ravel()))
+        rows = self.rows.ravel()
+        if len(rows) == len(self.array) and (np.diff(rows, prepend=-1) == 1).all():
+            return self.array  # all of them in order: no copy
+        return self.array.take(pa.array(rows))
 
     def __len__(self):
         return len(self.rows)
@@ -77,7 +80,8 @@ def find(texts, wanted):
 
 def base_names(paths):
     """Arrow array of posix paths, bytes -> what follows the last slash."""
-    return pc.replace_substring_regex(paths, b"(?s)^.*/", b"")
+    parts = pc.split_pattern(paths, b"/", max_splits=1, reverse=True)
+    return parts.flatten().take(pa.array(parts.offsets.to_numpy()[1:] - 1))
 
 
 def as_text(column):
@@ -167,11 +171,11 @@ def read_rows(parquet, columns, start=0, count=None):
 def _read_column(parquet, groups, name):
     """-> Arrow array. Texts are put into one array group by group: joined at the end, they would be there twice."""
     if not groups or parquet.schema_arrow.field(name).type not in (pa.string(), pa.binary()):
-        return in_one(parquet.read_row_groups(groups, [name])[name])
+        return in_one(parquet.read_row_groups(groups, [name], use_threads=False)[name])
     rows = [parquet.metadata.row_group(group).num_rows for group in groups]
     offsets, data, row = np.zeros(sum(rows) + 1, dtype=np.int32), bytearray(), 0
     for group in groups:
-        piece = in_one(parquet.read_row_group(group, [name])[name])
+        piece = in_one(parquet.read_row_group(group, [name], use_threads=False)[name])
         ends = np.frombuffer(piece.buffers()[1], dtype=np.int32)[: len(piece) + 1]
         offsets[row + 1 : row + len(ends)] = ends[1:] - ends[0] + len(data)
         data += memoryview(piece.buffers()[2])[ends[0] : ends[-1]]
