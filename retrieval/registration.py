@@ -1,0 +1,398 @@
+"""From a candidate to the photo's own footprint (EarthMatch, Berton et al. CVPRW 2024).
+
+Photo and candidate are matched, a homography is fitted to the matches, and the ground is drawn anew as the photo would
+show it, with a margin of surroundings; that is matched again, until the footprint no longer moves.
+
+Homographies go from the photo's pixels to metres of Web Mercator. Between a plane and its picture that is exact. The
+ground is not quite one: over a photo of 300 km the Earth falls away by 2 km at the rim, and Mercator's scale
+changes by a few percent; both are small where a photo is, and a homography takes up most of them.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import shapely
+import torch
+
+from utils import geo
+
+SIDE = 512  # pixels: the longer side of a photo as it is matched, and a candidate's
+MULTIPLE = 32  # of which the sides are multiples: the networks' stride
+SMALLEST = 16  # pixels: a photo with a shorter side shows nothing
+MARGIN = 0.15  # of the photo's sides: surroundings drawn on each side of it
+LARGEST_VIEW = 1536  # pixels of the square of ground from which a view is drawn
+
+MIN_INLIERS = 6  # a homography goes through any four points
+FEW = 15  # inliers: with fewer, other quarter turns are tried
+TURNED = 3  # candidates, the best ones, whose other quarter turns are tried
+STILL = 0.005  # of the footprint's size: corners that move less have come to rest
+THRESHOLD = 3.0  # pixels: farther from its place, a match is an outlier (EarthMatch: 3)
+
+MOST_TILES = 9  # times the candidate's area: larger is absurd (EarthMatch)
+LEAST_TILES = 1 / 400
+MOST_STRETCH = 6  # of one side against the other, beyond the photo's own aspect; a slant of 80 degrees
+MOST_SLANT = 8  # of the finest scale in the photo to the coarsest
+FARTHEST_KM = 2500  # of ground from the nadir (paper, eq. 1)
+MOST_SKEW = 0.5  # see `skew`
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where a photo lies, and on what that rests.
+
+    footprint (4, 2): lat, lon of the photo's bottom-left, top-left, top-right, bottom-right corners, as a viewer shows
+    it; longitudes in [-180, 180). rotation: compass azimuth of the photo's up at its centre, degrees in [0, 360).
+    inliers of `matches` matches agree with it, in the last of so many rounds of refinement. spread: share of the photo
+    that the inliers' hull covers. moved: the last round's largest shift of a corner, as a share of the footprint's
+    size; inf without a round. homography (3, 3): the photo's pixels, from its upper left corner, to metres of Web
+    Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in the photo's pixels and ground_points
+    (inliers, 2) lat, lon, for ground control points and for match lines.
+    """
+
+    footprint: np.ndarray
+    inliers: int
+    matches: int
+    rounds: int
+    rotation: float
+    spread: float
+    moved: float
+    homography: np.ndarray
+    photo_points: np.ndarray
+    ground_points: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A homography of the photo as it is matched (width, height pixels) to metres, and its matches (N, 2), (N, 2)."""
+
+    homography: np.ndarray
+    here: np.ndarray  # inliers, in the photo as it is matched
+    there: np.ndarray  # the same in metres
+    matches: int
+
+    @property
+    def inliers(self):
+        return len(self.here)
+
+
+class Photo:
+    """A photo at the size at which it is matched, its features computed once for each quarter turn that is asked for."""
+
+    def __init__(self, pixels, matcher, side=SIDE):
+        height, width = pixels.shape[1:]
+        scale = side / max(height, width)
+        self.size = tuple(max(MULTIPLE, round(each * scale / MULTIPLE) * MULTIPLE) for each in (width, height))
+        self.scale = np.diag([self.size[0] / width, self.size[1] / height, 1.0])  # the file's pixels -> these
+        self.pixels, self.matcher, self.kept = squash(pixels, self.size), matcher, {}
+
+    def features(self, rotation):
+        """Turned clockwise by so many degrees, a multiple of 90: north is up where the photo's up has that azimuth."""
+        quarter = round(rotation / 90) % 4
+        if quarter not in self.kept:
+            self.kept[quarter] = self.matcher.features(torch.rot90(self.pixels, -quarter, (1, 2)).contiguous())
+        return self.kept[quarter]
+
+    def unturn(self, points, rotation):
+        """Positions (M, 2) in the photo turned by `rotation` -> in the upright one."""
+        (width, height), (x, y) = self.size, points.T
+        match round(rotation / 90) % 4:
+            case 0:
+                return points
+            case 1:
+                return np.stack([y, height - x], axis=1)
+            case 2:
+                return np.stack([width - x, height - y], axis=1)
+        return np.stack([width - y, x], axis=1)
+
+
+def register(
+    photo: torch.Tensor,
+    candidates: list[tuple[np.ndarray, float]],
+    ground,
+    matcher,
+    rounds: int = 4,
+    nadir: tuple[float, float] | None = None,
+    side: int = SIDE,
+) -> list[Registration | None]:
+    """photo: uint8 (3, H, W), as a viewer shows it. candidates: (footprint (4, 2) of a database image, rotation in
+    degrees as predict.py gives it: the photo's up is near that azimuth). ground: see retrieval/ground.py. matcher: see
+    retrieval/matching.py. nadir: lat, lon of the point below the camera, where it is known.
+
+    -> one Registration a candidate, None where nothing plausible was found. Candidates that lead to the same footprint
+    share it. The same input gives the same output.
+    """
+    nothing = [None] * len(candidates)
+    if min(photo.shape[1:]) < SMALLEST:
+        return nothing
+    shown = Photo(photo, matcher, side)
+    starts = [start(shown, footprint, [rotation], ground, nadir) for footprint, rotation in candidates]
+    if max((fit.inliers for fit in starts if fit), default=0) < FEW:
+        for k, (footprint, rotation) in enumerate(candidates[:TURNED]):
+            others = [(rotation + turn) % 360 for turn in (90, 180, 270)]
+            starts[k] = better(starts[k], start(shown, footprint, others, ground, nadir))
+    # The surest first, so that those that lead to the same place need not be refined again.
+    found, results = [], nothing
+    for k in sorted(range(len(candidates)), key=lambda k: -starts[k].inliers if starts[k] else 0):
+        if starts[k] is None:
+            continue
+        area = quadrilateral(geo.to_mercator(geo.unwrap_footprints(candidates[k][0]))).area
+        same = next((each for fit, each in found if same_place(fit, starts[k], shown.size)), None)
+        if same is None:
+            fit, done, moved = refine(shown, starts[k], ground, rounds, area, nadir)
+            if fit is None:
+                continue
+            same = as_registration(shown, fit, done, moved)
+            found.append((fit, same))
+        results[k] = same
+    return results
+
+
+def better(a, b):
+    """Of two fits, either may be None: the one with more inliers, the first of equal ones."""
+    return max((each for each in (a, b) if each is not None), key=lambda fit: fit.inliers, default=None)
+
+
+def start(shown, footprint, rotations, ground, nadir):
+    """The photo against the candidate's own image, in each of the rotations -> the best Fit, or None."""
+    corners = geo.to_mercator(geo.unwrap_footprints(footprint))
+    box = square(corners)
+    picture = ground(box, SIDE)
+    if picture is None:
+        return None
+    features, to_ground, best = shown.matcher.features(picture), pixels_to_metres(box, SIDE), None
+    for rotation in rotations:
+        here, there = shown.matcher.match(shown.features(rotation), features)
+        fit = fit_homography(shown.unturn(here, rotation), there, to_ground)
+        if fit is not None and is_plausible(fit, shown.size, quadrilateral(corners).area, nadir):
+            best = better(best, fit)
+    return best
+
+
+def refine(shown, fit, ground, rounds, area, nadir):
+    """-> the Fit after so many rounds or once it rests, the number of rounds, the last shift; (None, …) where the ground
+    drawn anew does not confirm it."""
+    moved, done = np.inf, 0
+    for done in range(1, rounds + 1):
+        drawn = draw(fit.homography, shown.size, ground)
+        if drawn is None:
+            return None, done, moved
+        picture, to_ground = drawn
+        here, there = shown.matcher.match(shown.features(0), shown.matcher.features(picture))
+        new = fit_homography(here, there, to_ground)
+        if new is None or not is_plausible(new, shown.size, area, nadir):
+            return None, done, moved
+        moved = shift(fit, new, shown.size)
+        # A view that is worse than the last one is no reason to give that up.
+        fit = new if new.inliers >= 0.8 * fit.inliers or done == 1 else fit
+        if moved < STILL or fit is not new:
+            break
+    return fit, done, moved
+
+
+def as_registration(shown, fit, rounds, moved):
+    homography = fit.homography @ shown.scale
+    homography = homography / homography[2, 2]
+    width, height = shown.size
+    to_photo = np.diag(shown.scale)[:2]
+    corners = geo.from_mercator(project(fit.homography, corners_of(shown.size)))
+    below, middle = geo.from_mercator(project(fit.homography, [[width / 2, height / 2 + 0.5], [width / 2, height / 2]]))
+    ground = geo.from_mercator(fit.there)
+    for points in (corners, ground):
+        points[:, 1] = geo.wrap_longitude(points[:, 1])
+    return Registration(
+        footprint=corners,
+        inliers=fit.inliers,
+        matches=fit.matches,
+        rounds=rounds,
+        rotation=azimuth(below, middle),
+        spread=spread(fit.here, shown.size),
+        moved=float(moved),
+        homography=homography,
+        photo_points=fit.here / to_photo,
+        ground_points=ground,
+    )
+
+
+# ---- pictures ----
+
+
+def squash(pixels, size):
+    """uint8 (3, H, W) -> uint8 (3, height, width) for size (width, height), antialiased."""
+    if pixels.shape[1:] == (size[1], size[0]):
+        return pixels
+    planes = torch.nn.functional.interpolate(pixels[None], (size[1], size[0]), mode="bicubic", antialias=True)
+    return planes[0]
+
+
+def square(corners):
+    """(N, 2) metres -> the smallest square box around them: (west, south, east, north)."""
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    middle, half = (low + high) / 2, (high - low).max() / 2
+    return (*(middle - half), *(middle + half))
+
+
+def pixels_to_metres(box, size):
+    """(3, 3): pixels of the north-up picture (size × size) of a box -> metres."""
+    west, _, east, north = box
+    pixel = (east - west) / size
+    return np.array([[pixel, 0, west], [0, -pixel, north], [0, 0, 1.0]])
+
+
+def draw(homography, size, ground):
+    """The ground as a photo with this homography shows it, with a margin around -> uint8 (3, h, w), and (3, 3) its
+    pixels to metres; None where nothing is known of it."""
+    for margin in (MARGIN, 0.0):  # beyond the photo there may be the horizon
+        width, height = (max(MULTIPLE, round(each * (1 + 2 * margin) / MULTIPLE) * MULTIPLE) for each in size)
+        # The view's pixels -> the photo's: the same scale, its middle in the middle.
+        to_photo = np.array([[1, 0, (size[0] - width) / 2], [0, 1, (size[1] - height) / 2], [0, 0, 1.0]])
+        to_ground = homography @ to_photo
+        corners = corners_of((width, height))
+        if is_in_front(to_ground, corners) and slant(to_ground, corners) < 2 * MOST_SLANT:
+            break
+    outline = project(to_ground, corners)
+    box = square(outline)
+    pixel = np.sqrt(quadrilateral(outline).area / (width * height))
+    side = int(np.clip(round((box[2] - box[0]) / pixel), 64, LARGEST_VIEW))
+    picture = ground(box, side)
+    if picture is None:
+        return None
+    # OpenCV counts from the centre of the first pixel.
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
+    back = np.linalg.inv(half) @ np.linalg.inv(pixels_to_metres(box, side)) @ to_ground @ half
+    view = cv2.warpPerspective(
+        picture.permute(1, 2, 0).numpy(), back, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    )
+    return torch.from_numpy(view).permute(2, 0, 1).contiguous(), to_ground
+
+
+# ---- homographies ----
+
+
+def fit_homography(here, there, to_ground):
+    """Matches (M, 2) in the photo and (M, 2) in a picture of the ground, whose pixels lie at to_ground -> Fit or None.
+
+    MAGSAC++ (Barath et al. 2020); OpenCV's random numbers always start from the same seed.
+    """
+    if len(here) < MIN_INLIERS:
+        return None
+    found, _ = cv2.findHomography(here, there, cv2.USAC_MAGSAC, THRESHOLD, maxIters=10_000, confidence=0.9999)
+    if found is None or not np.isfinite(found).all() or abs(np.linalg.det(found)) < 1e-12:
+        return None
+    close = np.linalg.norm(project(found, here) - there, axis=1) < THRESHOLD
+    close &= depth(found, here) * np.sign(found[2, 2]) > 0
+    if close.sum() < MIN_INLIERS:
+        return None
+    return Fit(to_ground @ found, here[close], project(to_ground, there[close]), len(here))
+
+
+def depth(homography, points):
+    """(3, 3), (N, 2) -> (N,) the third homogeneous coordinate: its sign changes at the horizon."""
+    return np.asarray(points) @ homography[2, :2] + homography[2, 2]
+
+
+def project(homography, points):
+    """(3, 3), (N, 2) -> (N, 2) float64."""
+    points = np.asarray(points, dtype=np.float64)
+    return (points @ homography[:2, :2].T + homography[:2, 2]) / depth(homography, points)[:, None]
+
+
+def corners_of(size):
+    """(width, height) -> (4, 2) x, y of the bottom-left, top-left, top-right and bottom-right corners."""
+    width, height = size
+    return np.array([[0, height], [0, 0], [width, 0], [width, height]], dtype=np.float64)
+
+
+def quadrilateral(corners):
+    return shapely.Polygon(corners)
+
+
+def is_in_front(homography, corners):
+    """No horizon between the corners: all lie on one side of it."""
+    depths = depth(homography, corners)
+    return (depths > 0).all() or (depths < 0).all()
+
+
+def jacobian(homography, point):
+    """(3, 3), (2,) -> (2, 2): ground per pixel there."""
+    x, y = project(homography, [point])[0]
+    bottom = homography[2]
+    return (homography[:2, :2] - np.outer([x, y], bottom[:2])) / (bottom[:2] @ point + bottom[2])
+
+
+def slant(homography, corners):
+    """How many times coarser one corner of the photo is than another: lengths, not areas."""
+    scales = [np.sqrt(abs(np.linalg.det(jacobian(homography, corner)))) for corner in corners]
+    return max(scales) / max(min(scales), 1e-300)
+
+
+def is_plausible(fit, size, area, nadir):
+    """Whether a camera could have seen it so: not folded, not mirrored, convex, of sensible size, sides and slant.
+
+    area: m² of the candidate. nadir: lat, lon or None.
+    """
+    corners = corners_of(size)
+    if not is_in_front(fit.homography, corners):
+        return False
+    outline = project(fit.homography, corners)
+    edges = np.roll(outline, -1, axis=0) - outline
+    turns = edges[:, 0] * np.roll(edges[:, 1], -1) - edges[:, 1] * np.roll(edges[:, 0], -1)
+    # From bottom-left over the top, clockwise as a map shows it: all turns to the right.
+    if not (np.isfinite(outline).all() and (turns < 0).all()) or np.abs(outline[:, 1]).max() > geo.MERCATOR_HALF:
+        return False
+    if not LEAST_TILES * area <= quadrilateral(outline).area <= MOST_TILES * area:
+        return False
+    long, short = np.linalg.svd(jacobian(fit.homography, np.array(size) / 2), compute_uv=False)
+    if long > MOST_STRETCH * short or slant(fit.homography, corners) > MOST_SLANT:
+        return False
+    return nadir is None or is_visible(geo.from_mercator(outline), nadir)
+
+
+def is_visible(footprint, nadir, altitude_km=415.0):
+    """Whether a camera above the nadir (lat, lon) could have taken a photo with this footprint (4, 2), degrees."""
+    if geo.distance_km(footprint, nadir).max() > FARTHEST_KM:
+        return False
+    return skew(footprint, nadir, altitude_km) <= MOST_SKEW
+
+
+def skew(footprint, nadir, altitude_km=415.0):
+    """How far the rays from the camera to the corners are from those of a rectangle about the optical axis: 0 for one.
+
+    Rays to the corners of a centred rectangle have the same length at the picture's plane, so as unit vectors, too,
+    opposite ones have the same sum. The difference, over their distance. Whatever the focal length and the aspect.
+    """
+    rays = geo.to_unit_vectors(footprint) - geo.to_unit_vectors(nadir) * (1 + altitude_km / geo.EARTH_RADIUS_KM)
+    a, b, c, d = rays / np.linalg.norm(rays, axis=1, keepdims=True)
+    return float(np.linalg.norm(a + c - b - d) / max(np.linalg.norm(a - c), np.linalg.norm(b - d), 1e-12))
+
+
+def shift(old, new, size):
+    """Two Fits -> the largest shift of a corner, as a share of the old footprint's size."""
+    before, after = (project(fit.homography, corners_of(size)) for fit in (old, new))
+    return float(np.linalg.norm(after - before, axis=1).max() / np.sqrt(quadrilateral(before).area))
+
+
+def same_place(sure, other, size, iou=0.6):
+    """Whether two Fits show much the same ground, the first with enough inliers to be trusted."""
+    if sure.inliers < 2 * FEW:
+        return False
+    outlines = [project(fit.homography, corners_of(size)) for fit in (sure, other)]
+    # Candidates on either side of the antimeridian may lead to the same place a turn apart.
+    outlines[1][:, 0] -= np.round((outlines[1] - outlines[0])[:, 0].mean() / (2 * geo.MERCATOR_HALF)) * (
+        2 * geo.MERCATOR_HALF
+    )
+    a, b = map(quadrilateral, outlines)
+    shared = a.intersection(b).area
+    return shared >= iou * (a.area + b.area - shared)
+
+
+def azimuth(below, middle):
+    """Compass direction from one point (lat, lon) to another nearby, degrees in [0, 360)."""
+    north = middle[0] - below[0]
+    east = geo.wrap_longitude(middle[1] - below[1]) * np.cos(np.radians(middle[0]))
+    return float(np.degrees(np.arctan2(east, north)) % 360)
+
+
+def spread(points, size):
+    """Points (M, 2) in a picture (width, height) -> the share of it that their convex hull covers."""
+    return float(shapely.MultiPoint(points).convex_hull.area / (size[0] * size[1]))
