@@ -80,7 +80,7 @@ def measure(queries, database, found, matcher, name, top_k, rounds):
                 "before": bool(true[0]),
                 "after": bool(true[order[0]]) and best is not None,
                 "best": best,
-                "probability": probability(best, name) if best else 0.0,
+                "probability": probability(best) if best else 0.0,
                 "iou": iou(label, best.footprint) if best else 0.0,
                 "plausible": bool(sides_ratio(label) < PLAUSIBLE),
                 "seconds": seconds,

@@ -24,8 +24,10 @@ MARGIN = 0.15  # of the photo's sides: surroundings drawn on each side of it
 LARGEST_VIEW = 1536  # pixels of the square of ground from which a view is drawn
 
 MIN_INLIERS = 6  # a homography goes through any four points
-FEW = 15  # inliers: with fewer, other quarter turns are tried
-TURNED = 3  # candidates, the best ones, whose other quarter turns are tried
+FEW = 15  # inliers: with fewer, other turns are tried
+# What is tried while no candidate has more: turns to add to the retrieved one, degrees, of so many candidates. Matchers
+# bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong.
+TURNS = (((0,), None), ((45, -45), None), ((90, 180, 270), 3))
 STILL = 0.005  # of the footprint's size: corners that move less have come to rest
 THRESHOLD = 3.0  # pixels: farther from its place, a match is an outlier (EarthMatch: 3)
 
@@ -45,7 +47,8 @@ class Registration:
     it; longitudes in [-180, 180). rotation: compass azimuth of the photo's up at its centre, degrees in [0, 360).
     inliers of `matches` matches agree with it, in the last of so many rounds of refinement. spread: share of the photo
     that the inliers' hull covers. moved: the last round's largest shift of a corner, as a share of the footprint's
-    size; inf without a round. homography (3, 3): the photo's pixels, from its upper left corner, to metres of Web
+    size; inf without a round. stretch: of one side of a pixel's ground against the other, slant: of the finest scale in
+    the photo to the coarsest; at least 1. matcher: its name. homography (3, 3): the photo's pixels, from its upper left corner, to metres of Web
     Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in the photo's pixels and ground_points
     (inliers, 2) lat, lon, for ground control points and for match lines.
     """
@@ -57,6 +60,9 @@ class Registration:
     rotation: float
     spread: float
     moved: float
+    stretch: float
+    slant: float
+    matcher: str
     homography: np.ndarray
     photo_points: np.ndarray
     ground_points: np.ndarray
@@ -77,7 +83,7 @@ class Fit:
 
 
 class Photo:
-    """A photo at the size at which it is matched, its features computed once for each quarter turn that is asked for."""
+    """A photo at the size at which it is matched; its features are computed once for each turn that is asked for."""
 
     def __init__(self, pixels, matcher, side=SIDE):
         height, width = pixels.shape[1:]
@@ -87,23 +93,26 @@ class Photo:
         self.pixels, self.matcher, self.kept = squash(pixels, self.size), matcher, {}
 
     def features(self, rotation):
-        """Turned clockwise by so many degrees, a multiple of 90: north is up where the photo's up has that azimuth."""
-        quarter = round(rotation / 90) % 4
-        if quarter not in self.kept:
-            self.kept[quarter] = self.matcher.features(torch.rot90(self.pixels, -quarter, (1, 2)).contiguous())
-        return self.kept[quarter]
+        """Turned clockwise by so many degrees: north is up where the photo's up has that azimuth. -> the features, and
+        (3, 3) the turned photo's pixels to the upright one's."""
+        rotation = rotation % 360
+        if rotation not in self.kept:
+            turned, back = turn(self.pixels, rotation)
+            self.kept[rotation] = self.matcher.features(turned), back
+        return self.kept[rotation]
 
-    def unturn(self, points, rotation):
-        """Positions (M, 2) in the photo turned by `rotation` -> in the upright one."""
-        (width, height), (x, y) = self.size, points.T
-        match round(rotation / 90) % 4:
-            case 0:
-                return points
-            case 1:
-                return np.stack([y, height - x], axis=1)
-            case 2:
-                return np.stack([width - x, height - y], axis=1)
-        return np.stack([width - y, x], axis=1)
+
+def turn(pixels, degrees):
+    """uint8 (3, H, W) turned clockwise, on black, as large as it needs -> uint8 (3, h, w), and (3, 3) its pixels to those
+    of the given. Quarters are exact."""
+    height, width = pixels.shape[1:]
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    size = tuple(int(np.ceil(each - 1e-6)) for each in np.abs([[cos, sin], [sin, cos]]) @ [width, height])
+    if degrees % 90:
+        size = tuple(-(-each // MULTIPLE) * MULTIPLE for each in size)
+    back = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1.0]])
+    back[:2, 2] = np.array([width, height]) / 2 - back[:2, :2] @ np.array(size) / 2
+    return warp(pixels, back, size), back
 
 
 def register(
@@ -126,13 +135,16 @@ def register(
     if min(photo.shape[1:]) < SMALLEST:
         return nothing
     shown = Photo(photo, matcher, side)
-    starts = [start(shown, footprint, [rotation], ground, nadir) for footprint, rotation in candidates]
-    if max((fit.inliers for fit in starts if fit), default=0) < FEW:
-        for k, (footprint, rotation) in enumerate(candidates[:TURNED]):
-            others = [(rotation + turn) % 360 for turn in (90, 180, 270)]
-            starts[k] = better(starts[k], start(shown, footprint, others, ground, nadir))
+    pictures, starts = {}, [None] * len(candidates)
+    for turns, count in TURNS:
+        if max((fit.inliers for fit in starts if fit), default=0) >= FEW:
+            break
+        for k, (footprint, rotation) in enumerate(candidates[:count]):
+            for turn_by in turns:
+                found = start(shown, footprint, rotation + turn_by, ground, nadir, pictures)
+                starts[k] = better(starts[k], found)
     # The surest first, so that those that lead to the same place need not be refined again.
-    found, results = [], nothing
+    found, results = [], list(nothing)
     for k in sorted(range(len(candidates)), key=lambda k: -starts[k].inliers if starts[k] else 0):
         if starts[k] is None:
             continue
@@ -153,20 +165,22 @@ def better(a, b):
     return max((each for each in (a, b) if each is not None), key=lambda fit: fit.inliers, default=None)
 
 
-def start(shown, footprint, rotations, ground, nadir):
-    """The photo against the candidate's own image, in each of the rotations -> the best Fit, or None."""
+def start(shown, footprint, rotation, ground, nadir, pictures):
+    """The photo, turned by `rotation`, against the candidate's own image -> Fit or None. pictures: what is kept of the
+    candidates."""
     corners = geo.to_mercator(geo.unwrap_footprints(footprint))
     box = square(corners)
-    picture = ground(box, SIDE)
-    if picture is None:
+    if box not in pictures:
+        picture = ground(box, SIDE)
+        pictures[box] = None if picture is None else shown.matcher.features(picture)
+    if pictures[box] is None:
         return None
-    features, to_ground, best = shown.matcher.features(picture), pixels_to_metres(box, SIDE), None
-    for rotation in rotations:
-        here, there = shown.matcher.match(shown.features(rotation), features)
-        fit = fit_homography(shown.unturn(here, rotation), there, to_ground)
-        if fit is not None and is_plausible(fit, shown.size, quadrilateral(corners).area, nadir):
-            best = better(best, fit)
-    return best
+    features, back = shown.features(rotation)
+    here, there = shown.matcher.match(features, pictures[box])
+    fit = fit_homography(project(back, here), there, pixels_to_metres(box, SIDE))
+    if fit is None or not is_plausible(fit, shown.size, quadrilateral(corners).area, nadir):
+        return None
+    return fit
 
 
 def refine(shown, fit, ground, rounds, area, nadir):
@@ -178,7 +192,7 @@ def refine(shown, fit, ground, rounds, area, nadir):
         if drawn is None:
             return None, done, moved
         picture, to_ground = drawn
-        here, there = shown.matcher.match(shown.features(0), shown.matcher.features(picture))
+        here, there = shown.matcher.match(shown.features(0)[0], shown.matcher.features(picture))
         new = fit_homography(here, there, to_ground)
         if new is None or not is_plausible(new, shown.size, area, nadir):
             return None, done, moved
@@ -208,6 +222,9 @@ def as_registration(shown, fit, rounds, moved):
         rotation=azimuth(below, middle),
         spread=spread(fit.here, shown.size),
         moved=float(moved),
+        stretch=stretch(fit.homography, np.array(shown.size) / 2),
+        slant=slant(fit.homography, corners_of(shown.size)),
+        matcher=shown.matcher.name,
         homography=homography,
         photo_points=fit.here / to_photo,
         ground_points=ground,
@@ -257,13 +274,18 @@ def draw(homography, size, ground):
     picture = ground(box, side)
     if picture is None:
         return None
+    back = np.linalg.inv(pixels_to_metres(box, side)) @ to_ground
+    return warp(picture, back, (width, height)), to_ground
+
+
+def warp(pixels, back, size):
+    """uint8 (3, H, W) -> uint8 (3, height, width) for size (width, height); back (3, 3): its pixels to the given's."""
     # OpenCV counts from the centre of the first pixel.
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
-    back = np.linalg.inv(half) @ np.linalg.inv(pixels_to_metres(box, side)) @ to_ground @ half
-    view = cv2.warpPerspective(
-        picture.permute(1, 2, 0).numpy(), back, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    )
-    return torch.from_numpy(view).permute(2, 0, 1).contiguous(), to_ground
+    back = np.linalg.inv(half) @ back @ half
+    picture = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+    drawn = cv2.warpPerspective(picture, back, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
 
 
 # ---- homographies ----
@@ -323,7 +345,13 @@ def jacobian(homography, point):
 def slant(homography, corners):
     """How many times coarser one corner of the photo is than another: lengths, not areas."""
     scales = [np.sqrt(abs(np.linalg.det(jacobian(homography, corner)))) for corner in corners]
-    return max(scales) / max(min(scales), 1e-300)
+    return float(max(scales) / max(min(scales), 1e-300))
+
+
+def stretch(homography, point):
+    """How many times longer a pixel's ground is than wide there, in the directions that differ most."""
+    long, short = np.linalg.svd(jacobian(homography, point), compute_uv=False)
+    return float(long / max(short, 1e-300))
 
 
 def is_plausible(fit, size, area, nadir):
@@ -342,8 +370,7 @@ def is_plausible(fit, size, area, nadir):
         return False
     if not LEAST_TILES * area <= quadrilateral(outline).area <= MOST_TILES * area:
         return False
-    long, short = np.linalg.svd(jacobian(fit.homography, np.array(size) / 2), compute_uv=False)
-    if long > MOST_STRETCH * short or slant(fit.homography, corners) > MOST_SLANT:
+    if stretch(fit.homography, np.array(size) / 2) > MOST_STRETCH or slant(fit.homography, corners) > MOST_SLANT:
         return False
     return nadir is None or is_visible(geo.from_mercator(outline), nadir)
 
