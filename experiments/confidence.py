@@ -4,7 +4,9 @@ python -m experiments.confidence --raster august.tif --months months/ --register
 
 Synthetic photos: what a camera on the station would see of the raster, in the colours of another month, under clouds
 and behind haze, exposed anew. Each is registered on candidates that show its ground and on others that do not. A
-registration is right where its footprint's IoU with the camera's is above 0.5. No real photo takes part.
+registration is right where its footprint's IoU with the camera's is above 0.5. So that there are wrong ones to learn
+from, those count, too, that registration itself would refuse because the ground drawn anew does not confirm them. No
+real photo takes part.
 """
 
 import json
@@ -30,7 +32,7 @@ from utils.arguments import make_parser, positive, run
 SIZE = 512  # pixels, as the public data set's photos: whatever the camera's aspect, squashed to a square
 WIDTHS_KM = (60, 500)  # of a photo, at its middle
 REGION_SHARE = (0.7, 3)  # a candidate's side, of the photo's
-WRONG_TURN = 0.1  # share of the candidates that come with a wrong quarter turn
+TURNS = (((0,), None),)  # the quarter is right: what other turns would find is found in the same way
 SEA = 0.1  # share of the photos that may show no land
 
 
@@ -104,7 +106,7 @@ def draw_candidates(camera, rng, true):
     half = side / 2 / (111.2 * np.cos(np.radians(lat))) / 180 * geo.MERCATOR_HALF
     x, y = geo.to_mercator([lat, lon])
     box = np.array([[x - half, y - half], [x - half, y + half], [x + half, y + half], [x + half, y - half]])
-    if not true or rng.uniform() < WRONG_TURN:
+    if not true:
         rotation = rng.uniform(0, 360)
     return geo.from_mercator(box), int(round(rotation / 90) * 90 % 360)
 
@@ -118,7 +120,7 @@ def collect(count, false, matcher, ground, ratios, seed, progress=None):
         photo, truth = render(camera, ground, ratios, rng), footprint(camera)
         for kind, number in ((True, 1), (False, false)):
             candidates = [draw_candidates(camera, rng, kind) for _ in range(number)]
-            for each in register(photo, candidates, ground, matcher, nadir=camera.nadir):
+            for each in register(photo, candidates, ground, matcher, turns=TURNS, confirm=False):
                 tried[kind] += 1
                 if each is not None:
                     found[kind] += 1
@@ -170,8 +172,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--months", required=True, help="folder with 01.jpg … 12.jpg, equirectangular")
     parser.add_argument("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
     parser.add_argument("--matcher_weights", help="folder with the matcher's published files")
-    parser.add_argument("--photos", type=positive, default=200)
-    parser.add_argument("--false", type=positive, default=2, help="false candidates a photo; there is one true one")
+    parser.add_argument("--photos", type=positive, default=150)
+    parser.add_argument("--false", type=positive, default=4, help="false candidates a photo; there is one true one")
     parser.add_argument("--every_month", type=positive, default=3, help="of the months, take every so many")
     parser.add_argument("--keep", help="folder for the features, to fit again")
     parser.add_argument("--verbose", action="store_true", help="a line a registration")

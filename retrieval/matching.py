@@ -19,7 +19,7 @@ import torch
 from utils.checkpoint import load_tensors
 from utils.files import package_files
 
-KEYPOINTS = 1024  # at most, in a picture: twice as many take LightGlue four times as long, and find the same places
+KEYPOINTS = 2048  # at most, in a picture
 SIDE = 32  # pixels; networks halve a picture five times, and what is smaller shows no ground
 
 
@@ -32,8 +32,11 @@ class Matcher:
         """uint8 (3, H, W) -> the picture's features, to be kept and matched any number of times."""
         raise NotImplementedError
 
-    def match(self, a, b) -> tuple[np.ndarray, np.ndarray]:
-        """Features of two pictures -> positions (M, 2), (M, 2) float64: row k of both shows the same point."""
+    def match(self, a, b, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Features of two pictures -> positions (M, 2), (M, 2) float64: row k of both shows the same point.
+
+        most: use the best so many points of each, where that saves time.
+        """
         raise NotImplementedError
 
 
@@ -45,7 +48,7 @@ class Sift(Matcher):
 
     name = "sift"
 
-    def __init__(self, keypoints: int = 4 * KEYPOINTS, ratio: float = 0.85):
+    def __init__(self, keypoints: int = 2 * KEYPOINTS, ratio: float = 0.85):
         import cv2  # here, not above: only registration needs it
 
         # Hazy photos have little contrast: a third of OpenCV's threshold still gives thousands of points.
@@ -60,7 +63,7 @@ class Sift(Matcher):
         # OpenCV counts from the centre of the first pixel.
         return np.array([point.pt for point in points], dtype=np.float64) + 0.5, descriptors
 
-    def match(self, a, b):
+    def match(self, a, b, most=None):
         (here, one), (there, other) = a, b
         if min(len(one), len(other)) < 2:
             return np.zeros((0, 2)), np.zeros((0, 2))
@@ -95,8 +98,8 @@ def grey(image):
 class Learned(Matcher):
     """A network's points and descriptors, matched by the LightGlue that was trained on them (Lindenberger et al. 2023).
 
-    extract: float (1, 3, H, W) in [0, 1] -> points (N, 2), descriptors (N, D), as the network counts pixels: from the
-    centre of the first one.
+    extract: float (1, 3, H, W) in [0, 1] -> points (N, 2), descriptors (N, D), the best first, as the network counts
+    pixels: from the centre of the first one.
     """
 
     def __init__(self, name, extract, glue, device):
@@ -112,7 +115,8 @@ class Learned(Matcher):
         return points.float(), descriptors.float(), size
 
     @torch.inference_mode()
-    def match(self, a, b):
+    def match(self, a, b, most=None):
+        a, b = ((points[:most], descriptors[:most], size) for points, descriptors, size in (a, b))
         if not (len(a[0]) and len(b[0])):
             return np.zeros((0, 2)), np.zeros((0, 2))
         pair = {
@@ -235,7 +239,8 @@ def _disk(states, device):
 
     def extract(pictures):
         found = network(pictures, n=KEYPOINTS, pad_if_not_divisible=True)[0]
-        return found.keypoints, found.descriptors
+        order = found.detection_scores.argsort(descending=True, stable=True)
+        return found.keypoints[order], found.descriptors[order]
 
     return extract
 

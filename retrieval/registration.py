@@ -27,8 +27,10 @@ MIN_INLIERS = 6  # a homography goes through any four points
 FEW = 15  # inliers: with fewer, other turns are tried
 # What is tried while no candidate has more: turns to add to the retrieved one, degrees, of so many candidates. Matchers
 # bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong.
-TURNS = (((0,), None), ((45, -45), None), ((90, 180, 270), 3))
-STILL = 0.005  # of the footprint's size: corners that move less have come to rest
+TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180, 135, -135), 3))
+START_POINTS = 1024  # of a picture in the first matching: half as many take LightGlue a quarter of the time
+CONTRAST = 2.0  # limit of the local equalisation: what is behind haze and thin clouds shows, and noise does not
+STILL = 0.01  # of the footprint's size: corners that move less have come to rest
 THRESHOLD = 3.0  # pixels: farther from its place, a match is an outlier (EarthMatch: 3)
 
 MOST_TILES = 9  # times the candidate's area: larger is absurd (EarthMatch)
@@ -85,12 +87,12 @@ class Fit:
 class Photo:
     """A photo at the size at which it is matched; its features are computed once for each turn that is asked for."""
 
-    def __init__(self, pixels, matcher, side=SIDE):
+    def __init__(self, pixels, matcher):
         height, width = pixels.shape[1:]
-        scale = side / max(height, width)
+        scale = SIDE / max(height, width)
         self.size = tuple(max(MULTIPLE, round(each * scale / MULTIPLE) * MULTIPLE) for each in (width, height))
         self.scale = np.diag([self.size[0] / width, self.size[1] / height, 1.0])  # the file's pixels -> these
-        self.pixels, self.matcher, self.kept = squash(pixels, self.size), matcher, {}
+        self.pixels, self.matcher, self.kept = equalise(squash(pixels, self.size)), matcher, {}
 
     def features(self, rotation):
         """Turned clockwise by so many degrees: north is up where the photo's up has that azimuth. -> the features, and
@@ -122,11 +124,13 @@ def register(
     matcher,
     rounds: int = 4,
     nadir: tuple[float, float] | None = None,
-    side: int = SIDE,
+    turns=TURNS,
+    confirm: bool = True,
 ) -> list[Registration | None]:
     """photo: uint8 (3, H, W), as a viewer shows it. candidates: (footprint (4, 2) of a database image, rotation in
     degrees as predict.py gives it: the photo's up is near that azimuth). ground: see retrieval/ground.py. matcher: see
-    retrieval/matching.py. nadir: lat, lon of the point below the camera, where it is known.
+    retrieval/matching.py. nadir: lat, lon of the point below the camera, where it is known. turns: see TURNS; the first
+    line alone is fastest. confirm: what is not found again in the ground drawn anew is nothing.
 
     -> one Registration a candidate, None where nothing plausible was found. Candidates that lead to the same footprint
     share it. The same input gives the same output.
@@ -134,14 +138,14 @@ def register(
     nothing = [None] * len(candidates)
     if min(photo.shape[1:]) < SMALLEST:
         return nothing
-    shown = Photo(photo, matcher, side)
+    shown = Photo(photo, matcher)
     pictures, starts = {}, [None] * len(candidates)
-    for turns, count in TURNS:
+    for added, count in turns:
         if max((fit.inliers for fit in starts if fit), default=0) >= FEW:
             break
         for k, (footprint, rotation) in enumerate(candidates[:count]):
-            for turn_by in turns:
-                found = start(shown, footprint, rotation + turn_by, ground, nadir, pictures)
+            for degrees in added:
+                found = start(shown, footprint, rotation + degrees, ground, nadir, pictures)
                 starts[k] = better(starts[k], found)
     # The surest first, so that those that lead to the same place need not be refined again.
     found, results = [], list(nothing)
@@ -152,10 +156,10 @@ def register(
         same = next((each for fit, each in found if same_place(fit, starts[k], shown.size)), None)
         if same is None:
             fit, done, moved = refine(shown, starts[k], ground, rounds, area, nadir)
-            if fit is None:
+            if fit is None and confirm:
                 continue
-            same = as_registration(shown, fit, done, moved)
-            found.append((fit, same))
+            same = as_registration(shown, fit or starts[k], done, moved)
+            found.append((fit or starts[k], same))
         results[k] = same
     return results
 
@@ -172,11 +176,11 @@ def start(shown, footprint, rotation, ground, nadir, pictures):
     box = square(corners)
     if box not in pictures:
         picture = ground(box, SIDE)
-        pictures[box] = None if picture is None else shown.matcher.features(picture)
+        pictures[box] = None if picture is None else shown.matcher.features(equalise(picture))
     if pictures[box] is None:
         return None
     features, back = shown.features(rotation)
-    here, there = shown.matcher.match(features, pictures[box])
+    here, there = shown.matcher.match(features, pictures[box], START_POINTS)
     fit = fit_homography(project(back, here), there, pixels_to_metres(box, SIDE))
     if fit is None or not is_plausible(fit, shown.size, quadrilateral(corners).area, nadir):
         return None
@@ -190,12 +194,12 @@ def refine(shown, fit, ground, rounds, area, nadir):
     for done in range(1, rounds + 1):
         drawn = draw(fit.homography, shown.size, ground)
         if drawn is None:
-            return None, done, moved
+            return None, done, np.inf
         picture, to_ground = drawn
-        here, there = shown.matcher.match(shown.features(0)[0], shown.matcher.features(picture))
+        here, there = shown.matcher.match(shown.features(0)[0], shown.matcher.features(equalise(picture)))
         new = fit_homography(here, there, to_ground)
         if new is None or not is_plausible(new, shown.size, area, nadir):
-            return None, done, moved
+            return None, done, np.inf
         moved = shift(fit, new, shown.size)
         # A view that is worse than the last one is no reason to give that up.
         fit = new if new.inliers >= 0.8 * fit.inliers or done == 1 else fit
@@ -240,6 +244,13 @@ def squash(pixels, size):
         return pixels
     planes = torch.nn.functional.interpolate(pixels[None], (size[1], size[0]), mode="bicubic", antialias=True)
     return planes[0]
+
+
+def equalise(pixels):
+    """uint8 (3, H, W) -> the same with its lightness equalised locally (CLAHE, 8 × 8 cells)."""
+    lab = cv2.cvtColor(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), cv2.COLOR_RGB2LAB)
+    lab[..., 0] = cv2.createCLAHE(CONTRAST, (8, 8)).apply(np.ascontiguousarray(lab[..., 0]))
+    return torch.from_numpy(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)).permute(2, 0, 1).contiguous()
 
 
 def square(corners):

