@@ -152,8 +152,8 @@ def main(args):
 
         rows, right, tried, found = collect(args.photos, args.false, matcher, ground, ratios, args.seed, progress)
         print(
-            f"{name}: {found[True]} of {tried[True]} true candidates registered, {found[False]} of {tried[False]} false "
-            f"ones; {int(right.sum())} right, {int((~right).sum())} wrong; {time.perf_counter() - began:.0f} s",
+            f"{name}: {found[True]} of {tried[True]} true candidates registered, {found[False]} of {tried[False]} "
+            f"false ones; {int(right.sum())} right, {int((~right).sum())} wrong; {time.perf_counter() - began:.0f} s",
             flush=True,
         )
         if args.keep:

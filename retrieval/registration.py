@@ -4,8 +4,8 @@ Photo and candidate are matched, a homography is fitted to the matches, and the 
 show it, with a margin of surroundings; that is matched again, until the footprint no longer moves.
 
 Homographies go from the photo's pixels to metres of Web Mercator. Between a plane and its picture that is exact. The
-ground is not quite one: over a photo of 300 km the Earth falls away by 2 km at the rim, and Mercator's scale
-changes by a few percent; both are small where a photo is, and a homography takes up most of them.
+ground is not quite one, and Mercator's scale changes over it: the best homography is off by 0.5 pixels of 512 on average
+for a photo of 240 km from straight above, 0.8 for one of 190 km leaning by 40 degrees, 5 for one leaning by 58.
 """
 
 from dataclasses import dataclass
@@ -49,10 +49,10 @@ class Registration:
     it; longitudes in [-180, 180). rotation: compass azimuth of the photo's up at its centre, degrees in [0, 360).
     inliers of `matches` matches agree with it, in the last of so many rounds of refinement. spread: share of the photo
     that the inliers' hull covers. moved: the last round's largest shift of a corner, as a share of the footprint's
-    size; inf without a round. stretch: of one side of a pixel's ground against the other, slant: of the finest scale in
-    the photo to the coarsest; at least 1. matcher: its name. homography (3, 3): the photo's pixels, from its upper left corner, to metres of Web
-    Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in the photo's pixels and ground_points
-    (inliers, 2) lat, lon, for ground control points and for match lines.
+    size; inf without a round. stretch: of one side of a pixel's ground against the other; slant: of the finest scale in
+    the photo to the coarsest; both at least 1. matcher: its name. homography (3, 3): the photo's pixels, from its upper
+    left corner, to metres of Web Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in the photo's
+    pixels and ground_points (inliers, 2) lat, lon: ground control points, and the ends of match lines.
     """
 
     footprint: np.ndarray
@@ -105,8 +105,8 @@ class Photo:
 
 
 def turn(pixels, degrees):
-    """uint8 (3, H, W) turned clockwise, on black, as large as it needs -> uint8 (3, h, w), and (3, 3) its pixels to those
-    of the given. Quarters are exact."""
+    """uint8 (3, H, W) turned clockwise, on black, as large as it needs -> uint8 (3, h, w), and (3, 3) its pixels to
+    those of the given. Quarters are exact."""
     height, width = pixels.shape[1:]
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     size = tuple(int(np.ceil(each - 1e-6)) for each in np.abs([[cos, sin], [sin, cos]]) @ [width, height])
@@ -188,8 +188,8 @@ def start(shown, footprint, rotation, ground, nadir, pictures):
 
 
 def refine(shown, fit, ground, rounds, area, nadir):
-    """-> the Fit after so many rounds or once it rests, the number of rounds, the last shift; (None, …) where the ground
-    drawn anew does not confirm it."""
+    """-> the Fit after so many rounds or once it rests, the number of rounds, the last shift; (None, …) where the
+    ground drawn anew does not confirm it."""
     moved, done = np.inf, 0
     for done in range(1, rounds + 1):
         drawn = draw(fit.homography, shown.size, ground)
@@ -226,7 +226,7 @@ def as_registration(shown, fit, rounds, moved):
         rotation=azimuth(below, middle),
         spread=spread(fit.here, shown.size),
         moved=float(moved),
-        stretch=stretch(fit.homography, np.array(shown.size) / 2),
+        stretch=stretch(homography, np.array(shown.size) / 2 / to_photo),
         slant=slant(fit.homography, corners_of(shown.size)),
         matcher=shown.matcher.name,
         homography=homography,

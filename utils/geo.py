@@ -68,6 +68,6 @@ def to_mercator(points):
 
 
 def from_mercator(points):
-    """(..., 2) metres of Web Mercator -> (..., 2) lat, lon in degrees; x beyond the map's edge gives lon beyond ±180."""
+    """(..., 2) metres of Web Mercator -> (..., 2) lat, lon in degrees; x beyond the map's edge: lon beyond ±180."""
     x, y = np.moveaxis(np.asarray(points, dtype=np.float64) / MERCATOR_HALF, -1, 0)
     return np.stack([np.degrees(np.arctan(np.sinh(np.pi * y))), x * 180], axis=-1)
