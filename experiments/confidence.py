@@ -16,8 +16,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from kornia.filters import gaussian_blur2d
 
-from augmentations.weather import add_weather
+from augmentations.weather import HAZE_COLOUR, cloud_opacity, expose, haze_opacity
 from datasets import grid
 from datasets.build.camera import Camera, footprint, ground_points, orientation
 from datasets.build.earth import RASTER_MONTH, month_ratio
@@ -54,8 +55,8 @@ def draw_camera(rng):
             return camera
 
 
-def render(camera, ground, ratios, rng, clouds=0.7, haze=0.7, exposure=0.9):
-    """-> uint8 (3, SIZE, SIZE): the camera's photo in one of the months' colours and, half of the time, weather."""
+def render(camera, ground, ratios, rng):
+    """-> uint8 (3, SIZE, SIZE): the camera's photo in one of the months' colours, under clouds and behind haze."""
     middles = (np.arange(SIZE) + 0.5) / SIZE
     latlon = ground_points(camera, *np.meshgrid(middles, middles))
     unwrapped = latlon.copy()
@@ -76,8 +77,13 @@ def render(camera, ground, ratios, rng, clouds=0.7, haze=0.7, exposure=0.9):
     photo = photo * sample(ratio, x, (90 - latlon[..., 0]) / 180 * height - 0.5)
     photo = torch.from_numpy(photo).permute(2, 0, 1)[None].clamp(0, 1)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    photo = add_weather(photo, clouds, haze, exposure, generator)[0]
-    photo = photo + torch.randn(photo.shape, generator=generator) * float(rng.uniform(0, 0.02))
+    # Raster and candidates are one picture, without a camera or years between: all the more weather is in between.
+    colour = torch.tensor(HAZE_COLOUR)[:, None, None]
+    photo = photo + haze_opacity(0.95, 1, SIZE, generator) * (colour - photo)
+    photo = photo + cloud_opacity(0.95, 1, SIZE, generator) * (1 - photo)
+    photo = expose(photo, torch.full((1, 1, 1, 1), float(rng.uniform(0, 1))))[0]
+    photo = gaussian_blur2d(photo[None], 9, (float(rng.uniform(0.1, 2)),) * 2)[0]
+    photo = photo + torch.randn(photo.shape, generator=generator) * float(rng.uniform(0, 0.05))
     return (photo * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -126,8 +132,8 @@ def collect(count, false, matcher, ground, ratios, seed, progress=None):
                     found[kind] += 1
                     rows.append(features(each))
                     right.append(iou(truth, each.footprint) > 0.5)
-                    if progress:
-                        progress(index, kind, each, iou(truth, each.footprint))
+        if progress:
+            progress(index, rows, right)
     return np.array(rows), np.array(right), tried, found
 
 
@@ -146,9 +152,10 @@ def main(args):
     for name in args.register:
         matcher, began = make_matcher(name, args.matcher_weights, args.device), time.perf_counter()
 
-        def progress(index, kind, each, overlap):
-            if args.verbose:
-                print(index, kind, f"{overlap:.3f}", each.inliers, each.matches, f"{each.moved:.3f}", flush=True)
+        def progress(index, rows, right):
+            if args.keep:
+                Path(args.keep).mkdir(parents=True, exist_ok=True)
+                np.savez(Path(args.keep) / f"{name}.npz", rows=np.array(rows), right=np.array(right), photos=index + 1)
 
         rows, right, tried, found = collect(args.photos, args.false, matcher, ground, ratios, args.seed, progress)
         print(
@@ -156,9 +163,6 @@ def main(args):
             f"false ones; {int(right.sum())} right, {int((~right).sum())} wrong; {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        if args.keep:
-            Path(args.keep).mkdir(parents=True, exist_ok=True)
-            np.savez(Path(args.keep) / f"{name}.npz", rows=rows, right=right)
         if right.all() or not right.any():
             print(f"{name}: only one kind, nothing to fit; more --photos or --false")
             continue
@@ -175,8 +179,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--photos", type=positive, default=150)
     parser.add_argument("--false", type=positive, default=4, help="false candidates a photo; there is one true one")
     parser.add_argument("--every_month", type=positive, default=3, help="of the months, take every so many")
-    parser.add_argument("--keep", help="folder for the features, to fit again")
-    parser.add_argument("--verbose", action="store_true", help="a line a registration")
+    parser.add_argument("--keep", help="folder in which the features are kept as they come")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

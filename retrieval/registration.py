@@ -4,8 +4,8 @@ Photo and candidate are matched, a homography is fitted to the matches, and the 
 show it, with a margin of surroundings; that is matched again, until the footprint no longer moves.
 
 Homographies go from the photo's pixels to metres of Web Mercator. Between a plane and its picture that is exact. The
-ground is not quite one, and Mercator's scale changes over it: the best homography is off by 0.5 pixels of 512 on average
-for a photo of 240 km from straight above, 0.8 for one of 190 km leaning by 40 degrees, 5 for one leaning by 58.
+ground is not quite one, and Mercator's scale changes over it: the best homography is off by 0.5 pixels of 512 on
+average for a photo of 240 km from straight above, 0.8 for one of 190 km leaning by 40 degrees, 5 for one leaning by 58.
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ class Registration:
     that the inliers' hull covers. moved: the last round's largest shift of a corner, as a share of the footprint's
     size; inf without a round. stretch: of one side of a pixel's ground against the other; slant: of the finest scale in
     the photo to the coarsest; both at least 1. matcher: its name. homography (3, 3): the photo's pixels, from its upper
-    left corner, to metres of Web Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in the photo's
-    pixels and ground_points (inliers, 2) lat, lon: ground control points, and the ends of match lines.
+    left corner, to metres of Web Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in its pixels
+    and ground_points (inliers, 2) lat, lon: ground control points, and the ends of match lines.
     """
 
     footprint: np.ndarray
