@@ -24,13 +24,14 @@ MARGIN = 0.15  # of the photo's sides: surroundings drawn on each side of it
 LARGEST_VIEW = 1536  # pixels of the square of ground from which a view is drawn
 
 MIN_INLIERS = 6  # a homography goes through any four points
-FEW = 15  # inliers: with fewer, other turns are tried
+FEW = 20  # inliers: with fewer, other turns are tried
 # What is tried while no candidate has more: turns to add to the retrieved one, degrees, of so many candidates. Matchers
 # bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong.
 TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180, 135, -135), 3))
 START_POINTS = 1024  # of a picture in the first matching: half as many take LightGlue a quarter of the time
 CONTRAST = 2.0  # limit of the local equalisation: what is behind haze and thin clouds shows, and noise does not
 STILL = 0.01  # of the footprint's size: corners that move less have come to rest
+RESTLESS = 0.1  # of the footprint's size: what still moves so far after two rounds leads nowhere
 THRESHOLD = 3.0  # pixels: farther from its place, a match is an outlier (EarthMatch: 3)
 
 MOST_TILES = 9  # times the candidate's area: larger is absurd (EarthMatch)
@@ -133,7 +134,7 @@ def register(
     line alone is fastest. confirm: what is not found again in the ground drawn anew is nothing.
 
     -> one Registration a candidate, None where nothing plausible was found. Candidates that lead to the same footprint
-    share it. The same input gives the same output.
+    share it, and once one is sure those with few matches have none. The same input gives the same output.
     """
     nothing = [None] * len(candidates)
     if min(photo.shape[1:]) < SMALLEST:
@@ -147,10 +148,11 @@ def register(
             for degrees in added:
                 found = start(shown, footprint, rotation + degrees, ground, nadir, pictures)
                 starts[k] = better(starts[k], found)
-    # The surest first, so that those that lead to the same place need not be refined again.
+    # The surest first, so that those that lead to the same place need not be refined again, and chance ones not at all.
     found, results = [], list(nothing)
     for k in sorted(range(len(candidates)), key=lambda k: -starts[k].inliers if starts[k] else 0):
-        if starts[k] is None:
+        sure = max((fit.inliers for fit, _ in found), default=0) >= 3 * FEW
+        if starts[k] is None or sure and starts[k].inliers < FEW:
             continue
         area = quadrilateral(geo.to_mercator(geo.unwrap_footprints(candidates[k][0]))).area
         same = next((each for fit, each in found if same_place(fit, starts[k], shown.size)), None)
@@ -196,16 +198,18 @@ def refine(shown, fit, ground, rounds, area, nadir):
         if drawn is None:
             return None, done, np.inf
         picture, to_ground = drawn
-        here, there = shown.matcher.match(shown.features(0)[0], shown.matcher.features(equalise(picture)))
+        # False starts end in the first round, which need not be dear.
+        points = START_POINTS if done == 1 else None
+        here, there = shown.matcher.match(shown.features(0)[0], shown.matcher.features(equalise(picture)), points)
         new = fit_homography(here, there, to_ground)
         if new is None or not is_plausible(new, shown.size, area, nadir):
             return None, done, np.inf
         moved = shift(fit, new, shown.size)
         # A view that is worse than the last one is no reason to give that up.
         fit = new if new.inliers >= 0.8 * fit.inliers or done == 1 else fit
-        if moved < STILL or fit is not new:
+        if done > 1 and (moved < STILL or fit is not new):
             break
-    return fit, done, moved
+    return (fit, done, moved) if done < 2 or moved < RESTLESS else (None, done, np.inf)
 
 
 def as_registration(shown, fit, rounds, moved):
