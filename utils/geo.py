@@ -3,6 +3,7 @@
 import numpy as np
 
 EARTH_RADIUS_KM = 6371.0
+MERCATOR_HALF = np.pi * 6378137  # metres: the edge of Web Mercator's square
 
 
 def distance_km(a, b):
@@ -55,3 +56,18 @@ def from_unit_vectors(vectors):
 def centers(footprints):
     """(..., 4, 2) -> (..., 2), the mean of the four corners on the sphere, which is safe at the antimeridian."""
     return from_unit_vectors(to_unit_vectors(footprints).mean(axis=-2))
+
+
+def to_mercator(points):
+    """(..., 2) lat, lon in degrees -> (..., 2) x, y in metres of Web Mercator (EPSG:3857), y to the north.
+
+    Longitudes beyond ±180 go on beyond the map's edge, so unwrapped footprints stay in one piece.
+    """
+    lat, lon = np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0)
+    return np.stack([lon / 180 * MERCATOR_HALF, np.arcsinh(np.tan(np.radians(lat))) / np.pi * MERCATOR_HALF], axis=-1)
+
+
+def from_mercator(points):
+    """(..., 2) metres of Web Mercator -> (..., 2) lat, lon in degrees; x beyond the map's edge: lon beyond ±180."""
+    x, y = np.moveaxis(np.asarray(points, dtype=np.float64) / MERCATOR_HALF, -1, 0)
+    return np.stack([np.degrees(np.arctan(np.sinh(np.pi * y))), x * 180], axis=-1)

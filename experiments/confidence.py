@@ -1,0 +1,193 @@
+"""Fits the probability that a registered place is right: the numbers in retrieval/confidence.py.
+
+python -m experiments.confidence --raster august.tif --months months/ --register xfeat
+
+Synthetic photos: what a camera on the station would see of the raster, in the colours of another month, under clouds
+and behind haze, exposed anew. Each is registered on candidates that show its ground and on others that do not. A
+registration is right where its footprint's IoU with the camera's is above 0.5. So that there are wrong ones to learn
+from, those count, too, that registration itself would refuse because the ground drawn anew does not confirm them. No
+real photo takes part.
+"""
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from kornia.filters import gaussian_blur2d
+
+from augmentations.weather import HAZE_COLOUR, cloud_opacity, expose, haze_opacity
+from datasets import grid
+from datasets.build.camera import Camera, footprint, ground_points, orientation
+from datasets.build.earth import RASTER_MONTH, month_ratio
+from experiments.registration import iou
+from retrieval.confidence import features
+from retrieval.ground import RasterGround
+from retrieval.matching import MATCHERS, make_matcher
+from retrieval.registration import FARTHEST_KM, register, square
+from utils import geo
+from utils.arguments import make_parser, positive, run
+
+SIZE = 512  # pixels, as the public data set's photos: whatever the camera's aspect, squashed to a square
+WIDTHS_KM = (60, 500)  # of a photo, at its middle
+REGION_SHARE = (0.7, 3)  # a candidate's side, of the photo's
+TURNS = (((0,), None),)  # the quarter is right: what other turns would find is found in the same way
+SEA = 0.1  # share of the photos that may show no land
+
+
+def draw_camera(rng):
+    """A camera on the station's orbit whose photo is on Earth, between the latitudes that the raster holds."""
+    while True:
+        nadir = (float(rng.uniform(-51, 51)), float(rng.uniform(-180, 180)))
+        altitude, tilt = float(rng.uniform(400, 430)), float(60 * rng.uniform() ** 0.8)
+        width = float(np.exp(rng.uniform(*np.log(WIDTHS_KM))))
+        focal = 36 * altitude / np.cos(np.radians(tilt)) / width
+        camera = Camera(nadir, altitude, tilt, float(rng.uniform(0, 360)), float(rng.uniform(-180, 180)), focal)
+        corners = footprint(camera)
+        if np.isnan(corners).any() or np.abs(corners[:, 0]).max() > 60:
+            continue
+        if geo.distance_km(corners, nadir).max() > FARTHEST_KM:
+            continue
+        lat, lon = ground_points(camera, *np.meshgrid(np.linspace(0.1, 0.9, 8), np.linspace(0.1, 0.9, 8))).T
+        if grid.is_land(lat, lon).mean() > 0.3 or rng.uniform() < SEA:
+            return camera
+
+
+def render(camera, ground, ratios, rng):
+    """-> uint8 (3, SIZE, SIZE): the camera's photo in one of the months' colours, under clouds and behind haze."""
+    middles = (np.arange(SIZE) + 0.5) / SIZE
+    latlon = ground_points(camera, *np.meshgrid(middles, middles))
+    unwrapped = latlon.copy()
+    unwrapped[..., 1] = latlon[0, 0, 1] + geo.wrap_longitude(latlon[..., 1] - latlon[0, 0, 1])
+    places = geo.to_mercator(unwrapped)
+    box = square(places.reshape(-1, 2))
+    side = 1024
+    picture = ground(box, side)
+    if picture is None:
+        return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    scale = side / (box[2] - box[0])
+    x, y = (places[..., 0] - box[0]) * scale - 0.5, (box[3] - places[..., 1]) * scale - 0.5
+    photo = sample(picture.permute(1, 2, 0).numpy().astype(np.float32) / 255, x, y)
+    ratio = ratios[rng.integers(len(ratios))]
+    height, width = ratio.shape[:2]
+    # Not across the mosaic's seam, where the nearest column stands for the other side's: 7 km at ±180 degrees.
+    x = (geo.wrap_longitude(latlon[..., 1]) + 180) / 360 * width - 0.5
+    photo = photo * sample(ratio, x, (90 - latlon[..., 0]) / 180 * height - 0.5)
+    photo = torch.from_numpy(photo).permute(2, 0, 1)[None].clamp(0, 1)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    # Raster and candidates are one picture, without a camera or years between: all the more weather is in between.
+    colour = torch.tensor(HAZE_COLOUR)[:, None, None]
+    photo = photo + haze_opacity(0.95, 1, SIZE, generator) * (colour - photo)
+    photo = photo + cloud_opacity(0.95, 1, SIZE, generator) * (1 - photo)
+    photo = expose(photo, torch.full((1, 1, 1, 1), float(rng.uniform(0, 1))))[0]
+    photo = gaussian_blur2d(photo[None], 9, (float(rng.uniform(0.1, 2)),) * 2)[0]
+    photo = photo + torch.randn(photo.shape, generator=generator) * float(rng.uniform(0, 0.05))
+    return (photo * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def sample(picture, x, y):
+    return cv2.remap(
+        picture, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
+
+
+def draw_candidates(camera, rng, true):
+    """-> [(footprint (4, 2), rotation)]: a square of ground that shows the photo's middle, or one that shows nothing of
+    the photo, within reach of the nadir."""
+    corners = footprint(camera)
+    middle = geo.centers(corners)
+    radius = geo.distance_km(corners, middle).max()
+    side = 1.4 * radius * float(np.exp(rng.uniform(*np.log(REGION_SHARE))))
+    rotation = -orientation(camera)
+    for tries in itertools.count():
+        away = rng.uniform(-0.3, 0.3, 2) * side if true else rng.uniform(-1, 1, 2) * (FARTHEST_KM - side)
+        lat = middle[0] + away[0] / 111.2
+        if abs(lat) > 58:
+            continue
+        lon = middle[1] + away[1] / 111.2 / np.cos(np.radians(lat))
+        # Amid an ocean there may be no land in reach.
+        if true or np.hypot(*away) > radius + side and (tries > 200 or grid.is_land(lat, lon)):
+            break
+    half = side / 2 / (111.2 * np.cos(np.radians(lat))) / 180 * geo.MERCATOR_HALF
+    x, y = geo.to_mercator([lat, lon])
+    box = np.array([[x - half, y - half], [x - half, y + half], [x + half, y + half], [x + half, y - half]])
+    if not true:
+        rotation = rng.uniform(0, 360)
+    return geo.from_mercator(box), int(round(rotation / 90) * 90 % 360)
+
+
+def collect(count, false, matcher, ground, ratios, seed, progress=None):
+    """-> features (N, F), right (N,) bool of what was registered, and how many candidates of each kind there were."""
+    rows, right, tried, found = [], [], {True: 0, False: 0}, {True: 0, False: 0}
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        camera = draw_camera(rng)
+        photo, truth = render(camera, ground, ratios, rng), footprint(camera)
+        for kind, number in ((True, 1), (False, false)):
+            candidates = [draw_candidates(camera, rng, kind) for _ in range(number)]
+            for each in register(photo, candidates, ground, matcher, turns=TURNS, confirm=False):
+                tried[kind] += 1
+                if each is not None:
+                    found[kind] += 1
+                    rows.append(features(each))
+                    right.append(iou(truth, each.footprint) > 0.5)
+        if progress:
+            progress(index, rows, right)
+    return np.array(rows), np.array(right), tried, found
+
+
+def fit(rows, right, strength=1.0):
+    """Features (N, F) and what is right (N,) -> coefficients (F,), intercept. Both kinds weigh the same."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000).fit(rows, right)
+    return model.coef_[0], float(model.intercept_[0])
+
+
+def main(args):
+    ground = RasterGround(args.raster)
+    months = [month for month in range(1, 13) if month != RASTER_MONTH][:: args.every_month]
+    ratios = [month_ratio(args.months, month).astype(np.float32) for month in months]
+    for name in args.register:
+        matcher, began = make_matcher(name, args.matcher_weights, args.device), time.perf_counter()
+
+        def progress(index, rows, right):
+            if args.keep:
+                Path(args.keep).mkdir(parents=True, exist_ok=True)
+                np.savez(Path(args.keep) / f"{name}.npz", rows=np.array(rows), right=np.array(right), photos=index + 1)
+
+        rows, right, tried, found = collect(args.photos, args.false, matcher, ground, ratios, args.seed, progress)
+        print(
+            f"{name}: {found[True]} of {tried[True]} true candidates registered, {found[False]} of {tried[False]} "
+            f"false ones; {int(right.sum())} right, {int((~right).sum())} wrong; {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        if right.all() or not right.any():
+            print(f"{name}: only one kind, nothing to fit; more --photos or --false")
+            continue
+        coefficients, intercept = fit(rows, right)
+        print(json.dumps({name: [intercept, *coefficients.round(3).tolist()]}))
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--raster", required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
+    parser.add_argument("--months", required=True, help="folder with 01.jpg … 12.jpg, equirectangular")
+    parser.add_argument("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
+    parser.add_argument("--matcher_weights", help="folder with the matcher's published files")
+    parser.add_argument("--photos", type=positive, default=150)
+    parser.add_argument("--false", type=positive, default=4, help="false candidates a photo; there is one true one")
+    parser.add_argument("--every_month", type=positive, default=3, help="of the months, take every so many")
+    parser.add_argument("--keep", help="folder in which the features are kept as they come")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    run(main, arguments)

@@ -1,0 +1,108 @@
+"""retrieval/confidence.py and the synthetic photos to which it is fitted."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import grid
+from datasets.build.camera import Camera, footprint, project
+from datasets.overlap import share_ground
+from experiments.confidence import SIZE, draw_camera, draw_candidates, fit, render
+from experiments.registration import iou, sides_ratio
+from retrieval.confidence import COEFFICIENTS, FEATURES, VERIFIED, features, probability
+from retrieval.matching import MATCHERS
+from retrieval.registration import Registration
+from utils import geo
+
+
+def registration(inliers=120, matches=200, matcher="xfeat", **more):
+    corners = np.zeros((4, 2))
+    values = dict(rounds=2, rotation=0.0, spread=0.5, moved=0.004, stretch=1.4, slant=1.1, homography=np.eye(3))
+    values |= dict(photo_points=np.zeros((inliers, 2)), ground_points=np.zeros((inliers, 2)))
+    return Registration(corners, inliers, matches, matcher=matcher, **(values | more))
+
+
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_more_that_agrees_is_more_probable(matcher):
+    few = [probability(registration(n, 2 * n, matcher)) for n in (6, 12, 25, 50, 100, 400)]
+    assert few == sorted(few) and len(set(few)) > 3 and 0 <= few[0] and few[-1] <= 1
+    shares = [probability(registration(30, n, matcher)) for n in (300, 100, 60, 31)]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_what_chance_brings_is_not_verified_and_a_good_match_is(matcher):
+    """False pairs of real photos reach 22 inliers, in a corner of the photo, true ones have up to 358."""
+    for inliers, matches, spread in ((8, 41, 0.11), (12, 30, 0.05), (22, 90, 0.1)):
+        assert probability(registration(inliers, matches, matcher, spread=spread, slant=2.0, stretch=2.0)) < VERIFIED
+    assert probability(registration(200, 300, matcher)) >= VERIFIED
+    assert probability(None) == 0
+
+
+def test_the_probability_is_the_logistic_of_the_features():
+    one = registration(50, 115, spread=0.16, stretch=1.5, slant=1.2)
+    intercept, *weights = COEFFICIENTS["xfeat"]
+    given = [np.log(50), np.log(50 / 115), np.log(0.161), np.log(1.5 * 1.2)]
+    total = intercept + sum(weight * value for weight, value in zip(weights, given, strict=True))
+    assert probability(one) == pytest.approx(1 / (1 + np.exp(-total)))
+    assert len(weights) == len(FEATURES) == len(features(one)) and set(COEFFICIENTS) == set(MATCHERS)
+    assert features(replace(one, slant=2.4))[3] - features(one)[3] == pytest.approx(np.log(2))
+
+
+def test_fitting_separates_what_is_right():
+    rng = np.random.default_rng(0)
+    right = rng.uniform(size=400) < 0.3
+    rows = rng.normal(size=(400, 4)) + 2 * right[:, None] * [1, 1, 0, 0]
+    coefficients, intercept = fit(rows, right)
+    chance = 1 / (1 + np.exp(-(rows @ coefficients + intercept)))
+    assert ((chance > 0.5) == right).mean() > 0.9 and coefficients[:2].min() > 4 * np.abs(coefficients[2:]).max()
+
+
+class Stripes:
+    """Ground whose red is the longitude's tenths of a degree, and green the latitude's."""
+
+    def __call__(self, box, size=512):
+        steps = (np.arange(size) + 0.5) / size
+        x, y = np.meshgrid(box[0] + steps * (box[2] - box[0]), box[3] - steps * (box[3] - box[1]))
+        latlon = geo.from_mercator(np.stack([x, y], axis=-1))
+        level = 127 + 100 * np.sin(latlon[..., ::-1] * 2)
+        return torch.from_numpy(np.concatenate([level, 0 * level[..., :1]], axis=-1)).permute(2, 0, 1).to(torch.uint8)
+
+
+def test_a_synthetic_photo_shows_what_its_camera_sees(monkeypatch):
+    """The place under a pixel, found by the camera's own projection, has that pixel's colour; weather aside."""
+    monkeypatch.setattr("experiments.confidence.haze_opacity", lambda *_: torch.zeros(1))
+    monkeypatch.setattr("experiments.confidence.cloud_opacity", lambda *_: torch.zeros(1))
+    monkeypatch.setattr("experiments.confidence.expose", lambda photos, strength: photos)
+    camera = Camera((30.0, 179.5), 415.0, 30.0, 75.0, 33.0, 120.0)
+    ratios = [np.full((180, 360, 3), 0.5, dtype=np.float32)]
+    photo = render(camera, Stripes(), ratios, np.random.default_rng(0)).double()
+    inside = geo.centers(footprint(camera)) + np.random.default_rng(1).uniform(-0.3, 0.3, (60, 2))
+    u, v = project(camera, inside)
+    assert photo.shape == (3, SIZE, SIZE) and np.ptp(inside[:, 1]) < 1
+    kept = (np.minimum(u, v) > 0.05) & (np.maximum(u, v) < 0.95)
+    assert kept.sum() > 10
+    for latlon, x, y in zip(inside[kept], u[kept] * SIZE, v[kept] * SIZE):
+        around = photo[:2, int(y) - 4 : int(y) + 5, int(x) - 4 : int(x) + 5].mean(dim=(1, 2)).numpy()
+        assert np.abs(around - (127 + 100 * np.sin(latlon[::-1] * 2)) / 2).max() < 5
+
+
+def test_candidates_show_the_photo_or_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(grid, "is_land", lambda lat, lon: np.ones(np.broadcast(lat, lon).shape, dtype=bool))
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        camera = draw_camera(rng)
+        corners = footprint(camera)
+        for true in (True, False):
+            place, rotation = draw_candidates(camera, rng, true)
+            assert share_ground(corners[None], place[None])[0, 0] == true and rotation in (0, 90, 180, 270)
+
+
+def test_iou_and_sides_of_known_rectangles():
+    one = np.array([[0, 179.0], [1, 179.0], [1, -179.5], [0, -179.5]])
+    other = np.array([[0, 179.5], [1, 179.5], [1, -179.0], [0, -179.0]])
+    assert iou(one, other) == pytest.approx(0.5, abs=1e-6) and iou(one, one) == pytest.approx(1)
+    assert iou(one, one + [2, 0]) == 0
+    assert sides_ratio(one) == pytest.approx(1.5, rel=1e-3)

