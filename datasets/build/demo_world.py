@@ -281,7 +281,7 @@ def photograph(light, camera, plane, rng, photos="full", cloud_km=CLOUD_KM):
         both = torch.stack([opacity, brightness])[None]
         opacity, brightness = F.interpolate(both, light.shape[1:], mode="bilinear")[0]
     if photos == "full":
-        light = light * (1 - opacity) + brightness * opacity
+        light = light.mul_(1 - opacity).add_(brightness * opacity)
 
     # Air between: its path grows as 1 / cos(incidence) with the slant; blue scatters most.
     # So smooth that a few points will do.
@@ -294,7 +294,8 @@ def photograph(light, camera, plane, rng, photos="full", cloud_km=CLOUD_KM):
     )[0, 0]
     depth = torch.tensor([0.055, 0.08, 0.14])[:, None, None] * float(rng.lognormal(0, 0.35)) * path
     airlight = torch.tensor([0.17, 0.24, 0.36])[:, None, None]
-    light = light * torch.exp(-depth) + airlight * (1 - torch.exp(-depth))
+    clear = torch.exp(depth.neg_())
+    light = light.mul_(clear).add_(airlight * (1 - clear))
 
     balance = torch.from_numpy(rng.lognormal(0, 0.07, 3).astype(np.float32))[:, None, None]
     # Half-automatic exposure towards middle grey, with the photographer's taste on top.
@@ -302,15 +303,14 @@ def photograph(light, camera, plane, rng, photos="full", cloud_km=CLOUD_KM):
     corner = float(rng.uniform(0, 0.3))
     u, v = _pixel_grid(light.shape[:0:-1])
     radius = torch.from_numpy((((u - 0.5) ** 2 + (v - 0.5) ** 2) * 2).astype(np.float32))
-    light = light * balance * exposure * (1 - corner * radius)
+    light = light.mul_(balance).mul_(exposure).mul_(1 - corner * radius)
 
-    light = light + torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32)) * (
-        float(rng.uniform(0.002, 0.012)) * (light.clamp(min=0) + 0.02).sqrt()
-    )
-    tone = 1 - torch.exp(-1.7 * light.clamp(min=0))  # a soft shoulder, so that clouds do not clip hard
-    tone = tone ** (1 / float(rng.uniform(1.9, 2.4)))
+    noise = torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32))
+    light += noise.mul_((light.clamp(min=0) + 0.02).sqrt_().mul_(float(rng.uniform(0.002, 0.012))))
+    # A soft shoulder, so that clouds do not clip hard.
+    tone = (1 - torch.exp(light.clamp_(min=0).mul_(-1.7))).pow_(1 / float(rng.uniform(1.9, 2.4)))
     contrast, saturation = float(rng.uniform(0.9, 1.3)), float(rng.uniform(0.8, 1.2))
-    tone = (tone - 0.5) * contrast + 0.5
+    tone = tone.sub_(0.5).mul_(contrast).add_(0.5)
     grey = tone.mean(dim=0, keepdim=True)
-    tone = grey + (tone - grey) * saturation
-    return (tone * 255).round().clamp(0, 255).to(torch.uint8)
+    tone = tone.sub_(grey).mul_(saturation).add_(grey)
+    return tone.mul_(255).round_().clamp_(0, 255).to(torch.uint8)

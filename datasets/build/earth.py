@@ -8,6 +8,7 @@ smoothed, so colours, snow and vegetation change and the ground stays where it i
 import multiprocessing
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,24 +75,55 @@ def windows(source, around, regions):
     return np.stack([left, top, grid.TILES * tile], axis=1).astype(np.int64)
 
 
-def month_ratio(folder, month):
-    """Folder of 01.jpg … 12.jpg, equirectangular -> float16 (H, W, 3): this month over the raster's, both smoothed."""
-    smooth = []
-    for each in (month, RASTER_MONTH):
-        path = Path(folder) / f"{each:02d}.jpg"
-        mosaic = read_image(path)
-        if mosaic.shape[2] != 2 * mosaic.shape[1]:
-            raise ValueError(
-                f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
-                f"the whole Earth, so exactly twice as wide as high"
-            )
-        pad = int(4 * SMOOTH)
-        padded = F.pad(F.pad(mosaic[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
-        blurred = gaussian_blur2d(padded, 2 * pad + 1, (SMOOTH, SMOOTH))
-        smooth.append(blurred[0, :, pad:-pad, pad:-pad] + 8)  # not 0: in the dark a ratio says nothing
-    if smooth[0].shape != smooth[1].shape:
-        raise ValueError(f"{folder}: {month:02d}.jpg and {RASTER_MONTH:02d}.jpg have different sizes")
-    return (smooth[0] / smooth[1]).clamp(0.2, 5).permute(1, 2, 0).half().numpy()
+def read_window(source, around, left, top, width, height):
+    """Open raster -> uint8 (height, width, 3). Rows end with the raster; columns go on around the Earth, if it does."""
+    from rasterio.windows import Window
+
+    parts = []
+    while width > 0:
+        left = left % around if source.width == around else left
+        here = min(width, source.width - left)
+        parts.append(source.read([1, 2, 3], window=Window(left, top, here, height)))
+        left, width = left + here, width - here
+    return np.concatenate(parts, axis=2).transpose(1, 2, 0)
+
+
+def smooth_month(path):
+    """Equirectangular picture of the whole Earth -> float32 (3, H, W), smoothed, brighter by 8. ValueError."""
+    mosaic = read_image(path)
+    if mosaic.shape[2] != 2 * mosaic.shape[1]:
+        raise ValueError(
+            f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
+            f"the whole Earth, so exactly twice as wide as high"
+        )
+    pad = int(4 * SMOOTH)
+    padded = F.pad(F.pad(mosaic[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
+    blurred = gaussian_blur2d(padded, 2 * pad + 1, (SMOOTH, SMOOTH))
+    return blurred[0, :, pad:-pad, pad:-pad] + 8  # not 0: in the dark a ratio says nothing
+
+
+def month_ratios(folder, months):
+    """Folder of 01.jpg … 12.jpg -> yields month, float16 (H, W, 3): that month over the raster's, both smoothed."""
+    months = sorted(set(months) - {RASTER_MONTH})
+    if not months:
+        return
+    reference = smooth_month(Path(folder) / f"{RASTER_MONTH:02d}.jpg")
+    for month in months:
+        smooth = smooth_month(Path(folder) / f"{month:02d}.jpg")
+        if smooth.shape != reference.shape:
+            raise ValueError(f"{folder}: {month:02d}.jpg and {RASTER_MONTH:02d}.jpg have different sizes")
+        yield month, (smooth / reference).clamp(0.2, 5).permute(1, 2, 0).half().numpy()
+
+
+@contextmanager
+def stored_ratios(folder, months):
+    """As month_ratios, but a dict of files for np.load, which many processes share; they go at the block's end."""
+    with tempfile.TemporaryDirectory() as place:
+        paths = {}
+        for month, ratio in month_ratios(folder, months):
+            paths[month] = Path(place) / f"{month:02d}.npy"
+            np.save(paths[month], ratio)
+        yield paths
 
 
 def sample_ratio(ratio, region, size):
@@ -122,14 +154,12 @@ class Renderer:
 
     def __call__(self, region):
         """(zoom, row, col) -> number of images made: those of its years that are not there yet."""
-        from rasterio.windows import Window
-
         paths = [self.output / path for path in image_paths(region, YEARS)]
         missing = [(path, month) for path, month in zip(paths, self.months) if not path.exists()]
         if not missing:
             return 0
         left, top, side = windows(self.source, self.around, [region])[0].tolist()
-        pixels = self.source.read([1, 2, 3], window=Window(left, top, side, side)).transpose(1, 2, 0)
+        pixels = read_window(self.source, self.around, left, top, side, side)
         if self.image_size is not None and side != self.image_size:
             pixels = resize(torch.from_numpy(np.ascontiguousarray(pixels)), self.image_size).numpy()
         for path, month in missing:
@@ -175,11 +205,7 @@ def build_earth(output, raster, months_folder, regions, months=MONTHS, image_siz
     block = source.block_shapes[0][0]
     order = np.lexsort((places[:, 0] // block, places[:, 1] // block))
     jobs = np.asarray(regions)[order][inside[order]].tolist()
-    with tempfile.TemporaryDirectory() as folder:
-        ratios = {}
-        for month in sorted(set(months) - {RASTER_MONTH}):
-            ratios[month] = Path(folder) / f"{month:02d}.npy"
-            np.save(ratios[month], month_ratio(months_folder, month))
+    with stored_ratios(months_folder, months) as ratios:
         setup = (output, raster, ratios, months, image_size, quality)
         counts = Counter(made=0, outside=int((~inside).sum()))
         chunks = [[tuple(region) for region in jobs[start : start + 64]] for start in range(0, len(jobs), 64)]
@@ -248,7 +274,7 @@ def main(args):
         "land_only": args.land_only,
         "quality": args.quality,
     }
-    if read_plan(args.output, parameters) is None:
+    if read_plan(args.output, parameters, folders=("database",)) is None:
         write_plan(args.output, {"parameters": parameters})
     regions = sample_of(select_regions(args.zooms, args.bbox, args.land_only), args.regions, args.seed)
     counts = build_earth(
