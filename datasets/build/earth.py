@@ -173,17 +173,35 @@ class Renderer:
         return len(missing)
 
 
-_renderer = None  # of a worker process: set once by its initializer
+_work_on = None  # of a worker process: set once by its initializer
 
 
-def _start_worker(*setup):
-    global _renderer
+def _start_worker(kind, setup):
+    global _work_on
     torch.set_num_threads(1)
-    _renderer = Renderer(*setup)
+    _work_on = kind(*setup)
 
 
-def _work(regions):
-    return [_renderer(region) for region in regions]
+def _work(job):
+    return _work_on(job)
+
+
+def run_jobs(jobs, kind, setup, num_workers, chunk=8):
+    """Yields kind(*setup)(job) of each job, in order, each process with a `kind` of its own; few jobs are done here.
+
+    One thread a process, so that sums come out the same whatever the number of workers.
+    """
+    num_workers = min(num_workers, len(jobs) // 64)  # a process takes seconds to start
+    if num_workers == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from map(kind(*setup), jobs)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with multiprocessing.get_context("spawn").Pool(num_workers, _start_worker, (kind, setup)) as pool:
+        yield from pool.imap(_work, jobs, chunksize=chunk)
 
 
 def build_earth(output, raster, months_folder, regions, months=MONTHS, image_size=None, quality=92, num_workers=2):
@@ -204,18 +222,14 @@ def build_earth(output, raster, months_folder, regions, months=MONTHS, image_siz
     # Along the raster's rows of blocks, so that each block is decoded about once.
     block = source.block_shapes[0][0]
     order = np.lexsort((places[:, 0] // block, places[:, 1] // block))
-    jobs = np.asarray(regions)[order][inside[order]].tolist()
+    jobs = [tuple(region) for region in np.asarray(regions)[order][inside[order]].tolist()]
     with stored_ratios(months_folder, months) as ratios:
         setup = (output, raster, ratios, months, image_size, quality)
         counts = Counter(made=0, outside=int((~inside).sum()))
-        chunks = [[tuple(region) for region in jobs[start : start + 64]] for start in range(0, len(jobs), 64)]
-        with (
-            multiprocessing.get_context("spawn").Pool(max(1, num_workers), _start_worker, setup) as pool,
-            tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar,
-        ):
-            for made in pool.imap(_work, chunks):
-                counts["made"] += sum(made)
-                bar.update(len(YEARS) * len(made))
+        with tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar:
+            for made in run_jobs(jobs, Renderer, setup, num_workers, chunk=64):
+                counts["made"] += made
+                bar.update(len(YEARS))
     counts["there"] = len(YEARS) * len(jobs) - counts["made"]
     return counts
 
