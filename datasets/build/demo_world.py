@@ -227,7 +227,7 @@ def _supersampled(mosaic, camera, latlon):
     return F.avg_pool2d(sample_mosaic(mosaic, latlon)[None], factor)[0]
 
 
-def _fractal(rng, cells, size=384):
+def _fractal(rng, cells, size):
     """Smooth random field (size, size), mean 0, spread 1, power falling beyond `cells` waves across."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     amplitude = (1 + (frequency / cells) ** 2) ** -0.85
@@ -247,7 +247,7 @@ def ground_plane(camera, latlon):
 def _clouds(rng, plane, cloud_km):
     """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
     extent = np.abs(plane).max() * 1.05
-    field = _fractal(rng, cells=2 * extent / rng.uniform(*cloud_km))
+    field = _fractal(rng, 2 * extent / rng.uniform(*cloud_km), max(plane.shape))
     places = torch.from_numpy((plane / extent).astype(np.float32))
     field = F.grid_sample(field[None, None], places[None], mode="bicubic", padding_mode="border", align_corners=True)
     field = field[0, 0]

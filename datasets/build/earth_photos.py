@@ -404,8 +404,8 @@ def add_command(commands, formatter):
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="km², log-uniform as far as a lens of 24 mm and the horizon go (400,000); default: as in the public names, "
-        "5,000 (94 pixels high of a raster of 0.6 km) to 100,000",
+        help="km², log-uniform, as far as a lens of 24 mm and the horizon go (400,000); default: as in the public "
+        "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
     )
     parser.add_argument(
         "--whole_earth", action="store_true", help="nadirs anywhere; default: the six sets' areas and validation's"
