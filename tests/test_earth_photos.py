@@ -17,6 +17,7 @@ from datasets.build.demo_world import query_name
 from datasets.build.earth import MERCATOR_HALF, month_ratios, open_raster
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
+from experiments import earth_photos as experiment
 from utils import geo
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names" / "queries.txt"
@@ -85,9 +86,9 @@ def seen_at(camera, lat, lon):
     return 0.5 + x * camera.focal_mm / width, 0.5 - y * camera.focal_mm / height
 
 
+@pytest.mark.parametrize("size", [256, 255, 24])  # from half the pixels, from all, from more
 @pytest.mark.parametrize("camera", CAMERAS)
-def test_what_lies_at_a_known_place_is_seen_where_the_camera_says(folder, camera):
-    size = 256
+def test_what_lies_at_a_known_place_is_seen_where_the_camera_says(folder, camera, size):
     source, around = open_raster(folder / "dots.tif")
     ground, _ = earth_photos.render_ground(source, around, None, camera, size)
     light = ground[0].double().numpy()
@@ -97,8 +98,8 @@ def test_what_lies_at_a_known_place_is_seen_where_the_camera_says(folder, camera
         u, v = seen_at(camera, *dot_place(*place))
         if geo.distance_km(dot_place(*place), camera.nadir) > 1500 or not (0.06 < u < 0.94 and 0.06 < v < 0.94):
             continue
-        near = np.hypot(cols + 0.5 - u * size, rows + 0.5 - v * size) < 14
-        assert light[near].max() > 0.3
+        near = np.hypot(cols + 0.5 - u * size, rows + 0.5 - v * size) < max(0.05 * size, 3)
+        assert light[near].max() > 0.3 * light.max() > 0
         weights = light[near] / light[near].sum()
         center = (weights * (cols[near] + 0.5)).sum() / size, (weights * (rows[near] + 0.5)).sum() / size
         assert np.hypot(center[0] - u, center[1] - v) * size < 0.5
@@ -256,3 +257,18 @@ def test_what_cannot_be_built_is_named(folder, tmp_path, capsys):
     where = ["--raster", str(folder / "grey.tif"), "--months", str(folder / "months")]
     assert build.main(["earth_photos", str(tmp_path), *where, "--photos", "0"]) == 2
     assert "--photos 0" in capsys.readouterr().err
+
+
+def test_the_experiment_compares_what_was_planned_with_the_names(tmp_path, capsys):
+    cameras = [earth_photos.aim((10.0, 178.0), 410, 80, 30, 20_000, distance) for distance in (100, 200, 400)]
+    names = [query_name(earth_photos.Query(i, "", camera, "20200101"), 0) for i, camera in enumerate(cameras)]
+    (tmp_path / "photos.txt").write_text("\n".join(map(str, names)))
+    (tmp_path / "real.txt").write_text("\n".join(map(str, names[1:])))
+    files = [str(tmp_path / "photos.txt"), str(tmp_path / "real.txt")]
+    rendered, real = experiment.main(experiment.parse_arguments([*files, "--figure", str(tmp_path / "a.png")]))
+    assert rendered["distance km"] == pytest.approx([100, 200, 400], abs=10)  # a name's nadir has one decimal
+    assert rendered["area km²"] == pytest.approx([20_000] * 3, rel=0.01) and len(real["area km²"]) == 2
+    assert rendered["up from away °"] == pytest.approx([30] * 3, abs=15)  # the roll, but for perspective
+    width, height = (geo.distance_km(*np.array(names[1].footprint)[[i, j]]) for i, j in ((1, 2), (1, 0)))
+    assert rendered["longer to shorter side"][1] == pytest.approx(max(width / height, height / width), rel=0.15)
+    assert "33.3%" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 5000

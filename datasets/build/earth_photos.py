@@ -61,7 +61,7 @@ AREAS_KM2 = (
 )  # fmt: skip
 DISTANCES_KM = (2, 33, 81, 120, 180, 226, 272, 323, 385, 459, 507, 556, 613, 680, 764, 870, 943, 1138, 1400)
 LAND_SHARE = 0.88  # of the names' centres; the others show some land
-UPRIGHT_SHARE, UPRIGHT_DEGREES = 0.4, 25  # so many hold the camera up, away from the nadir, give or take
+UPRIGHT_SHARE, UPRIGHT_DEGREES = 0.3, 25  # so many hold the camera up, away from the nadir, give or take
 CLOUD_KM = (8, 80)  # the demo's photos are ten times as wide
 TRIES = 200  # of places for one photo's area and distance
 NODES = 16  # a side, at which the camera's rays are followed; in between polynomials, to 0.01 pixels
@@ -223,8 +223,20 @@ def render_ground(source, around, ratio, camera, size):
     # The raster's pixels from one pixel of the photo to the next, at most.
     coarse = torch.stack([spread(place, 32, 32) for place in (x, y)]) * 32 / size
     step_u, step_v = (float(coarse.diff(dim=axis).norm(dim=0).max()) for axis in (2, 1))
-    shrink = max(1, int(min(step_u, step_v)))  # the mean of so many pixels first
-    over_u, over_v = (int(np.clip(np.ceil(0.8 * step / shrink), 1, 4)) for step in (step_u, step_v))
+    if max(step_u, step_v) <= 0.5 and size % 2 == 0:
+        ground = _sampled(source, ratio, around, latlon, (x, y), size // 2, (1, 1), 1)
+        # Half the pixels hold all that the raster does; with antialias it is torch's fast filter.
+        ground = F.interpolate(ground[None], (size, size), mode="bicubic", antialias=True)[0]
+    else:
+        shrink = max(1, int(min(step_u, step_v)))  # the mean of so many pixels first
+        over = tuple(int(np.clip(np.ceil(0.8 * step / shrink), 1, 4)) for step in (step_v, step_u))
+        ground = _sampled(source, ratio, around, latlon, (x, y), size, over, shrink)
+    return ground.clamp_(0, 1), latlon
+
+
+def _sampled(source, ratio, around, latlon, at_nodes, size, over, shrink):
+    """As render_ground's; each pixel is the mean of over (down, across) samples, of the raster made smaller."""
+    x, y = at_nodes
     left, top, right, bottom = (int(np.floor(end)) for end in _bounds(x, y, margin=3 * shrink))
     top, bottom = max(top, 0), min(bottom, source.height)
     columns, rows = (right - left) // shrink, (bottom - top) // shrink
@@ -232,15 +244,14 @@ def render_ground(source, around, ratio, camera, size):
     patch = _LINEAR[pixels.int()].permute(2, 0, 1)[None]
     patch = F.avg_pool2d(patch, shrink) if shrink > 1 else patch
     at_nodes = ((x - left) / shrink / columns * 2 - 1, (y - top) / shrink / rows * 2 - 1)
-    places = torch.stack([spread(place, size * over_v, size * over_u).float() for place in at_nodes], dim=-1)[None]
+    places = torch.stack([spread(place, size * over[0], size * over[1]).float() for place in at_nodes], dim=-1)[None]
     ground = F.grid_sample(patch, places, mode="bicubic", padding_mode="border", align_corners=False)
-    ground = F.avg_pool2d(ground, (over_v, over_u)) if over_u * over_v > 1 else ground
-    ground = ground[0].clamp_(0, 1)
+    ground = F.avg_pool2d(ground, over)[0] if max(over) > 1 else ground[0]
     if ratio is not None:
         at = torch.stack([spread(place, RATIO_STEPS, RATIO_STEPS) for place in _unwrapped(latlon)], dim=-1)
         colours = torch.from_numpy(sample_colours(ratio, at.numpy())) ** GAMMA
         ground *= F.interpolate(colours.permute(2, 0, 1)[None], (size, size), mode="bilinear")[0]
-    return ground.clamp_(0, 1), latlon
+    return ground
 
 
 def _bounds(x, y, margin):
