@@ -140,7 +140,9 @@ def sample_ratio(ratio, region, size):
     x = (grid.tile_longitude(zoom, col + steps) + 180) / 360 * width - 0.5
     (rows, down), (cols, across) = _linear_weights(y), _linear_weights(x)
     patch = ratio[rows.clip(0, height - 1)][:, cols % width].astype(np.float32)
-    return np.tensordot(across, np.tensordot(down, patch, 1), (1, 1)).transpose(1, 0, 2)
+    # Across first, as that has few rows yet; the other way round, the result would not lie in order.
+    wide = across @ patch
+    return (down @ wide.reshape(len(wide), -1)).reshape(size, size, 3)
 
 
 def _linear_weights(positions):
@@ -167,10 +169,13 @@ class Renderer:
         pixels = read_window(self.source, self.around, left, top, side, side)
         if self.image_size is not None and side != self.image_size:
             pixels = resize(torch.from_numpy(np.ascontiguousarray(pixels)), self.image_size).numpy()
+        pixels = np.ascontiguousarray(pixels)
         for path, month in missing:
             season = pixels
             if month != RASTER_MONTH:
-                season = pixels * sample_ratio(self.ratios[month], region, len(pixels)) + 0.5
+                ratio = sample_ratio(self.ratios[month], region, len(pixels))
+                season = np.multiply(pixels, ratio, out=ratio)
+                season += 0.5
                 season = np.minimum(season, 255, out=season).astype(np.uint8)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, sync=False) as file:
