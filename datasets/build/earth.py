@@ -29,11 +29,6 @@ MONTHS = (2, 5, 11, 8)  # of YEARS: a winter, a spring, an autumn, and the raste
 RASTER_MONTH = 8
 SMOOTH = 2.0  # pixels of the monthly mosaics, the standard deviation of the smoothing: about 15 km
 MERCATOR_HALF = np.pi * 6378137  # metres: the edge of Web Mercator's square
-# NASA's Visible Earth: pages of the months of 2004 and where the pictures of 5,400 × 2,700 pixels lie.
-MONTH_RECORDS = (73938, 73967, 73992, 74017, 74042, 76487, 74092, 74117, 74142, 74167, 74192, 74218)
-MONTH_URL = (
-    "https://eoimages.gsfc.nasa.gov/images/imagerecords/{thousands}/{record}/world.2004{month:02d}.3x5400x2700.jpg"
-)
 MIN_SIDE = 32  # pixels: a region that shows fewer is too small for the raster
 VERSION = 1  # raise when the same parameters begin to give other pictures
 
@@ -258,8 +253,20 @@ def add_command(commands, formatter):
         formatter_class=formatter,
     )
     parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
-    parser.add_argument("--raster", type=Path, required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
-    parser.add_argument("--months", type=Path, required=True, metavar="FOLDER", help="01.jpg … 12.jpg, equirectangular")
+    parser.add_argument(
+        "--raster",
+        type=Path,
+        required=True,
+        help="Web Mercator GeoTIFF of the whole Earth, August; `earth_raster` makes it",
+    )
+    parser.add_argument(
+        "--months",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="01.jpg … 12.jpg, equirectangular; NASA's Visible Earth has them, August as "
+        "https://eoimages.gsfc.nasa.gov/images/imagerecords/74000/74117/world.200408.3x5400x2700.jpg",
+    )
     parser.add_argument(
         "--seasons",
         type=int,

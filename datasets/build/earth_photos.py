@@ -4,6 +4,9 @@ A pinhole camera at the station's altitude, with areas and nadir distances drawn
 same Web Mercator raster that `earth` cuts its regions from, in the colours of another month than any database image,
 under the demo's weather. Footprints and orientations are exact, as README says of the names.
 
+The names' smallest photos, 5,000 km², are 94 pixels high of a raster of 0.6 km (at the equator), a fifth of what 512
+pixels could hold; 577 km² is the least that is accepted, MIN_SIDE pixels high.
+
 The photos share August's fine detail with the database: what is measured on them is the task's geometry and scale (how
 much ground a photo shows, how far from the nadir, among how many images), not whether a model finds real photos.
 """
