@@ -6,14 +6,14 @@ Each command is a module of this package with `add_command` (its flags) and `mai
 import argparse
 import sys
 
-from datasets.build import cache, check, demo, earth, own, rasters, tiles
+from datasets.build import cache, check, demo, earth, earth_photos, earth_raster, own, rasters, tiles
 from utils.arguments import HelpFormatter
 
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m datasets.build", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, earth, tiles, rasters, own, cache, check):
+    for command in (demo, earth_raster, earth, earth_photos, tiles, rasters, own, cache, check):
         command.add_command(commands, HelpFormatter)
     return parser.parse_args(arguments)
 

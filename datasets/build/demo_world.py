@@ -21,6 +21,8 @@ MAX_DISTANCE_KM = 2500  # the farthest ground that the data set's photos show (p
 AREAS_KM2 = (100_000, 1_500_000)
 FOCAL_MM = (14, 17, 20, 24, 28, 35, 50, 58, 85)
 ALTITUDES_KM = (370, 450)
+CLOUD_KM = (100, 500)  # size of the largest clouds
+GAMMA = 2.2  # between what a mosaic holds and linear light
 MAX_CENTER_LATITUDE = 58  # beyond it the database soon ends
 
 # Share of the queries, (lat, lon) and radius in km of their nadirs. The first seven feed the six evaluation sets and
@@ -53,7 +55,7 @@ class Query:
     date: str
 
 
-def query_name(query, seed):
+def query_name(query, seed, mission="DEMO"):
     """Planned photo -> its ImageName, with the label from the ray-Earth intersections."""
     corners = footprint(query.camera)
     # + 0.0 turns a rounded -0.0 into 0.0
@@ -62,7 +64,7 @@ def query_name(query, seed):
     nadir = tuple((np.round(query.camera.nadir, 1) + 0.0).tolist())
     return ImageName(
         footprint=tuple(map(tuple, corners.tolist())),
-        image_id=f"DEMO{seed % 100:02d}-E-{query.index:05d}",
+        image_id=f"{mission}{seed % 100:02d}-E-{query.index:05d}",
         timestamp=query.date,
         nadir=nadir,
         area=area,
@@ -73,14 +75,14 @@ def query_name(query, seed):
 # ---- planning: which photos are taken ----
 
 
-def group_of(index):
+def group_of(index, groups=GROUPS):
     """Group of query number `index`: a low-discrepancy walk, so every prefix of the queries has the same shares."""
-    bounds = np.cumsum([share for share, _, _ in GROUPS.values()])
+    bounds = np.cumsum([share for share, _, _ in groups.values()])
     position = (index + 0.5) * (np.sqrt(5) - 1) / 2 % 1 * bounds[-1]
-    return list(GROUPS)[int(np.searchsorted(bounds, position, side="right"))]
+    return list(groups)[int(np.searchsorted(bounds, position, side="right"))]
 
 
-def _draw_nadir(rng, center, radius_km):
+def draw_nadir(rng, center, radius_km):
     """Uniform over the circle on the sphere (or over the whole Earth), within the orbit's latitudes -> (lat, lon)."""
     while True:
         if center is None:
@@ -103,7 +105,7 @@ def _draw_nadir(rng, center, radius_km):
 def draw_camera(rng, center=None, radius_km=None):
     """A random camera whose photo lies on Earth, near enough and of a usable area. Draws until one fits."""
     while True:
-        nadir = _draw_nadir(rng, center, radius_km)
+        nadir = draw_nadir(rng, center, radius_km)
         altitude, tilt = float(rng.uniform(*ALTITUDES_KM)), float(60 * rng.uniform() ** 0.8)
         focal = float(rng.choice(FOCAL_MM))
         azimuth, roll = float(rng.uniform(0, 360)), float(rng.uniform(-180, 180))
@@ -225,7 +227,7 @@ def _supersampled(mosaic, camera, latlon):
     return F.avg_pool2d(sample_mosaic(mosaic, latlon)[None], factor)[0]
 
 
-def _fractal(rng, cells, size=384):
+def _fractal(rng, cells, size):
     """Smooth random field (size, size), mean 0, spread 1, power falling beyond `cells` waves across."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     amplitude = (1 + (frequency / cells) ** 2) ** -0.85
@@ -234,15 +236,18 @@ def _fractal(rng, cells, size=384):
     return torch.from_numpy((field / field.std()).astype(np.float32))
 
 
-def _clouds(rng, camera, latlon):
-    """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
-    center = ground_points(camera, 0.5, 0.5)
-    up = geo.to_unit_vectors(center)
+def ground_plane(camera, latlon):
+    """latlon (h, w, 2) -> (h, w, 2) km to the east and north in the plane that touches the ground at the centre."""
+    up = geo.to_unit_vectors(ground_points(camera, 0.5, 0.5))
     east = np.array([-up[1], up[0], 0]) / np.hypot(up[0], up[1])
     offsets = geo.to_unit_vectors(latlon) - up
-    plane = np.stack([offsets @ east, offsets @ np.cross(up, east)], axis=-1) * geo.EARTH_RADIUS_KM
+    return np.stack([offsets @ east, offsets @ np.cross(up, east)], axis=-1) * geo.EARTH_RADIUS_KM
+
+
+def _clouds(rng, plane, cloud_km):
+    """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
     extent = np.abs(plane).max() * 1.05
-    field = _fractal(rng, cells=2 * extent / rng.uniform(100, 500))
+    field = _fractal(rng, 2 * extent / rng.uniform(*cloud_km), max(plane.shape))
     places = torch.from_numpy((plane / extent).astype(np.float32))
     field = F.grid_sample(field[None, None], places[None], mode="bicubic", padding_mode="border", align_corners=True)
     field = field[0, 0]
@@ -260,13 +265,23 @@ def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
     """
     if photos == "clear":
         return render_ground(mosaic, camera, size).round().to(torch.uint8)
-    u, v = _pixel_grid(size)
-    latlon = ground_points(camera, u, v)
-    light = (_supersampled(mosaic, camera, latlon) / 255) ** 2.2  # from here to the tone curve in linear light
+    latlon = ground_points(camera, *_pixel_grid(size))
+    light = (_supersampled(mosaic, camera, latlon) / 255) ** GAMMA
+    return photograph(light, camera, ground_plane(camera, latlon), rng, photos)
 
-    opacity, brightness = _clouds(rng, camera, latlon)
+
+def photograph(light, camera, plane, rng, photos="full", cloud_km=CLOUD_KM):
+    """What the camera sees through clear air, linear light (3, h, w) in 0...1, is overwritten -> (3, h, w) uint8 photo.
+
+    plane: ground_plane of its pixels, or of fewer (h', w', 2) spread alike, for coarser clouds in less time. cloud_km:
+    from where to where the largest clouds' size is drawn. photos: "full", or "hazy" without the clouds.
+    """
+    opacity, brightness = _clouds(rng, plane, cloud_km)
+    if opacity.shape != light.shape[1:]:
+        both = torch.stack([opacity, brightness])[None]
+        opacity, brightness = F.interpolate(both, light.shape[1:], mode="bilinear")[0]
     if photos == "full":
-        light = light * (1 - opacity) + brightness * opacity
+        light = light.mul_(1 - opacity).add_(brightness * opacity)
 
     # Air between: its path grows as 1 / cos(incidence) with the slant; blue scatters most.
     # So smooth that a few points will do.
@@ -279,22 +294,23 @@ def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
     )[0, 0]
     depth = torch.tensor([0.055, 0.08, 0.14])[:, None, None] * float(rng.lognormal(0, 0.35)) * path
     airlight = torch.tensor([0.17, 0.24, 0.36])[:, None, None]
-    light = light * torch.exp(-depth) + airlight * (1 - torch.exp(-depth))
+    clear = torch.exp(depth.neg_())
+    light = light.mul_(clear).add_(airlight * (1 - clear))
 
     balance = torch.from_numpy(rng.lognormal(0, 0.07, 3).astype(np.float32))[:, None, None]
     # Half-automatic exposure towards middle grey, with the photographer's taste on top.
     exposure = float((0.13 / light.mean().clamp(min=0.01)) ** 0.75) * float(rng.lognormal(0, 0.22))
     corner = float(rng.uniform(0, 0.3))
+    u, v = _pixel_grid(light.shape[:0:-1])
     radius = torch.from_numpy((((u - 0.5) ** 2 + (v - 0.5) ** 2) * 2).astype(np.float32))
-    light = light * balance * exposure * (1 - corner * radius)
+    light = light.mul_(balance).mul_(exposure).mul_(1 - corner * radius)
 
-    light = light + torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32)) * (
-        float(rng.uniform(0.002, 0.012)) * (light.clamp(min=0) + 0.02).sqrt()
-    )
-    tone = 1 - torch.exp(-1.7 * light.clamp(min=0))  # a soft shoulder, so that clouds do not clip hard
-    tone = tone ** (1 / float(rng.uniform(1.9, 2.4)))
+    noise = torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32))
+    light += noise.mul_((light.clamp(min=0) + 0.02).sqrt_().mul_(float(rng.uniform(0.002, 0.012))))
+    # A soft shoulder, so that clouds do not clip hard.
+    tone = (1 - torch.exp(light.clamp_(min=0).mul_(-1.7))).pow_(1 / float(rng.uniform(1.9, 2.4)))
     contrast, saturation = float(rng.uniform(0.9, 1.3)), float(rng.uniform(0.8, 1.2))
-    tone = (tone - 0.5) * contrast + 0.5
+    tone = tone.sub_(0.5).mul_(contrast).add_(0.5)
     grey = tone.mean(dim=0, keepdim=True)
-    tone = grey + (tone - grey) * saturation
-    return (tone * 255).round().clamp(0, 255).to(torch.uint8)
+    tone = tone.sub_(grey).mul_(saturation).add_(grey)
+    return tone.mul_(255).round_().clamp_(0, 255).to(torch.uint8)

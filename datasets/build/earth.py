@@ -8,6 +8,7 @@ smoothed, so colours, snow and vegetation change and the ground stays where it i
 import multiprocessing
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,24 +75,55 @@ def windows(source, around, regions):
     return np.stack([left, top, grid.TILES * tile], axis=1).astype(np.int64)
 
 
-def month_ratio(folder, month):
-    """Folder of 01.jpg … 12.jpg, equirectangular -> float16 (H, W, 3): this month over the raster's, both smoothed."""
-    smooth = []
-    for each in (month, RASTER_MONTH):
-        path = Path(folder) / f"{each:02d}.jpg"
-        mosaic = read_image(path)
-        if mosaic.shape[2] != 2 * mosaic.shape[1]:
-            raise ValueError(
-                f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
-                f"the whole Earth, so exactly twice as wide as high"
-            )
-        pad = int(4 * SMOOTH)
-        padded = F.pad(F.pad(mosaic[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
-        blurred = gaussian_blur2d(padded, 2 * pad + 1, (SMOOTH, SMOOTH))
-        smooth.append(blurred[0, :, pad:-pad, pad:-pad] + 8)  # not 0: in the dark a ratio says nothing
-    if smooth[0].shape != smooth[1].shape:
-        raise ValueError(f"{folder}: {month:02d}.jpg and {RASTER_MONTH:02d}.jpg have different sizes")
-    return (smooth[0] / smooth[1]).clamp(0.2, 5).permute(1, 2, 0).half().numpy()
+def read_window(source, around, left, top, width, height):
+    """Open raster -> uint8 (height, width, 3). Rows end with the raster; columns go on around the Earth, if it does."""
+    from rasterio.windows import Window
+
+    parts = []
+    while width > 0:
+        left = left % around if source.width == around else left
+        here = min(width, source.width - left)
+        parts.append(source.read([1, 2, 3], window=Window(left, top, here, height)))
+        left, width = left + here, width - here
+    return np.concatenate(parts, axis=2).transpose(1, 2, 0)
+
+
+def smooth_month(path):
+    """Equirectangular picture of the whole Earth -> float32 (3, H, W), smoothed, brighter by 8. ValueError."""
+    mosaic = read_image(path)
+    if mosaic.shape[2] != 2 * mosaic.shape[1]:
+        raise ValueError(
+            f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
+            f"the whole Earth, so exactly twice as wide as high"
+        )
+    pad = int(4 * SMOOTH)
+    padded = F.pad(F.pad(mosaic[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
+    blurred = gaussian_blur2d(padded, 2 * pad + 1, (SMOOTH, SMOOTH))
+    return blurred[0, :, pad:-pad, pad:-pad] + 8  # not 0: in the dark a ratio says nothing
+
+
+def month_ratios(folder, months):
+    """Folder of 01.jpg … 12.jpg -> yields month, float16 (H, W, 3): that month over the raster's, both smoothed."""
+    months = sorted(set(months) - {RASTER_MONTH})
+    if not months:
+        return
+    reference = smooth_month(Path(folder) / f"{RASTER_MONTH:02d}.jpg")
+    for month in months:
+        smooth = smooth_month(Path(folder) / f"{month:02d}.jpg")
+        if smooth.shape != reference.shape:
+            raise ValueError(f"{folder}: {month:02d}.jpg and {RASTER_MONTH:02d}.jpg have different sizes")
+        yield month, (smooth / reference).clamp(0.2, 5).permute(1, 2, 0).half().numpy()
+
+
+@contextmanager
+def stored_ratios(folder, months):
+    """As month_ratios, but a dict of files for np.load, which many processes share; they go at the block's end."""
+    with tempfile.TemporaryDirectory() as place:
+        paths = {}
+        for month, ratio in month_ratios(folder, months):
+            paths[month] = Path(place) / f"{month:02d}.npy"
+            np.save(paths[month], ratio)
+        yield paths
 
 
 def sample_ratio(ratio, region, size):
@@ -103,7 +135,9 @@ def sample_ratio(ratio, region, size):
     x = (grid.tile_longitude(zoom, col + steps) + 180) / 360 * width - 0.5
     (rows, down), (cols, across) = _linear_weights(y), _linear_weights(x)
     patch = ratio[rows.clip(0, height - 1)][:, cols % width].astype(np.float32)
-    return np.tensordot(across, np.tensordot(down, patch, 1), (1, 1)).transpose(1, 0, 2)
+    # Across first, as that has few rows yet; the other way round, the result would not lie in order.
+    wide = across @ patch
+    return (down @ wide.reshape(len(wide), -1)).reshape(size, size, 3)
 
 
 def _linear_weights(positions):
@@ -122,20 +156,21 @@ class Renderer:
 
     def __call__(self, region):
         """(zoom, row, col) -> number of images made: those of its years that are not there yet."""
-        from rasterio.windows import Window
-
         paths = [self.output / path for path in image_paths(region, YEARS)]
         missing = [(path, month) for path, month in zip(paths, self.months) if not path.exists()]
         if not missing:
             return 0
         left, top, side = windows(self.source, self.around, [region])[0].tolist()
-        pixels = self.source.read([1, 2, 3], window=Window(left, top, side, side)).transpose(1, 2, 0)
+        pixels = read_window(self.source, self.around, left, top, side, side)
         if self.image_size is not None and side != self.image_size:
             pixels = resize(torch.from_numpy(np.ascontiguousarray(pixels)), self.image_size).numpy()
+        pixels = np.ascontiguousarray(pixels)
         for path, month in missing:
             season = pixels
             if month != RASTER_MONTH:
-                season = pixels * sample_ratio(self.ratios[month], region, len(pixels)) + 0.5
+                ratio = sample_ratio(self.ratios[month], region, len(pixels))
+                season = np.multiply(pixels, ratio, out=ratio)
+                season += 0.5
                 season = np.minimum(season, 255, out=season).astype(np.uint8)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, sync=False) as file:
@@ -143,17 +178,35 @@ class Renderer:
         return len(missing)
 
 
-_renderer = None  # of a worker process: set once by its initializer
+_work_on = None  # of a worker process: set once by its initializer
 
 
-def _start_worker(*setup):
-    global _renderer
+def _start_worker(kind, setup):
+    global _work_on
     torch.set_num_threads(1)
-    _renderer = Renderer(*setup)
+    _work_on = kind(*setup)
 
 
-def _work(regions):
-    return [_renderer(region) for region in regions]
+def _work(job):
+    return _work_on(job)
+
+
+def run_jobs(jobs, kind, setup, num_workers, chunk=8):
+    """Yields kind(*setup)(job) of each job, in order, each process with a `kind` of its own; few jobs are done here.
+
+    One thread a process, so that sums come out the same whatever the number of workers.
+    """
+    num_workers = min(num_workers, len(jobs) // 64)  # a process takes seconds to start
+    if num_workers == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from map(kind(*setup), jobs)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with multiprocessing.get_context("spawn").Pool(num_workers, _start_worker, (kind, setup)) as pool:
+        yield from pool.imap(_work, jobs, chunksize=chunk)
 
 
 def build_earth(output, raster, months_folder, regions, months=MONTHS, image_size=None, quality=92, num_workers=2):
@@ -174,22 +227,14 @@ def build_earth(output, raster, months_folder, regions, months=MONTHS, image_siz
     # Along the raster's rows of blocks, so that each block is decoded about once.
     block = source.block_shapes[0][0]
     order = np.lexsort((places[:, 0] // block, places[:, 1] // block))
-    jobs = np.asarray(regions)[order][inside[order]].tolist()
-    with tempfile.TemporaryDirectory() as folder:
-        ratios = {}
-        for month in sorted(set(months) - {RASTER_MONTH}):
-            ratios[month] = Path(folder) / f"{month:02d}.npy"
-            np.save(ratios[month], month_ratio(months_folder, month))
+    jobs = [tuple(region) for region in np.asarray(regions)[order][inside[order]].tolist()]
+    with stored_ratios(months_folder, months) as ratios:
         setup = (output, raster, ratios, months, image_size, quality)
         counts = Counter(made=0, outside=int((~inside).sum()))
-        chunks = [[tuple(region) for region in jobs[start : start + 64]] for start in range(0, len(jobs), 64)]
-        with (
-            multiprocessing.get_context("spawn").Pool(max(1, num_workers), _start_worker, setup) as pool,
-            tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar,
-        ):
-            for made in pool.imap(_work, chunks):
-                counts["made"] += sum(made)
-                bar.update(len(YEARS) * len(made))
+        with tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar:
+            for made in run_jobs(jobs, Renderer, setup, num_workers, chunk=64):
+                counts["made"] += made
+                bar.update(len(YEARS))
     counts["there"] = len(YEARS) * len(jobs) - counts["made"]
     return counts
 
@@ -208,8 +253,20 @@ def add_command(commands, formatter):
         formatter_class=formatter,
     )
     parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
-    parser.add_argument("--raster", type=Path, required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
-    parser.add_argument("--months", type=Path, required=True, metavar="FOLDER", help="01.jpg … 12.jpg, equirectangular")
+    parser.add_argument(
+        "--raster",
+        type=Path,
+        required=True,
+        help="Web Mercator GeoTIFF of the whole Earth, August; `earth_raster` makes it",
+    )
+    parser.add_argument(
+        "--months",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="01.jpg … 12.jpg, equirectangular; NASA's Visible Earth has them, August as "
+        "https://eoimages.gsfc.nasa.gov/images/imagerecords/74000/74117/world.200408.3x5400x2700.jpg",
+    )
     parser.add_argument(
         "--seasons",
         type=int,
@@ -248,7 +305,7 @@ def main(args):
         "land_only": args.land_only,
         "quality": args.quality,
     }
-    if read_plan(args.output, parameters) is None:
+    if read_plan(args.output, parameters, folders=("database",)) is None:
         write_plan(args.output, {"parameters": parameters})
     regions = sample_of(select_regions(args.zooms, args.bbox, args.land_only), args.regions, args.seed)
     counts = build_earth(

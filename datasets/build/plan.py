@@ -17,15 +17,15 @@ def fingerprint(path):
         return {"file": Path(path).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def read_plan(output, parameters):
-    """The folder's plan, a dict with "parameters", or None where there is none yet.
+def read_plan(output, parameters, file=FILE, folders=("database", "queries")):
+    """The folder's plan, a dict with "parameters", or None where there is none yet. folders: those that it fills.
 
     Raises ValueError where the folder holds a data set of other parameters, or one that was not made by such a plan.
     """
-    path = Path(output) / FILE
+    path = Path(output) / file
     if not path.exists():
-        if any((Path(output) / folder).exists() for folder in ("database", "queries")):
-            raise ValueError(f"{output}: holds a data set of another kind (it has no {FILE}); choose another folder")
+        if any((Path(output) / folder).exists() for folder in folders):
+            raise ValueError(f"{output}: holds a data set of another kind (it has no {file}); choose another folder")
         return None
     try:
         plan = json.loads(path.read_text())
@@ -46,8 +46,8 @@ def read_plan(output, parameters):
     return plan
 
 
-def write_plan(output, plan):
+def write_plan(output, plan, file=FILE):
     """dict with "parameters" -> the folder's plan; the folder is made."""
     Path(output).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(output) / FILE) as file:
-        file.write(json.dumps(plan).encode())
+    with replacing(Path(output) / file) as stream:
+        stream.write(json.dumps(plan).encode())

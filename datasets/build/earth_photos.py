@@ -1,0 +1,461 @@
+"""Astronaut-like photos at the real archive's scale: python -m datasets.build earth_photos OUTPUT --raster … --months …
+
+A pinhole camera at the station's altitude, with areas and nadir distances drawn as in the public names, looks at the
+same Web Mercator raster that `earth` cuts its regions from, in the colours of another month than any database image,
+under the demo's weather. Footprints and orientations are exact, as README says of the names.
+
+The names' smallest photos, 5,000 km², are 94 pixels high of a raster of 0.6 km (at the equator), a fifth of what 512
+pixels could hold; 577 km² is the least that is accepted, MIN_SIDE pixels high.
+
+The photos share August's fine detail with the database: what is measured on them is the task's geometry and scale (how
+much ground a photo shows, how far from the nadir, among how many images), not whether a model finds real photos.
+"""
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from datasets import grid
+from datasets.build.camera import Camera, footprint, ground_points
+from datasets.build.demo_world import (
+    ALTITUDES_KM,
+    GAMMA,
+    MAX_DISTANCE_KM,
+    PHOTOS,
+    Query,
+    draw_nadir,
+    ground_plane,
+    group_of,
+    photograph,
+    query_name,
+)
+from datasets.build.earth import (
+    MERCATOR_HALF,
+    MIN_SIDE,
+    RASTER_MONTH,
+    open_raster,
+    read_window,
+    run_jobs,
+    stored_ratios,
+)
+from datasets.build.plan import fingerprint, read_plan, write_plan
+from datasets.names import Catalogue
+from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections
+from datasets.sets import DATABASE_YEAR, POINTS_OF_INTEREST, QUERY_RADIUS_KM, VALIDATION, VALIDATION_QUERY_RADIUS_KM
+from utils import geo
+from utils.files import replacing
+
+VERSION = 1  # raise when the same parameters begin to give other pictures
+FILE = "photos.json"
+MONTHS = (1, 4, 6, 10)  # none of them a year of `earth`
+SENSOR_MM = (36.0, 23.9)
+FOCAL_MM = (24, 1150)  # the archive's lenses (paper, sec. 3.1); zooms fill what lies between
+# Of the 17,752 public query names: areas of the footprints, and from the nadir to the centre of the corners.
+PROBABILITIES = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.998, 1)
+AREAS_KM2 = (
+    (5001, 5050, 5271, 5563, 6284, 7279, 8666, 10832, 13839, 18829, 23370, 30496, 40296, 56995, 71692)
+    + (86218, 92493, 98422, 99994)
+)  # fmt: skip
+DISTANCES_KM = (2, 33, 81, 120, 180, 226, 272, 323, 385, 459, 507, 556, 613, 680, 764, 870, 943, 1138, 1400)
+LAND_SHARE = 0.88  # of the names' centres; the others show some land
+UPRIGHT_SHARE, UPRIGHT_DEGREES = 0.3, 25  # so many hold the camera up, away from the nadir, give or take
+CLOUD_KM = (8, 80)  # the demo's photos are ten times as wide
+TRIES = 200  # of places for one photo's area and distance
+NODES = 16  # a side, at which the camera's rays are followed; in between polynomials, to 0.01 pixels
+RATIO_STEPS = 65  # points a side at which a month's colours are read: 10 km in the largest common photo, smoothed by 15
+SETS = {name: (1.0, center, QUERY_RADIUS_KM) for name, center in POINTS_OF_INTEREST.items()}
+SETS[VALIDATION] = (0.5, POINTS_OF_INTEREST["Texas"], VALIDATION_QUERY_RADIUS_KM)
+WHOLE_EARTH = {"world": (1.0, None, None)}
+_LINEAR = (torch.arange(256) / 255.0) ** GAMMA
+
+
+# ---- planning: which photos are taken ----
+
+
+def smallest_area(around):
+    """Pixels around the Earth -> km² of the smallest photo: MIN_SIDE of a raster's pixels high at the equator, 3:2."""
+    return (MIN_SIDE * 2 * np.pi * grid.AREA_RADIUS_KM / around) ** 2 * SENSOR_MM[0] / SENSOR_MM[1]
+
+
+def draw_size(rng, areas=None):
+    """-> area km², distance of the centre from the nadir km. areas: (low, high), log-uniform; None: as in the names.
+
+    The two are independent: in the names their rank correlation is 0.1.
+    """
+    chance, far = rng.uniform(size=2)
+    bounds, known = (areas, (0, 1)) if areas else (AREAS_KM2, PROBABILITIES)
+    return float(np.exp(np.interp(chance, known, np.log(bounds)))), float(np.interp(far, PROBABILITIES, DISTANCES_KM))
+
+
+def aim(nadir, altitude_km, azimuth, roll, area_km2, distance_km):
+    """-> the Camera whose footprint has that area and its centre at that distance from the nadir; None if none has.
+
+    A few steps of a fixed point: each lens and tilt are corrected by what the last ones gave.
+    """
+    angle, scale = distance_km / geo.EARTH_RADIUS_KM, 1.0
+    for _ in range(16):
+        # Triangle of the Earth's centre, the camera and what it looks at.
+        down = 1 + altitude_km / geo.EARTH_RADIUS_KM - np.cos(angle)
+        slant = geo.EARTH_RADIUS_KM * np.hypot(np.sin(angle), down)
+        tilt = np.arctan2(np.sin(angle), down)
+        slope = np.cos(tilt + angle)
+        if slope <= 0.02:
+            return None
+        focal = scale * np.sqrt(SENSOR_MM[0] * SENSOR_MM[1] * slant**2 / (area_km2 * slope))
+        camera = Camera(nadir, altitude_km, float(np.degrees(tilt)), azimuth, roll, float(focal), SENSOR_MM)
+        corners = footprint(camera)
+        if np.isnan(corners).any():
+            angle *= 0.85  # corners spread away from the nadir: their centre is beyond what the camera looks at
+            continue
+        area = grid.quadrilateral_area(geo.unwrap_footprints(corners)) / area_km2
+        miss = distance_km - geo.distance_km(geo.centers(corners), nadir)
+        if abs(area - 1) < 0.005 and abs(miss) < 1:
+            fits = FOCAL_MM[0] <= focal <= FOCAL_MM[1] and geo.distance_km(corners, nadir).max() <= MAX_DISTANCE_KM
+            return camera if fits else None
+        scale *= np.sqrt(area)
+        angle = max(angle + miss / geo.EARTH_RADIUS_KM, 0.0)
+    return None
+
+
+def destination(start, azimuth, distance_km):
+    """(lat, lon), compass degrees, km -> (2,) lat, lon at the end of the great circle."""
+    lat, lon = np.radians(start)
+    bearing, angle = np.radians(azimuth), distance_km / geo.EARTH_RADIUS_KM
+    sin_lat = np.sin(lat) * np.cos(angle) + np.cos(lat) * np.sin(angle) * np.cos(bearing)
+    across = np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat), np.cos(angle) - np.sin(lat) * sin_lat)
+    return np.array([np.degrees(np.arcsin(np.clip(sin_lat, -1, 1))), geo.wrap_longitude(np.degrees(lon + across))])
+
+
+def plan_photo(seed, index, covers, groups, months, areas=None):
+    """Photo number `index` -> Query. covers: function of a camera -> bool, whether all that it sees can be rendered.
+
+    Where an area and distance find no place in TRIES, others are drawn. ValueError where none do.
+    """
+    rng = np.random.default_rng([seed, index, 3])
+    group = group_of(index, groups)
+    _, center, radius_km = groups[group]
+    wants_land = rng.uniform() < LAND_SHARE
+    u, v = np.meshgrid(np.linspace(0.05, 0.95, 10), np.linspace(0.05, 0.95, 10))
+    for _ in range(50):
+        (area, distance), refused = draw_size(rng, areas), 0
+        for _ in range(TRIES):
+            nadir, azimuth = draw_nadir(rng, center, radius_km), float(rng.uniform(0, 360))
+            upright = rng.uniform() < UPRIGHT_SHARE
+            roll = float(rng.normal(0, UPRIGHT_DEGREES) if upright else rng.uniform(-180, 180))
+            altitude = float(rng.uniform(*ALTITUDES_KM))
+            if grid.is_land(*destination(nadir, azimuth, distance)) != wants_land:
+                continue
+            camera = aim(nadir, altitude, azimuth, roll, area, distance)
+            if camera is None:
+                refused += 1
+                if refused == 10:  # so large and so far away, most would see the horizon
+                    break
+                continue
+            if not covers(camera):
+                continue
+            if wants_land or grid.is_land(*np.moveaxis(ground_points(camera, u, v), -1, 0)).any():
+                date = f"{rng.integers(2012, 2023)}{rng.choice(months):02d}{rng.integers(1, 29):02d}"
+                return Query(index, group, camera, date)
+    raise ValueError(
+        f"photo {index} ({group}): no place found; does the raster cover its land, --areas fit its lenses?"
+    )
+
+
+# ---- rendering ----
+
+
+@lru_cache(maxsize=64)
+def _interpolation(count):
+    """-> (count, NODES) float64: values at _nodes() -> values at the centres of `count` pixels, by a polynomial."""
+    vander = np.polynomial.chebyshev.chebvander
+    pixels = (np.arange(count) + 0.5) / count
+    return torch.from_numpy(vander(2 * pixels - 1, NODES - 1) @ np.linalg.inv(vander(2 * _nodes() - 1, NODES - 1)))
+
+
+def _nodes():
+    """-> (NODES,) Chebyshev's in (0, 1)."""
+    return 0.5 - 0.5 * np.cos(np.pi * (np.arange(NODES) + 0.5) / NODES)
+
+
+def spread(at_nodes, height, width):
+    """(NODES, NODES) of something smooth at the nodes -> (height, width) float64 tensor, at the pixels' centres."""
+    return _interpolation(height) @ torch.from_numpy(at_nodes) @ _interpolation(width).T
+
+
+def raster_places(latlon, source, around):
+    """(..., 2) degrees of one photo -> x (...), y (...) in the raster's pixels, of which the first covers 0 to 1.
+
+    x goes on beyond the antimeridian.
+    """
+    lat, lon = np.radians(latlon[..., 0]), latlon[..., 1]
+    first = lon.reshape(-1)[0]
+    x = (first + geo.wrap_longitude(lon - first) + 180) / 360 * around
+    y = (0.5 - np.arcsinh(np.tan(lat)) / (2 * np.pi)) * around
+    pixel = source.transform.a
+    return x - (source.transform.c + MERCATOR_HALF) / pixel, y - (MERCATOR_HALF - source.transform.f) / pixel
+
+
+def covers(camera, source, around, margin=8):
+    """Whether the raster holds all that the camera sees, and `margin` pixels more."""
+    edge = np.linspace(0, 1, 9)
+    u, v = np.concatenate([edge, edge, 0 * edge, 0 * edge + 1]), np.concatenate([0 * edge, 0 * edge + 1, edge, edge])
+    latlon = ground_points(camera, u, v)
+    if np.isnan(latlon).any():
+        return False
+    x, y = raster_places(latlon, source, around)
+    return bool(
+        y.min() >= margin
+        and y.max() <= source.height - margin
+        and (source.width == around or x.min() >= margin and x.max() <= source.width - margin)
+    )
+
+
+def render_ground(source, around, ratio, camera, size):
+    """-> float32 (3, size, size) in 0…1, linear light, and latlon (NODES, NODES, 2): the ground in clear air.
+
+    ratio: (H, W, 3), the month's colours; None: the raster's own.
+    """
+    latlon = ground_points(camera, *np.meshgrid(_nodes(), _nodes()))
+    x, y = raster_places(latlon, source, around)
+    # The raster's pixels from one pixel of the photo to the next, at most.
+    coarse = torch.stack([spread(place, 32, 32) for place in (x, y)]) * 32 / size
+    step_u, step_v = (float(coarse.diff(dim=axis).norm(dim=0).max()) for axis in (2, 1))
+    if max(step_u, step_v) <= 0.5 and size % 2 == 0:
+        ground = _sampled(source, ratio, around, latlon, (x, y), size // 2, (1, 1), 1)
+        # Half the pixels hold all that the raster does; with antialias it is torch's fast filter.
+        ground = F.interpolate(ground[None], (size, size), mode="bicubic", antialias=True)[0]
+    else:
+        shrink = max(1, int(min(step_u, step_v)))  # the mean of so many pixels first
+        over = tuple(int(np.clip(np.ceil(0.8 * step / shrink), 1, 4)) for step in (step_v, step_u))
+        ground = _sampled(source, ratio, around, latlon, (x, y), size, over, shrink)
+    return ground.clamp_(0, 1), latlon
+
+
+def _sampled(source, ratio, around, latlon, at_nodes, size, over, shrink):
+    """As render_ground's; each pixel is the mean of over (down, across) samples, of the raster made smaller."""
+    x, y = at_nodes
+    left, top, right, bottom = (int(np.floor(end)) for end in _bounds(x, y, margin=3 * shrink))
+    top, bottom = max(top, 0), min(bottom, source.height)
+    columns, rows = (right - left) // shrink, (bottom - top) // shrink
+    pixels = torch.from_numpy(read_window(source, around, left, top, columns * shrink, rows * shrink))
+    patch = _LINEAR[pixels.int()].permute(2, 0, 1)[None]
+    patch = F.avg_pool2d(patch, shrink) if shrink > 1 else patch
+    at_nodes = ((x - left) / shrink / columns * 2 - 1, (y - top) / shrink / rows * 2 - 1)
+    places = torch.stack([spread(place, size * over[0], size * over[1]).float() for place in at_nodes], dim=-1)[None]
+    ground = F.grid_sample(patch, places, mode="bicubic", padding_mode="border", align_corners=False)
+    ground = F.avg_pool2d(ground, over)[0] if max(over) > 1 else ground[0]
+    if ratio is not None:
+        at = torch.stack([spread(place, RATIO_STEPS, RATIO_STEPS) for place in _unwrapped(latlon)], dim=-1)
+        colours = torch.from_numpy(sample_colours(ratio, at.numpy())) ** GAMMA
+        ground *= F.interpolate(colours.permute(2, 0, 1)[None], (size, size), mode="bilinear")[0]
+    return ground
+
+
+def _bounds(x, y, margin):
+    """Places at the nodes -> left, top, right, bottom of all pixels between, and a margin."""
+    x, y = (spread(place, 64, 64).numpy() for place in (x, y))
+    # The outermost of 64 lies half a 64th inside the edge: that much more.
+    margin_x, margin_y = (margin + np.ptp(place) / 64 for place in (x, y))
+    return x.min() - margin_x, y.min() - margin_y, x.max() + margin_x + 1, y.max() + margin_y + 1
+
+
+def _unwrapped(latlon):
+    """(N, N, 2) -> lat (N, N), lon (N, N) without a jump at the antimeridian."""
+    first = latlon[0, 0, 1]
+    return latlon[..., 0], first + geo.wrap_longitude(latlon[..., 1] - first)
+
+
+def sample_colours(ratio, latlon):
+    """Ratio (H, W, 3) of an equirectangular picture at latlon (h, w, 2) -> float32 (h, w, 3), bilinear."""
+    height, width = ratio.shape[:2]
+    y = ((90 - latlon[..., 0]) / 180 * height - 0.5).clip(0, height - 1)
+    x = (latlon[..., 1] + 180) / 360 * width - 0.5
+    row, col = np.floor(y).astype(int), np.floor(x).astype(int)
+    down, right = (y - row)[..., None].astype(np.float32), (x - col)[..., None].astype(np.float32)
+    below = np.minimum(row + 1, height - 1)
+    upper = ratio[row, col % width] * (1 - right) + ratio[row, (col + 1) % width] * right
+    lower = ratio[below, col % width] * (1 - right) + ratio[below, (col + 1) % width] * right
+    return upper * (1 - down) + lower * down
+
+
+def render_photo(source, around, ratio, camera, rng, size, photos="full"):
+    """-> uint8 (3, size, size): a 3:2 photo squashed to a square, as the public ones are. photos: demo_world.PHOTOS."""
+    ground, latlon = render_ground(source, around, ratio, camera, size)
+    if photos == "clear":
+        return (ground ** (1 / GAMMA) * 255).round().to(torch.uint8)
+    plane = ground_plane(camera, latlon)
+    half = torch.stack([spread(np.ascontiguousarray(plane[..., axis]), size // 2, size // 2) for axis in (0, 1)], -1)
+    return photograph(ground, camera, half.numpy(), rng, photos, CLOUD_KM)
+
+
+class Renderer:
+    """Makes one photo after another; a worker process has one."""
+
+    def __init__(self, output, raster, ratios, size, seed, photos):
+        self.output, self.size, self.seed, self.photos = Path(output), size, seed, photos
+        self.source, self.around = open_raster(raster)
+        self.ratios = {month: np.load(path, mmap_mode="r") for month, path in ratios.items()}
+
+    def __call__(self, job):
+        """(path, Query) -> the file."""
+        path, query = job
+        rng = np.random.default_rng([self.seed, query.index, 4])
+        quality = int(rng.integers(80, 96))
+        ratio = self.ratios.get(int(query.date[4:6]))
+        pixels = render_photo(self.source, self.around, ratio, query.camera, rng, self.size, self.photos)
+        content = simplejpeg.encode_jpeg(pixels.permute(1, 2, 0).contiguous().numpy(), quality, colorsubsampling="420")
+        with replacing(self.output / path, sync=False) as file:
+            file.write(content)
+
+
+def build_photos(
+    output,
+    raster,
+    months_folder,
+    count,
+    seed=0,
+    size=512,
+    months=MONTHS,
+    areas=None,
+    groups=SETS,
+    photos="full",
+    num_workers=2,
+):
+    """Renders `count` photos into output/queries -> number of photos made now. A second run goes on.
+
+    areas: (low, high) km²; None: as in the names. groups: {name: (share, (lat, lon), radius km)} of the nadirs. Every
+    photo depends on its index and the seed alone. Positives among the folder's database of 2021, if it has one, are
+    written anew. Raises ValueError where the folder holds photos of other parameters.
+    """
+    output = Path(output)
+    source, around = open_raster(raster)
+    smallest = smallest_area(around)
+    if (areas or AREAS_KM2)[0] < smallest or areas and not areas[0] < areas[1]:
+        raise ValueError(
+            f"--areas {' '.join(map(str, areas or (AREAS_KM2[0], AREAS_KM2[-1])))}: expected LOW HIGH, and LOW at "
+            f"least {smallest:,.0f} km², which is {MIN_SIDE} of the raster's pixels high"
+        )
+    parameters = {
+        "version": VERSION,
+        "raster": fingerprint(raster),
+        "months": {
+            f"{month:02d}": fingerprint(Path(months_folder) / f"{month:02d}.jpg")["sha256"]
+            for month in sorted({*months, RASTER_MONTH})
+        },
+        "count": count,
+        "seed": seed,
+        "size": size,
+        "areas": areas,
+        "groups": groups,
+        "photos": photos,
+    }
+    plan = read_plan(output, parameters, FILE, ("queries",))
+    if plan is None:
+        queries = [
+            plan_photo(seed, index, lambda camera: covers(camera, source, around), groups, sorted(set(months)), areas)
+            for index in tqdm(range(count), desc="cameras", unit="photo", mininterval=0.5)
+        ]
+        plan = {
+            "parameters": parameters,
+            "queries": [(query.index, query.group, dataclasses.asdict(query.camera), query.date) for query in queries],
+        }
+        write_plan(output, plan, FILE)
+    jobs = [(f"queries/{query_name(query, seed, 'EARTH')}", query) for query in map(_as_query, plan["queries"])]
+    missing = [job for job in jobs if not (output / job[0]).exists()]
+    if missing:
+        # Along the raster's rows of blocks, so that a block is still decoded when the next photo wants it.
+        missing.sort(key=lambda job: (job[1].camera.nadir[0] // 2, job[1].camera.nadir[1]))
+        (output / "queries").mkdir(parents=True, exist_ok=True)
+        wanted = {int(query.date[4:6]) for _, query in missing}
+        with stored_ratios(months_folder, wanted) as ratios:
+            setup = (output, raster, ratios, size, seed, photos)
+            done = run_jobs(missing, Renderer, setup, num_workers)
+            for _ in tqdm(done, total=len(missing), desc="photos", unit="photo", mininterval=0.5):
+                pass
+    if any((output / "database").glob(f"{DATABASE_YEAR}_*")):
+        database = Catalogue.read(output, "database", year=DATABASE_YEAR)
+        queries = Catalogue.from_paths(output, sorted(path for path, _ in jobs))
+        save_intersections(output / INTERSECTIONS_FILE, intersections_table(queries, database))
+    return len(missing)
+
+
+def _as_query(fields):
+    """Of a plan's JSON -> Query."""
+    index, group, camera, date = fields
+    tuples = {key: tuple(camera[key]) for key in ("nadir", "sensor_mm")}
+    return Query(index, group, Camera(**{**camera, **tuples}), date)
+
+
+def add_command(commands, formatter):
+    parser = commands.add_parser(
+        "earth_photos",
+        help="astronaut-like photos at the real archive's scale, from earth's sources",
+        formatter_class=formatter,
+    )
+    parser.add_argument("output", type=Path, help="the data set that gets queries/; build its database first")
+    parser.add_argument("--raster", type=Path, required=True, help="Web Mercator GeoTIFF, as for `earth`")
+    parser.add_argument("--months", type=Path, required=True, metavar="FOLDER", help="01.jpg … 12.jpg, as for `earth`")
+    parser.add_argument("--photos", type=int, default=3000, metavar="N", help="how many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image_size", type=int, default=512, help="pixels a side; 3:2 is squashed to a square")
+    parser.add_argument(
+        "--seasons",
+        type=int,
+        nargs="+",
+        default=list(MONTHS),
+        choices=range(1, 13),
+        metavar="MONTH",
+        help="the photos' months; the default has none of `earth`'s years",
+    )
+    parser.add_argument(
+        "--areas",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="km², log-uniform, as far as a lens of 24 mm and the horizon go (400,000); default: as in the public "
+        "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
+    )
+    parser.add_argument(
+        "--whole_earth", action="store_true", help="nadirs anywhere; default: the six sets' areas and validation's"
+    )
+    parser.add_argument(
+        "--weather",
+        choices=PHOTOS,
+        default="full",
+        help="full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone",
+    )
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.set_defaults(command_main=main)
+
+
+def main(args):
+    if args.photos < 1 or args.image_size < MIN_SIDE or args.seed < 0:
+        raise ValueError(
+            f"--photos {args.photos} --image_size {args.image_size} --seed {args.seed}: expected at least 1, "
+            f"{MIN_SIDE} and 0"
+        )
+    made = build_photos(
+        args.output,
+        args.raster,
+        args.months,
+        args.photos,
+        args.seed,
+        args.image_size,
+        tuple(args.seasons),
+        tuple(args.areas) if args.areas else None,
+        WHOLE_EARTH if args.whole_earth else SETS,
+        args.weather,
+        args.num_workers,
+    )
+    listed = (args.output / INTERSECTIONS_FILE).exists()
+    return f"{args.output}: {made:,} photos made now" + (
+        f"; their positives are in {INTERSECTIONS_FILE}"
+        if listed
+        else f"; no database of {DATABASE_YEAR} there: build one, and run again for the positives"
+    )
