@@ -73,9 +73,7 @@ def _read(root, folder, parse, prefix, min_images, file, trusted):
             "version": VERSION,
             "folders": [[os.fsdecode(name), times, int(count)] for (name, times, _), count in zip(found, counts)],
         }
-        if writable and store(
-            file, _for_others(table), state, GEO, distinct=("path", "geometry")
-        ):
+        if writable and store(file, _for_others(table), state, GEO, distinct=("path", "geometry")):
             end = f"{file.name} written for the next start"
         else:
             end = f"{root} cannot be written to, so there is no {file.name} and every start lists them"
