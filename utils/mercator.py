@@ -36,10 +36,9 @@ def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
             np.stack([zero, zero, zero, x, y, one, -v * x, -v * y], axis=1),
         ]
     )
-    try:
-        found = np.append(np.linalg.solve(equations, np.concatenate([u, v])), 1).reshape(3, 3)
-    except np.linalg.LinAlgError:
-        raise ValueError(f"three of the corners lie in line: {target.tolist()}") from None
+    if np.linalg.cond(equations) > 1e12:
+        raise ValueError(f"three of the corners lie in line: {target.tolist()}")
+    found = np.append(np.linalg.solve(equations, np.concatenate([u, v])), 1).reshape(3, 3)
     return np.linalg.inv(normalise[1]) @ found @ normalise[0]
 
 

@@ -1,7 +1,6 @@
 """A photo laid on the map: every pixel of the map asks the homography for its place in the photo. No files."""
 
 import numpy as np
-from PIL import Image
 
 from utils.mercator import apply, bounds, photo_to_ground, require_view, to_mercator
 
@@ -24,24 +23,28 @@ def warp(photo: np.ndarray, footprint: np.ndarray, box: tuple, columns: int, row
     """uint8 (H, W, 3), its own corners (4, 2) in degrees -> uint8 (rows, columns, 4), north up over the box (west,
     south, east, north), Web Mercator metres; alpha is 0 outside of the photo. Bicubic; a photo with more pixels than
     the map is averaged first. Raises ValueError as `require_view`."""
-    image = Image.fromarray(photo)
-    width, height = image.size
+    import cv2
+
+    height, width = photo.shape[:2]
     to_ground = photo_to_ground(footprint, width, height)
     finer = _pixels_a_pixel(to_ground, width, height, (box[2] - box[0]) / columns)
     if finer > 1.5:
-        image = image.resize([max(1, round(side / finer)) for side in image.size], Image.Resampling.BOX)
+        smaller = [max(1, round(side / finer)) for side in (width, height)]
+        photo = cv2.resize(photo, smaller, interpolation=cv2.INTER_AREA)
     west, _, east, north = box
-    to_map = np.diag([columns / (east - west), -columns / (east - west), 1.0]) @ np.array(
-        [[1, 0, -west], [0, 1, -north], [0, 0, 1]]
+    scale = columns / (east - west)
+    to_map = np.array([[scale, 0, -west * scale], [0, -scale, north * scale], [0, 0, 1]])
+    grow = np.diag([width / photo.shape[1], height / photo.shape[0], 1.0])
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV's pixels have their middle at whole numbers
+    matrix = np.linalg.inv(half) @ to_map @ to_ground @ grow @ half
+    laid = np.empty((rows, columns, 4), np.uint8)
+    laid[..., :3] = cv2.warpPerspective(
+        photo, matrix, (columns, rows), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     )
-    shrink = np.diag([image.width / width, image.height / height, 1.0])
-    back = shrink @ np.linalg.inv(to_map @ to_ground)
-    image.putalpha(255)
-    return np.array(
-        image.transform(
-            (columns, rows), Image.Transform.PERSPECTIVE, (back / back[2, 2]).ravel()[:8], Image.Resampling.BICUBIC
-        )
-    )
+    there = np.full(photo.shape[:2], 255, np.uint8)
+    laid[..., 3] = cv2.warpPerspective(there, matrix, (columns, rows), flags=cv2.INTER_NEAREST)
+    laid[laid[..., 3] == 0] = 0
+    return laid
 
 
 def _pixels_a_pixel(to_ground, width, height, metres):
