@@ -65,12 +65,3 @@ def test_views_keep_their_order_and_do_not_jump_at_the_antimeridian():
 def test_what_no_camera_sees_is_refused(corners, told):
     with pytest.raises(ValueError, match=told):
         require_view(np.array(corners, dtype=float))
-
-
-def test_a_turned_footprint_has_its_up_where_the_azimuth_points():
-    """A square image; azimuth 90: the photo's up is east, so the middle of its upper edge is the image's right edge."""
-    square = np.array([(0.0, 0.0), (2.0, 0.0), (2.0, 2.0), (0.0, 2.0)])
-    for azimuth, upper in ((0, (2, 1)), (90, (1, 2)), (180, (0, 1)), (270, (1, 0))):
-        turned = geo.turn_footprint(square, azimuth)
-        assert turned[1:3].mean(axis=0) == pytest.approx(upper)
-        assert (require_view(turned) == turned).all()

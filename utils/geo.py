@@ -40,12 +40,6 @@ def ring(footprints):
     return np.take_along_axis(points, order[..., None], axis=-2)
 
 
-def turn_footprint(footprint, rotation):
-    """A north-up image's corners (4, 2): bottom left, top left, top right, bottom right, and the compass azimuth of a
-    photo's up, a multiple of 90 degrees -> where the photo's own such corners lie if it shows just that ground."""
-    return np.roll(footprint, -round(rotation / 90), axis=0)
-
-
 def to_unit_vectors(points):
     """(..., 2) degrees -> (..., 3) unit vectors: x to (0, 0), y to (0, 90 E), z to the North Pole."""
     lat, lon = np.radians(np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0))

@@ -6,7 +6,7 @@ the file that it wrote, named after the photo. What goes in:
 photo: its path. places: dicts, best first, with the properties of predictions.geojson (image, rank, score, inliers,
 probability, verified, latitude, longitude, rotation, database_image, and what else there is). footprints: (P, 4, 2)
 degrees, the photo's own corners as a viewer shows it: bottom left, top left, top right, bottom right; of a place that
-was not registered `utils.geo.turn_footprint` makes them. pictures: of the places, uint8 (3, h, w) north up, or None.
+was not registered, the database image's, turned likewise. pictures: of the places, uint8 (3, h, w) north up, or None.
 matches: of the places, a pair of arrays (M, 2), (M, 2), shares of the photo's and of the picture's width and height
 from the upper left corner, or None.
 """
