@@ -3,6 +3,7 @@
 Nothing here knows HTTP. What the browser sends (names, numbers) never becomes part of a path.
 """
 
+import itertools
 import logging
 import queue
 import secrets
@@ -47,8 +48,9 @@ class Found:
     picture_footprint: np.ndarray | None = None
 
 
-# Photo file, nadir (lat, lon) or None -> its places, best first, and where there are none why.
-Locate = Callable[[Path, tuple[float, float] | None], tuple[list[Found], str]]
+Point = tuple[float, float]  # lat, lon
+# Photo file, nadir or None -> its places, best first; where there are none, why; and the nadir that it went by.
+Locate = Callable[[Path, Point | None], tuple[list[Found], str, Point | None]]
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Photo:
     id: str
     name: str  # as the browser says; to be shown, never opened
     folder: Path
-    nadir: tuple[float, float] | None
+    nadir: Point | None
     size: tuple[int, int] = (0, 0)
     state: str = WAITING
     error: str = ""
@@ -65,6 +67,7 @@ class Photo:
     chosen: int = 0  # of the places, the accepted one
     corrected: np.ndarray | None = None  # (4, 2): the accepted footprint, where a person moved its corners
     run: int = 0  # raised with each new question, so that an older answer is dropped
+    ticket: int = 0  # its turn
 
     @property
     def file(self) -> Path:
@@ -102,16 +105,18 @@ class Photo:
 class Desk:
     """Photos, the queue of those to be located, and the thread that works on it.
 
-    make_locate: called once, in that thread -> Locate, as a model takes seconds to load; an error there is told by
-    `status`. Use as a context: at its end the thread stops and all that was uploaded is removed.
+    make_locate: called once, in that thread, as a model takes seconds to load -> Locate, and a line that tells what it
+    searches; an error there is told by `status`. Use as a context: at its end the thread stops, and all that was
+    uploaded is removed.
     """
 
-    def __init__(self, folder: Path, make_locate: Callable[[], Locate], max_photos: int = 200):
+    def __init__(self, folder: Path, make_locate: Callable[[], tuple[Locate, str]], max_photos: int = 200):
         self.folder, self.make_locate, self.max_photos = Path(folder), make_locate, max_photos
         self.photos: dict[str, Photo] = {}
         self.queue: queue.Queue = queue.Queue()
         self.lock, self.decoding = threading.RLock(), threading.Lock()
-        self.ready, self.error = False, ""
+        self.ready, self.error, self.text = False, "", ""
+        self.tickets, self.is_stopping = itertools.count(), False
         self.worker = threading.Thread(target=self._work, name="locating", daemon=True)
 
     def __enter__(self):
@@ -120,18 +125,20 @@ class Desk:
         return self
 
     def __exit__(self, *_):
+        self.is_stopping = True
         self.queue.put(None)
         self.worker.join(timeout=5)  # a photo that is being matched does not hold up the end
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def status(self) -> dict:
         with self.lock:
-            return {"ready": self.ready, "error": self.error, "max_photos": self.max_photos}
+            return {"ready": self.ready, "error": self.error, "text": self.text, "max_photos": self.max_photos}
 
     def listed(self) -> list[dict]:
         with self.lock:
-            waiting = [each.id for each in self.photos.values() if each.state in (WAITING, LOCATING)]
-            return [each.as_dict(waiting.index(each.id) if each.id in waiting else 0) for each in self.photos.values()]
+            waiting = [each for each in self.photos.values() if each.state in (WAITING, LOCATING)]
+            ahead = {each.id: place for place, each in enumerate(sorted(waiting, key=lambda photo: photo.ticket))}
+            return [each.as_dict(ahead.get(each.id, 0)) for each in self.photos.values()]
 
     def get(self, photo_id: str) -> Photo:
         with self.lock:
@@ -169,7 +176,7 @@ class Desk:
             raise
         with self.lock:
             self.photos[photo.id] = photo
-            self.queue.put((photo.id, photo.run))
+            self._enqueue(photo)
         return photo
 
     def ask_again(self, photo_id: str, nadir) -> Photo:
@@ -180,7 +187,7 @@ class Desk:
             photo.nadir, photo.run = nadir, photo.run + 1
             photo.state, photo.error, photo.places = WAITING, "", []
             photo.decision, photo.chosen, photo.corrected = "open", 0, None
-            self.queue.put((photo.id, photo.run))
+            self._enqueue(photo)
             return photo
 
     def decide(self, photo_id: str, decision: str, chosen: int = 0, corrected=None) -> Photo:
@@ -247,18 +254,23 @@ class Desk:
             raise ValueError("; ".join(failures))
         return files[0], files[0].name
 
+    def _enqueue(self, photo):
+        photo.ticket = next(self.tickets)
+        self.queue.put((photo.id, photo.run))
+
     def _work(self):
         try:
-            locate = self.make_locate()
+            locate, text = self.make_locate()
         except Exception as error:  # told on the page, which stays of use for nothing else
             logging.exception("the locator cannot be loaded")
             with self.lock:
                 self.error = str(error) or type(error).__name__
             return
         with self.lock:
-            self.ready = True
-        while (job := self.queue.get()) is not None:
+            self.ready, self.text = True, text
+        while (job := self.queue.get()) is not None and not self.is_stopping:
             self._locate(locate, *job)
+            self.queue.task_done()
 
     def _locate(self, locate, photo_id, run):
         with self.lock:
@@ -268,7 +280,7 @@ class Desk:
             photo.state, nadir = LOCATING, photo.nadir
         places, error = [], ""
         try:
-            places, error = locate(photo.file, nadir)
+            places, error, nadir = locate(photo.file, nadir)
             for number, place in enumerate(places):
                 if place.picture is not None:
                     pixels = np.moveaxis(np.asarray(place.picture), 0, -1)
@@ -278,6 +290,7 @@ class Desk:
             places, error = [], str(failure) or type(failure).__name__
         with self.lock:
             if photo.run == run:
+                photo.nadir = nadir
                 photo.places = [
                     Found(each.properties | {"image": photo.name}, each.footprint, each.picture, each.picture_footprint)
                     for each in places
@@ -287,8 +300,8 @@ class Desk:
 
 
 def exported(photo: Photo) -> tuple[list[dict], np.ndarray, list]:
-    """-> places, footprints (P, 4, 2) and pictures as exports take them: the accepted place first, with the corners that
-    a person moved; "decision" and "corrected" say so."""
+    """-> places, footprints (P, 4, 2) and pictures as exports take them: the accepted place first, with the
+    corners that a person moved; "decision" and "corrected" say so."""
     order = [photo.chosen, *(k for k in range(len(photo.places)) if k != photo.chosen)]
     places, footprints = [], []
     for k in order:
@@ -304,7 +317,7 @@ def exported(photo: Photo) -> tuple[list[dict], np.ndarray, list]:
     return places, np.stack(footprints), [photo.places[k].picture for k in order]
 
 
-def checked_nadir(nadir) -> tuple[float, float]:
+def checked_nadir(nadir) -> Point:
     """(lat, lon) as the browser sends it -> floats. ValueError out of range."""
     try:
         lat, lon = map(float, nadir)
@@ -313,7 +326,7 @@ def checked_nadir(nadir) -> tuple[float, float]:
     return tuple(check_points([(lat, lon)], "nadir")[0].tolist())
 
 
-def nadir_in(name: str) -> tuple[float, float] | None:
+def nadir_in(name: str) -> Point | None:
     """The nadir in an EarthLoc file name, None in others."""
     try:
         return checked_nadir(ImageName.parse(name).nadir)

@@ -36,9 +36,9 @@ HEADERS = {
 }
 
 
-def make_app(desk: Desk, hosts: set[str], max_bytes: int, about: dict | None = None) -> FastAPI:
-    """desk: not yet started; it lives as long as the app. hosts: what a request's Host may be, with its port. max_bytes:
-    of an upload. about: shown on the page."""
+def make_app(desk: Desk, hosts: set[str], max_bytes: int) -> FastAPI:
+    """desk: not yet started; it lives as long as the app. hosts: what a request's Host may be, with its port.
+    max_bytes: of an upload."""
 
     @asynccontextmanager
     async def lifespan(_):
@@ -77,7 +77,7 @@ def make_app(desk: Desk, hosts: set[str], max_bytes: int, about: dict | None = N
 
     @app.get("/api/about")
     async def tell():
-        return {**(about or {}), **desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": MAX_ZOOM}
+        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": MAX_ZOOM}
 
     @app.get("/api/photos")
     async def photos():

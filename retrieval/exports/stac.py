@@ -3,7 +3,7 @@
 import json
 import os
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import quote
 
 import shapely
@@ -55,6 +55,7 @@ def item(photo: Path, place: dict, footprint):
         for key, value in place.items()
         if value is not None and key != "image"
     }
+    properties["title"] = printable(PurePath(str(place.get("image", photo))).name)
     shape = outlines(footprint)[0]
     return pystac.Item(
         id=printable(photo.stem),

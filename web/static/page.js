@@ -13,6 +13,9 @@ const percent = value => value == null ? "" : value > 0.995 ? "> 99 %" : `${Math
 const degrees = ([lat, lon]) =>
   `${Math.abs(lat).toFixed(2)}° ${lat < 0 ? "S" : "N"}, ${Math.abs(lon).toFixed(2)}° ${lon < 0 ? "W" : "E"}`;
 
+/** EarthLoc's file names are long: of them, the number of the photo. */
+const shortName = name => /@([A-Z0-9]+-E-\d+)@/.exec(name)?.[1] ?? name;
+
 function element(tag, attributes = {}, ...children) {
   const made = Object.assign(document.createElement(tag), attributes);
   made.append(...children);
@@ -44,8 +47,8 @@ const put = (path, body) => ask(path, { method: "PUT", body: JSON.stringify(body
 const map = L.map("map", { center: [15, 0], zoom: 2, minZoom: 1, maxZoom: 16, zoomControl: false, attributionControl: true,
   maxBounds: [[-85.06, -540], [85.06, 540]], maxBoundsViscosity: 0.8, zoomSnap: 0.25, wheelPxPerZoomLevel: 110 });
 map.attributionControl.setPrefix("Leaflet");
-L.control.zoom({ position: "bottomright" }).addTo(map);
-L.control.scale({ position: "bottomright", imperial: false }).addTo(map);
+L.control.zoom({ position: "bottomleft" }).addTo(map);
+L.control.scale({ position: "bottomleft", imperial: false }).addTo(map);
 map.createPane("pictures").style.zIndex = 350;
 map.createPane("drapes").style.zIndex = 380;
 const layers = L.layerGroup().addTo(map), handles = L.layerGroup().addTo(map), pickMark = L.layerGroup().addTo(map);
@@ -115,7 +118,9 @@ function drawHandles(footprint) {
   }).addTo(handles);
 
   function move(wanted) {
+    const isFirst = !moved;
     footprint = moved = wanted;
+    if (isFirst) drawPanel();
     drape.setCorners(footprint);
     outline.setLatLngs(footprint);
     const isSound = isView(footprint);
@@ -159,7 +164,7 @@ function drawList() {
     const [kind, text] = badge(photo);
     const item = element("li", { className: photo.id === selected ? "selected" : "", tabIndex: 0 },
       element("img", { src: `/api/photos/${photo.id}/thumb.jpg`, alt: "", loading: "lazy" }),
-      element("div", {}, element("b", { textContent: photo.name, title: photo.name }),
+      element("div", {}, element("b", { textContent: shortName(photo.name), title: photo.name }),
         element("span", { className: `badge-text ${kind}`, textContent: text })));
     item.dataset.id = photo.id;
     item.onclick = () => select(photo.id);
@@ -168,7 +173,7 @@ function drawList() {
   }));
   const decided = photos.filter(each => each.decision !== "open").length;
   const accepted = photos.filter(each => each.decision === "accepted").length;
-  $("#count").textContent = photos.length ? `${photos.length} photos, ${decided} judged` : "";
+  $("#count").textContent = photos.length ? `${photos.length} photo${photos.length > 1 ? "s" : ""}, ${decided} judged` : "";
   $("#export-all").hidden = !accepted;
 }
 
@@ -177,7 +182,8 @@ function drawPanel() {
   $("#panel").hidden = !photo;
   if (!photo) return;
   $("#photo").src = `/api/photos/${photo.id}/shown.jpg`;
-  $("#name").textContent = $("#name").title = photo.name;
+  $("#name").textContent = shortName(photo.name);
+  $("#name").title = photo.name;
   const [kind, text] = badge(photo);
   $("#state").replaceChildren(element("span", { className: `badge-text ${kind}`, textContent: text }),
     element("span", { className: "why", textContent: photo.error || `${photo.width} × ${photo.height}` }));
@@ -191,8 +197,7 @@ function drawPanel() {
   $("#found").hidden = !has;
   if (!has) return;
   $("#places").replaceChildren(...photo.places.map((each, k) => {
-    const facts = [each.probability == null ? null : `probability ${percent(each.probability)}`,
-      each.inliers ? `${each.inliers} inliers` : null, `similarity ${each.score.toFixed(2)}`].filter(Boolean).join(" · ");
+    const facts = [each.inliers ? `${each.inliers} inliers` : null, `similarity ${each.score.toFixed(2)}`].filter(Boolean).join(" · ");
     const picture = each.picture
       ? element("img", { src: `/api/photos/${photo.id}/places/${k}.jpg?run=${photo.run}`, alt: "",
         style: `transform: rotate(${-each.rotation}deg)` })
@@ -202,7 +207,8 @@ function drawPanel() {
         element("b", { textContent: degrees([each.latitude, each.longitude]) }),
         element("span", { textContent: facts }),
         element("span", { className: `badge-text ${each.verified ? "good" : "doubt"}`,
-          textContent: each.verified ? "verified" : each.inliers ? "not verified" : "not registered" })),
+          textContent: !each.inliers ? "not registered"
+            : `${each.verified ? "verified" : "not verified"}, ${percent(each.probability)}` })),
       element("kbd", { textContent: k + 1 }));
     item.onclick = () => choose(k);
     item.onkeydown = event => { if (event.key === "Enter") choose(k); };
@@ -210,7 +216,7 @@ function drawPanel() {
   }));
   $("#picture-line").hidden = !photo.places[place].picture;
   const isAccepted = photo.decision === "accepted" && photo.chosen === place && !moved;
-  $("#accept").textContent = isAccepted ? "Accepted ✓" : moved ? "Accept with these corners" : "Accept";
+  $("#accept").textContent = isAccepted ? "Accepted ✓" : moved ? "Accept corrected" : "Accept";
   $("#accept").classList.toggle("on", isAccepted);
   $("#reject").textContent = photo.decision === "rejected" ? "Rejected ✓" : "Reject";
   $("#correct").textContent = editing ? (moved ? "Undo" : "Stop moving") : "Move corners";
