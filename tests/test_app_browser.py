@@ -142,7 +142,8 @@ MAPPED = "return arguments[0].map(corner => { const {x, y} = map.latLngToLayerPo
 
 
 def settled(browser):
-    """The map no longer flies: its centre is the same twice."""
+    """The map no longer flies: its centre is the same twice; and the photo is there."""
+    until(lambda: browser.js("return document.querySelector('.drape').naturalWidth > 0"))
     where = lambda: browser.js("return JSON.stringify([map.getCenter(), map.getZoom()])")
     last = [where()]
 

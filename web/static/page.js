@@ -218,6 +218,7 @@ function drawPanel() {
   const isAccepted = photo.decision === "accepted" && photo.chosen === place && !moved;
   $("#accept").textContent = isAccepted ? "Accepted ✓" : moved ? "Accept corrected" : "Accept";
   $("#accept").classList.toggle("on", isAccepted);
+  $("#accept").disabled = Boolean(moved && !isView(moved));
   $("#reject").textContent = photo.decision === "rejected" ? "Rejected ✓" : "Reject";
   $("#correct").textContent = editing ? (moved ? "Undo" : "Stop moving") : "Move corners";
   $("#correct").classList.toggle("on", editing);
