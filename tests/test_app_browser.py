@@ -42,7 +42,7 @@ def until(condition, seconds=60):
 
 
 class Browser:
-    def __init__(self, port, width=1440, height=900):
+    def __init__(self, port, width=1100, height=720):
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         until(self.is_up)
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},{height}"]
