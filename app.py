@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from utils import geo
 from utils.arguments import make_parser, positive, run
+from utils.mercator import bounds, to_mercator
 from utils.precision import PRECISIONS
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -31,6 +33,7 @@ def parse_arguments(argv=None):
     add("--near_km", type=float, default=2500, help="how far a photo reaches from its nadir")
     add("--register", choices=("xfeat", "aliked", "disk", "sift", "none"), default="none", help="of the best places")
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
+    add("--ground", metavar="FILE", help="raster in Web Mercator: what --register matches, and the page's map")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
     add("--descriptors", default="logs/descriptors", help="folder where descriptors are kept")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,11 +63,11 @@ def main(args):
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s   %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     hosts = allowed_hosts(args.host, args.port, args.allowed_hosts)
-    names = "dataset_path index register matcher_weights near_km candidates descriptors device precision".split()
+    names = "dataset_path index register matcher_weights ground near_km candidates descriptors device precision".split()
     make_locate = lambda: load(args.resume, args.top_k, args.tle, **{name: getattr(args, name) for name in names})
     with tempfile.TemporaryDirectory(prefix="earthloc_") as folder:
         desk = Desk(Path(folder) / "photos", make_locate, args.max_photos)
-        app = make_app(desk, hosts, int(args.max_mb * 1e6))
+        app = make_app(desk, hosts, int(args.max_mb * 1e6), open_ground(args.ground))
         shown = f"[{args.host}]" if ":" in args.host else args.host
         logging.info(f"http://{shown}:{args.port}   (Ctrl-C stops it)")
         if args.open:
@@ -90,6 +93,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def open_ground(file: str | None):
+    """A raster for the map's tiles, opened a second time: the locator's thread has its own."""
+    if file is None:
+        return None
+    from retrieval.ground import RasterGround
+
+    return RasterGround(file)
+
+
 def load(weights: str, top_k: int, tle: str | None, **settings) -> tuple[Callable, str]:
     """-> what web.desk calls for each photo, and a line that tells what it searches."""
     from datasets.nadirs import Nadir, read_nadirs
@@ -108,16 +120,16 @@ def load(weights: str, top_k: int, tle: str | None, **settings) -> tuple[Callabl
 
 
 def as_found(places, place):
-    """A Place of retrieval/locator.py -> as the page needs it."""
+    """A Place of retrieval/locator.py -> as the page needs it. Without an image, its ground is shown."""
     from web.desk import Found
 
+    footprint = places.footprints[place.row]
     picture = places.picture(place.row, PICTURE_SIDE)
-    return Found(
-        place.as_dict(),
-        place.footprint,
-        None if picture is None else picture.numpy(),
-        None if picture is None else places.footprints[place.row],
-    )
+    if picture is None and places.ground is not None:
+        picture = places.ground(bounds(to_mercator(geo.unwrap_footprints(footprint))), PICTURE_SIDE)
+    if picture is None:
+        return Found(place.as_dict(), place.footprint)
+    return Found(place.as_dict(), place.footprint, picture.numpy(), footprint)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapely
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from rasterio.warp import transform
@@ -356,6 +357,27 @@ def test_tiles_are_web_mercator(client):
     assert np.median(errors) < 6 and tile.std() > 10
     for path in ("7/0/0", "2/4/0", "2/0/-1", "0/0/1"):
         assert client.get(f"/tiles/{path}.jpg").status_code == 404
+
+
+def test_a_finer_map_is_shown_where_there_is_one(fake, tmp_path):
+    asked = []
+
+    def ground(box, size):
+        asked.append(box)
+        return torch.full((3, size, size), 77, dtype=torch.uint8) if box[0] >= 0 else None
+
+    desk = Desk(tmp_path / "desk", fake.load)
+    with TestClient(server.make_app(desk, {HOST}, LIMIT, ground), f"http://{HOST}") as client:
+        east, west = (
+            np.asarray(Image.open(io.BytesIO(client.get(f"/tiles/8/{x}/100.jpg").content))) for x in (130, 20)
+        )
+        assert client.get("/api/about").json()["max_zoom"] == 10 and client.get("/tiles/11/0/0.jpg").status_code == 404
+    assert (east == 77).all() and west.std() > 0
+    (left, right), (top, bottom) = ([n / 256 * 360 - 180 for n in (130, 131)], (100, 101))
+    x, _ = transform("EPSG:4326", "EPSG:3857", [left, right], [0, 0])
+    assert (asked[0][0], asked[0][2]) == pytest.approx(tuple(x))
+    half = np.pi * 6378137
+    assert (asked[0][3], asked[0][1]) == pytest.approx([half - n / 256 * 2 * half for n in (top, bottom)])
 
 
 def test_it_listens_to_this_machine_unless_told_who_may_ask():

@@ -8,6 +8,8 @@ import asyncio
 import json
 import math
 import shutil
+import threading
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +27,8 @@ from web.desk import Busy, Desk, Photo, Unknown
 
 STATIC = Path(__file__).parent / "static"
 MAX_JSON = 100_000  # bytes
-MAX_ZOOM, TILE = 6, 256  # 2.4 km a pixel at zoom 6, finer than the Blue Marble
+TILE = 256  # pixels
+MAX_ZOOM, FINE_ZOOM = 6, 10  # 2.4 km a pixel, finer than the Blue Marble that ships; 150 m a pixel
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'; object-src 'none'",
@@ -36,9 +39,12 @@ HEADERS = {
 }
 
 
-def make_app(desk: Desk, hosts: set[str], max_bytes: int) -> FastAPI:
+def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | None = None) -> FastAPI:
     """desk: not yet started; it lives as long as the app. hosts: what a request's Host may be, with its port.
-    max_bytes: of an upload."""
+    max_bytes: of an upload. ground: of retrieval/ground.py, a finer map than the one that ships; it is asked by one
+    thread at a time."""
+    max_zoom = MAX_ZOOM if ground is None else FINE_ZOOM
+    drawing = threading.Lock()
 
     @asynccontextmanager
     async def lifespan(_):
@@ -71,13 +77,18 @@ def make_app(desk: Desk, hosts: set[str], max_bytes: int) -> FastAPI:
 
     @app.get("/tiles/{zoom}/{x}/{y}.jpg")
     def tile(zoom: int, x: int, y: int):
-        if not (0 <= zoom <= MAX_ZOOM and 0 <= x < 2**zoom and 0 <= y < 2**zoom):
+        if not (0 <= zoom <= max_zoom and 0 <= x < 2**zoom and 0 <= y < 2**zoom):
             raise HTTPException(404, "no such tile")
-        return Response(map_tile(zoom, x, y), media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"})
+        pixels = None
+        if ground is not None:
+            with drawing:
+                pixels = ground(tile_box(zoom, x, y), TILE)
+        content = blue_marble(zoom, x, y) if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"})
 
     @app.get("/api/about")
     async def tell():
-        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": MAX_ZOOM}
+        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom}
 
     @app.get("/api/photos")
     async def photos():
@@ -180,12 +191,20 @@ async def read_json(request: Request) -> dict:
     return body
 
 
-@lru_cache(maxsize=2048)
-def map_tile(zoom: int, x: int, y: int) -> bytes:
-    """-> JPEG of the Blue Marble, TILE pixels a side."""
+def tile_box(zoom: int, x: int, y: int) -> tuple[float, float, float, float]:
+    """-> west, south, east, north in metres of Web Mercator."""
     edge, side = math.pi * RADIUS_M, 2 * math.pi * RADIUS_M / 2**zoom
-    box = (x * side - edge, edge - (y + 1) * side, (x + 1) * side - edge, edge - y * side)
-    return to_jpeg(mercator_view(box, TILE, TILE), TILE, quality=88)
+    return x * side - edge, edge - (y + 1) * side, (x + 1) * side - edge, edge - y * side
+
+
+@lru_cache(maxsize=2048)
+def blue_marble(zoom: int, x: int, y: int) -> bytes:
+    """-> JPEG of the map that ships, TILE pixels a side."""
+    return as_jpeg(mercator_view(tile_box(zoom, x, y), TILE, TILE))
+
+
+def as_jpeg(pixels) -> bytes:
+    return to_jpeg(pixels, TILE, quality=88)
 
 
 def told(desk: Desk, photo: Photo) -> dict:
