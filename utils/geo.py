@@ -28,8 +28,8 @@ def unwrap_footprints(footprints):
     Every corner is moved by whole turns to within half a turn of the first one, so longitudes can pass ±180.
     """
     unwrapped = np.array(footprints, dtype=np.float64)
-    first = unwrapped[..., :1, 1]
-    unwrapped[..., 1] = first + wrap_longitude(unwrapped[..., 1] - first)
+    turns = np.floor((unwrapped[..., 1] - unwrapped[..., :1, 1] + 180) / 360)
+    unwrapped[..., 1] -= 360 * turns  # nothing is rounded where there is no jump
     return unwrapped
 
 

@@ -36,10 +36,9 @@ def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
             np.stack([zero, zero, zero, x, y, one, -v * x, -v * y], axis=1),
         ]
     )
-    try:
-        found = np.append(np.linalg.solve(equations, np.concatenate([u, v])), 1).reshape(3, 3)
-    except np.linalg.LinAlgError:
-        raise ValueError(f"three of the corners lie in line: {target.tolist()}") from None
+    if np.linalg.cond(equations) > 1e12:
+        raise ValueError(f"three of the corners lie in line: {target.tolist()}")
+    found = np.append(np.linalg.solve(equations, np.concatenate([u, v])), 1).reshape(3, 3)
     return np.linalg.inv(normalise[1]) @ found @ normalise[0]
 
 
@@ -60,8 +59,8 @@ def photo_to_ground(footprint: np.ndarray, width: int, height: int) -> np.ndarra
 
 
 def require_view(footprint: np.ndarray) -> np.ndarray:
-    """Corners (4, 2) as above -> the same, longitudes unwrapped. ValueError where no camera sees that: mirrored, folded,
-    with a side of no length or a corner in line with its neighbours, or off the square map."""
+    """Corners (4, 2) as above -> the same, longitudes unwrapped. ValueError where no camera sees that: mirrored,
+    folded, with a side of no length or a corner in line with its neighbours, or off the square map."""
     corners = geo.unwrap_footprints(footprint)
     if corners.shape != (4, 2) or not np.isfinite(corners).all():
         raise ValueError(f"the footprint {np.asarray(footprint).tolist()} is not four places (lat, lon)")
@@ -72,7 +71,7 @@ def require_view(footprint: np.ndarray) -> np.ndarray:
     turns = sides[:, 0] * np.roll(sides, -1, axis=0)[:, 1] - sides[:, 1] * np.roll(sides, -1, axis=0)[:, 0]
     if not (turns < 0).all():  # bottom left, top left, top right: clockwise
         kind = "mirrored" if (turns > 0).all() else "folded or not convex"
-        raise ValueError(f"the footprint {corners.tolist()} is {kind}; no photo shows such ground")
+        raise ValueError(f"the footprint {corners.round(4).tolist()} is {kind}; no photo shows such ground")
     return corners
 
 

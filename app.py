@@ -1,0 +1,137 @@
+"""A page on this machine: drop photos, see where they were taken, correct, accept, export. python app.py
+
+Opens at http://127.0.0.1:8000. Nothing leaves the machine, and nothing comes from elsewhere: map, scripts and model are
+local. Uploaded photos are removed when it stops (Ctrl-C).
+"""
+
+import ipaddress
+import logging
+import tempfile
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils import geo
+from utils.arguments import make_parser, positive, run
+from utils.mercator import bounds, to_mercator
+from utils.precision import PRECISIONS
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+PICTURE_SIDE = 512  # pixels of a candidate
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("what photos are compared with").add_argument
+    add("--resume", required=True, help="checkpoint of train.py, or released weights")
+    add("--dataset_path", help="folder with database/")
+    add("--index", help="in place of --dataset_path: a file of descriptors (python -m retrieval.earth_index)")
+    add("--top_k", type=positive, default=5, help="places for each photo")
+    add("--tle", metavar="FILE", help="two-line elements of the station: nadirs of photos with a time in their EXIF")
+    add("--near_km", type=float, default=2500, help="how far a photo reaches from its nadir")
+    add("--register", choices=("xfeat", "aliked", "disk", "sift", "none"), default="none", help="of the best places")
+    add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
+    add("--ground", metavar="FILE", help="raster in Web Mercator: what --register matches, and the page's map")
+    add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
+    add("--descriptors", default="logs/descriptors", help="folder where descriptors are kept")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
+    add = parser.add_argument_group("the page").add_argument
+    add("--host", default="127.0.0.1", help="address to listen at. There is no password: whoever reaches it can use it")
+    add("--port", type=positive, default=8000)
+    add(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names under which other machines may ask for it; needed where --host is not this machine alone",
+    )
+    add("--max_mb", type=float, default=100, help="largest photo")
+    add("--max_photos", type=positive, default=200, help="photos at a time")
+    add("--open", action="store_true", help="open the browser")
+    add("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    import uvicorn
+
+    from web.desk import Desk
+    from web.server import make_app
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s   %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    hosts = allowed_hosts(args.host, args.port, args.allowed_hosts)
+    names = "dataset_path index register matcher_weights ground near_km candidates descriptors device precision".split()
+    make_locate = lambda: load(args.resume, args.top_k, args.tle, **{name: getattr(args, name) for name in names})
+    with tempfile.TemporaryDirectory(prefix="earthloc_") as folder:
+        desk = Desk(Path(folder) / "photos", make_locate, args.max_photos)
+        app = make_app(desk, hosts, int(args.max_mb * 1e6), open_ground(args.ground))
+        shown = f"[{args.host}]" if ":" in args.host else args.host
+        logging.info(f"http://{shown}:{args.port}   (Ctrl-C stops it)")
+        if args.open:
+            webbrowser.open(f"http://{shown}:{args.port}")
+        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", proxy_headers=False, server_header=False)
+
+
+def allowed_hosts(host: str, port: int, others: list[str]) -> set[str]:
+    """-> what a request's Host may be. Raises ValueError where other machines could ask, and no name is allowed."""
+    if not is_loopback(host) and not others:
+        raise ValueError(
+            f"--host {host}: other machines could reach the page, which asks for no password; say under which names "
+            f"with --allowed_hosts, or leave --host out"
+        )
+    names = [each.lower() for each in (*LOOPBACK, *others)]
+    return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def open_ground(file: str | None):
+    """A raster for the map's tiles, opened a second time: the locator's thread has its own."""
+    if file is None:
+        return None
+    from retrieval.ground import RasterGround
+
+    return RasterGround(file)
+
+
+def load(weights: str, top_k: int, tle: str | None, **settings) -> tuple[Callable, str]:
+    """-> what web.desk calls for each photo, and a line that tells what it searches."""
+    from datasets.nadirs import Nadir, read_nadirs
+    from retrieval.locator import Locator
+
+    locator = Locator.from_files(weights, **settings)
+    nadirs = read_nadirs(None, None, tle, [])
+
+    def locate(file, nadir):
+        nadir = nadirs.of(file) if nadir is None else Nadir(nadir, "given")
+        [[answer]] = locator.stream([str(file)], lambda _: nadir, top_k)
+        return [as_found(locator.places, place) for place in answer.places], answer.why, nadir.point
+
+    matched = "not registered" if settings["register"] == "none" else f"registered by {settings['register']}"
+    return locate, f"{len(locator.places):,} places, {matched}"
+
+
+def as_found(places, place):
+    """A Place of retrieval/locator.py -> as the page needs it. Without an image, its ground is shown."""
+    from web.desk import Found
+
+    footprint = places.footprints[place.row]
+    picture = places.picture(place.row, PICTURE_SIDE)
+    if picture is None and places.ground is not None:
+        picture = places.ground(bounds(to_mercator(geo.unwrap_footprints(footprint))), PICTURE_SIDE)
+    if picture is None:
+        return Found(place.as_dict(), place.footprint)
+    return Found(place.as_dict(), place.footprint, picture.numpy(), footprint)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    run(main, arguments)
