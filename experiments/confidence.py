@@ -22,7 +22,7 @@ from kornia.filters import gaussian_blur2d
 from augmentations.weather import HAZE_COLOUR, cloud_opacity, expose, haze_opacity
 from datasets import grid
 from datasets.build.camera import Camera, footprint, ground_points, orientation
-from datasets.build.earth import RASTER_MONTH, month_ratio
+from datasets.build.earth import RASTER_MONTH, month_ratios
 from experiments.registration import iou
 from retrieval.confidence import features
 from retrieval.ground import RasterGround
@@ -150,7 +150,7 @@ def fit(rows, right, strength=1.0):
 def main(args):
     ground = RasterGround(args.raster)
     months = [month for month in range(1, 13) if month != RASTER_MONTH][:: args.every_month]
-    ratios = [month_ratio(args.months, month).astype(np.float32) for month in months]
+    ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(args.months, months)]
     for name in args.register:
         matcher, began = make_matcher(name, args.matcher_weights, args.device), time.perf_counter()
 
