@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from retrieval.locator import EARTH_WEIGHTS
 from utils import geo
 from utils.arguments import make_parser, positive, run
 from utils.mercator import bounds, to_mercator
@@ -25,9 +26,9 @@ PICTURE_SIDE = 512  # pixels of a candidate
 def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument_group("what photos are compared with").add_argument
-    add("--resume", required=True, help="checkpoint of train.py, or released weights")
+    add("--resume", default=str(EARTH_WEIGHTS), help="checkpoint of train.py, or released weights")
     add("--dataset_path", help="folder with database/")
-    add("--index", help="in place of --dataset_path: a file of descriptors (python -m retrieval.earth_index)")
+    add("--index", help="file of python -m retrieval.earth_index; default: without --dataset_path, the shipped one")
     add("--top_k", type=positive, default=5, help="places for each photo")
     add("--tle", metavar="FILE", help="two-line elements of the station: nadirs of photos with a time in their EXIF")
     add("--near_km", type=float, default=2500, help="how far a photo reaches from its nadir")

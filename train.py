@@ -229,8 +229,9 @@ def train(args, folder, device, stop):
         due = {name: getattr(args, name) for name in LOOP_FLAGS}
         finished = run_loop(run, step, validating, folder, stop, vars(args), pause_every=args.recluster_every, **due)
     if finished:
+        best = f"best validation R@1 {run.best:.1f}" if run.best >= 0 else "without validation"
         logging.info(
-            f"Done: {args.iterations} iterations, best validation R@1 {run.best:.1f}. Evaluate with: "
+            f"Done: {args.iterations} iterations, {best}. Evaluate with: "
             f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}"
         )
     return finished

@@ -1,7 +1,9 @@
 """How probable it is that a registered place is right, and from where on it counts as verified.
 
-A logistic regression on what the matcher found, one a matcher, fitted to synthetic photos by experiments/confidence.py;
-the commands and what they saw stand beside the numbers. No real photo took part.
+A logistic function of what the matcher found. experiments/confidence.py fits one a matcher to synthetic photos; its
+numbers are not in yet. Until then all have the same plain ones, which are not calibrated: a place is verified where
+inliers × their share of the matches × the share of the photo that they cover / its obliquity is 99 or more, which is
+careful: true places may stay unverified.
 """
 
 import numpy as np
