@@ -9,7 +9,6 @@ from, those count, too, that registration itself would refuse because the ground
 real photo takes part.
 """
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -102,14 +101,13 @@ def draw_candidates(camera, rng, true):
     radius = geo.distance_km(corners, middle).max()
     side = 1.4 * radius * float(np.exp(rng.uniform(*np.log(REGION_SHARE))))
     rotation = -orientation(camera)
-    for tries in itertools.count():
+    while True:
         away = rng.uniform(-0.3, 0.3, 2) * side if true else rng.uniform(-1, 1, 2) * (FARTHEST_KM - side)
         lat = middle[0] + away[0] / 111.2
         if abs(lat) > 58:
             continue
         lon = middle[1] + away[1] / 111.2 / np.cos(np.radians(lat))
-        # Amid an ocean there may be no land in reach.
-        if true or np.hypot(*away) > radius + side and (tries > 200 or grid.is_land(lat, lon)):
+        if true or np.hypot(*away) > radius + side and grid.is_land(lat, lon):
             break
     half = side / 2 / (111.2 * np.cos(np.radians(lat))) / 180 * geo.MERCATOR_HALF
     x, y = geo.to_mercator([lat, lon])

@@ -141,7 +141,7 @@ def test_refinement_improves_a_poor_start(plane, matcher):
     (poor,) = register(photo, candidates, plane, matcher, rounds=0)
     (good,) = register(photo, candidates, plane, matcher, rounds=4)
     assert poor.rounds == 0 and poor.moved == np.inf
-    assert pixels_off(good, homography, size) < 1 < pixels_off(poor, homography, size)
+    assert pixels_off(good, homography, size) < min(1, pixels_off(poor, homography, size))
     assert good.inliers > 2 * poor.inliers and good.spread > 2 * poor.spread
 
 
