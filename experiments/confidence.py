@@ -9,14 +9,14 @@ from, those count, too, that registration itself would refuse because the ground
 real photo takes part.
 """
 
-import json
-import time
+import itertools
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from kornia.filters import gaussian_blur2d
+from tqdm import tqdm
 
 from augmentations.weather import HAZE_COLOUR, cloud_opacity, expose, haze_opacity
 from datasets import grid
@@ -29,6 +29,7 @@ from retrieval.matching import MATCHERS, make_matcher
 from retrieval.registration import FARTHEST_KM, register, square
 from utils import geo
 from utils.arguments import make_parser, positive, run
+from utils.files import replacing
 
 SIZE = 512  # pixels, as the public data set's photos: whatever the camera's aspect, squashed to a square
 WIDTHS_KM = (60, 500)  # of a photo, at its middle
@@ -95,19 +96,21 @@ def sample(picture, x, y):
 
 def draw_candidates(camera, rng, true):
     """-> [(footprint (4, 2), rotation)]: a square of ground that shows the photo's middle, or one that shows nothing of
-    the photo, within reach of the nadir."""
+    it."""
     corners = footprint(camera)
     middle = geo.centers(corners)
     radius = geo.distance_km(corners, middle).max()
     side = 1.4 * radius * float(np.exp(rng.uniform(*np.log(REGION_SHARE))))
     rotation = -orientation(camera)
-    while True:
-        away = rng.uniform(-0.3, 0.3, 2) * side if true else rng.uniform(-1, 1, 2) * (FARTHEST_KM - side)
+    reach = 0.3 * side if true else max(FARTHEST_KM, 2 * (radius + side))
+    for tries in itertools.count():
+        away = rng.uniform(-reach, reach, 2)
         lat = middle[0] + away[0] / 111.2
         if abs(lat) > 58:
             continue
         lon = middle[1] + away[1] / 111.2 / np.cos(np.radians(lat))
-        if true or np.hypot(*away) > radius + side and grid.is_land(lat, lon):
+        # Amid an ocean there may be no land in reach.
+        if true or np.hypot(*away) > radius + side and (tries > 200 or grid.is_land(lat, lon)):
             break
     half = side / 2 / (111.2 * np.cos(np.radians(lat))) / 180 * geo.MERCATOR_HALF
     x, y = geo.to_mercator([lat, lon])
@@ -117,24 +120,43 @@ def draw_candidates(camera, rng, true):
     return geo.from_mercator(box), int(round(rotation / 90) * 90 % 360)
 
 
-def collect(count, false, matcher, ground, ratios, seed, progress=None):
-    """-> features (N, F), right (N,) bool of what was registered, and how many candidates of each kind there were."""
-    rows, right, tried, found = [], [], {True: 0, False: 0}, {True: 0, False: 0}
-    for index in range(count):
+def collect(photos, false, matcher, ground, ratios, seed):
+    """photos: their numbers. Yields for each photo (features, right, true) of what was registered, a row each: features
+    (F,), whether the place is right, and whether the candidate was a true one."""
+    for index in photos:
         rng = np.random.default_rng([seed, index])
         camera = draw_camera(rng)
         photo, truth = render(camera, ground, ratios, rng), footprint(camera)
-        for kind, number in ((True, 1), (False, false)):
-            candidates = [draw_candidates(camera, rng, kind) for _ in range(number)]
-            for each in register(photo, candidates, ground, matcher, turns=TURNS, confirm=False):
-                tried[kind] += 1
-                if each is not None:
-                    found[kind] += 1
-                    rows.append(features(each))
-                    right.append(iou(truth, each.footprint) > 0.5)
-        if progress:
-            progress(index, rows, right)
-    return np.array(rows), np.array(right), tried, found
+        kinds = [True] + [False] * false
+        rows = []
+        for true in kinds:  # one by one: a sure one would end the search for the others
+            candidates = [draw_candidates(camera, rng, true)]
+            (found,) = register(photo, candidates, ground, matcher, turns=TURNS, confirm=False)
+            if found is not None:
+                rows.append((features(found), iou(truth, found.footprint) > 0.5, true))
+        yield rows
+
+
+def kept_rows(path, photos, rows_of):
+    """-> features (N, F), right (N,), true (N,) of so many photos: of the first ones out of the file, if there is one,
+    into which all go as they come, so that a second run goes on. rows_of: numbers of photos -> the rows of each."""
+    rows, there = [], 0
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            rows, there = list(zip(kept["features"], kept["right"], kept["true"])), int(kept["photos"])
+    for done, new in enumerate(rows_of(range(there, photos)), there + 1):
+        rows += new
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                np.savez(file, **dict(zip(("features", "right", "true"), columns(rows))), photos=done)
+    return columns(rows)
+
+
+def columns(rows):
+    """-> features (N, F), right (N,), true (N,)."""
+    found, right, true = zip(*rows) if rows else ([], [], [])
+    return np.array(found).reshape(len(rows), -1), np.array(right, dtype=bool), np.array(true, dtype=bool)
 
 
 def fit(rows, right, strength=1.0):
@@ -145,29 +167,41 @@ def fit(rows, right, strength=1.0):
     return model.coef_[0], float(model.intercept_[0])
 
 
+def fit_all(found):
+    """{matcher: (features, right)} -> {matcher: [intercept, *coefficients]}, those with right ones. Wrong ones are rare
+    and much alike, so each matcher's right ones are set against the wrong ones of all."""
+    wrong = np.concatenate([rows[~right] for rows, right in found.values()])
+    fitted = {}
+    for name, (rows, right) in found.items():
+        if right.any() and len(wrong):
+            both = np.concatenate([rows[right], wrong])
+            coefficients, intercept = fit(both, np.arange(len(both)) < right.sum())
+            fitted[name] = [intercept, *coefficients.tolist()]
+    return fitted
+
+
 def main(args):
     ground = RasterGround(args.raster)
     months = [month for month in range(1, 13) if month != RASTER_MONTH][:: args.every_month]
     ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(args.months, months)]
+    found = {}
     for name in args.register:
-        matcher, began = make_matcher(name, args.matcher_weights, args.device), time.perf_counter()
+        matcher = make_matcher(name, args.matcher_weights, args.device)
 
-        def progress(index, rows, right):
-            if args.keep:
-                Path(args.keep).mkdir(parents=True, exist_ok=True)
-                np.savez(Path(args.keep) / f"{name}.npz", rows=np.array(rows), right=np.array(right), photos=index + 1)
+        def rows_of(photos):
+            return collect(tqdm(photos, desc=name, unit="photo"), args.false, matcher, ground, ratios, args.seed)
 
-        rows, right, tried, found = collect(args.photos, args.false, matcher, ground, ratios, args.seed, progress)
+        rows, right, true = kept_rows(args.keep and Path(args.keep) / f"{name}.npz", args.photos, rows_of)
+        found[name] = rows, right
         print(
-            f"{name}: {found[True]} of {tried[True]} true candidates registered, {found[False]} of {tried[False]} "
-            f"false ones; {int(right.sum())} right, {int((~right).sum())} wrong; {time.perf_counter() - began:.0f} s",
-            flush=True,
+            f"{name}: {true.sum()} of {args.photos} true candidates registered, {(~true).sum()} of "
+            f"{args.photos * args.false} false ones; {right.sum()} right, {(~right).sum()} wrong"
         )
-        if right.all() or not right.any():
-            print(f"{name}: only one kind, nothing to fit; more --photos or --false")
-            continue
-        coefficients, intercept = fit(rows, right)
-        print(json.dumps({name: [intercept, *coefficients.round(3).tolist()]}))
+    fitted = fit_all(found)
+    if not fitted:
+        print("only one kind, nothing to fit; more --photos or --false")
+    for name, numbers in fitted.items():
+        print(f'    "{name}": ({", ".join(f"{number:.2f}" for number in numbers)}),')
 
 
 def parse_arguments(argv=None):
@@ -177,9 +211,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
     parser.add_argument("--matcher_weights", help="folder with the matcher's published files")
     parser.add_argument("--photos", type=positive, default=150)
-    parser.add_argument("--false", type=positive, default=4, help="false candidates a photo; there is one true one")
-    parser.add_argument("--every_month", type=positive, default=3, help="of the months, take every so many")
-    parser.add_argument("--keep", help="folder in which the features are kept as they come")
+    parser.add_argument("--false", type=positive, default=3, help="false candidates a photo; there is one true one")
+    parser.add_argument("--every_month", type=positive, default=6, help="of the months, take every so many")
+    parser.add_argument("--keep", help="folder in which the features are kept as they come; a second run goes on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -15,6 +15,7 @@ import numpy as np
 import shapely
 import torch
 
+from retrieval.pose import footprint_by_pose
 from utils import geo
 
 SIDE = 512  # pixels: the longer side of a photo as it is matched, and a candidate's
@@ -30,8 +31,8 @@ FEW = 20  # inliers: with fewer, other turns are tried
 TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180, 135, -135), 3))
 START_POINTS = 1024  # of a picture in the first matching: half as many take LightGlue a quarter of the time
 CONTRAST = 2.0  # limit of the local equalisation: what is behind haze and thin clouds shows, and noise does not
-STILL = 0.01  # of the footprint's size: corners that move less have come to rest
-RESTLESS = 0.1  # of the footprint's size: what still moves so far after two rounds leads nowhere
+STILL = 0.01  # of the photo's size: ground that moves less has come to rest
+RESTLESS = 0.1  # of the photo's size: what still moves so far after two rounds leads nowhere
 THRESHOLD = 3.0  # pixels: farther from its place, a match is an outlier (EarthMatch: 3)
 
 MOST_TILES = 9  # times the candidate's area: larger is absurd (EarthMatch)
@@ -47,13 +48,15 @@ class Registration:
     """Where a photo lies, and on what that rests.
 
     footprint (4, 2): lat, lon of the photo's bottom-left, top-left, top-right, bottom-right corners, as a viewer shows
-    it; longitudes in [-180, 180). rotation: compass azimuth of the photo's up at its centre, degrees in [0, 360).
-    inliers of `matches` matches agree with it, in the last of so many rounds of refinement. spread: share of the photo
-    that the inliers' hull covers. moved: the last round's largest shift of a corner, as a share of the footprint's
-    size; inf without a round. stretch: of one side of a pixel's ground against the other; slant: of the finest scale in
-    the photo to the coarsest; both at least 1. matcher: its name. homography (3, 3): the photo's pixels, from its upper
-    left corner, to metres of Web Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in its pixels
-    and ground_points (inliers, 2) lat, lon: ground control points, and the ends of match lines.
+    it; longitudes in [-180, 180). By the camera's pose where the nadir is known, else by the homography. rotation:
+    compass azimuth of the photo's up at its centre, degrees in [0, 360). inliers of `matches` matches agree with it, in
+    the last of so many rounds of refinement. spread: share of the photo that the inliers' hull covers. moved: the last
+    round's largest shift of the ground under an inlier, as a share of the photo's size; inf without a round. stretch:
+    of one side of a pixel's ground against the other; slant: of the finest scale in the photo to the coarsest; both at
+    least 1.
+    matcher: its name. homography (3, 3): the photo's pixels, from its upper left corner, to metres of Web Mercator (x
+    may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in its pixels and ground_points (inliers, 2) lat, lon:
+    ground control points, and the ends of match lines.
     """
 
     footprint: np.ndarray
@@ -160,7 +163,7 @@ def register(
             fit, done, moved = refine(shown, starts[k], ground, rounds, area, nadir)
             if fit is None and confirm:
                 continue
-            same = as_registration(shown, fit or starts[k], done, moved)
+            same = as_registration(shown, fit or starts[k], done, moved, nadir)
             found.append((fit or starts[k], same))
         results[k] = same
     return results
@@ -204,7 +207,7 @@ def refine(shown, fit, ground, rounds, area, nadir):
         new = fit_homography(here, there, to_ground)
         if new is None or not is_plausible(new, shown.size, area, nadir):
             return None, done, np.inf
-        moved = shift(fit, new, shown.size)
+        moved = shift(fit, new) / np.sqrt(np.prod(shown.size))
         # A view that is worse than the last one is no reason to give that up.
         fit = new if new.inliers >= 0.8 * fit.inliers or done == 1 else fit
         if done > 1 and (moved < STILL or fit is not new):
@@ -212,7 +215,7 @@ def refine(shown, fit, ground, rounds, area, nadir):
     return (fit, done, moved) if done < 2 or moved < RESTLESS else (None, done, np.inf)
 
 
-def as_registration(shown, fit, rounds, moved):
+def as_registration(shown, fit, rounds, moved, nadir):
     homography = fit.homography @ shown.scale
     homography = homography / homography[2, 2]
     width, height = shown.size
@@ -222,6 +225,8 @@ def as_registration(shown, fit, rounds, moved):
     ground = geo.from_mercator(fit.there)
     for points in (corners, ground):
         points[:, 1] = geo.wrap_longitude(points[:, 1])
+    if nadir is not None:
+        corners = by_pose(fit, corners, ground, shown.size, nadir)
     return Registration(
         footprint=corners,
         inliers=fit.inliers,
@@ -237,6 +242,18 @@ def as_registration(shown, fit, rounds, moved):
         photo_points=fit.here / to_photo,
         ground_points=ground,
     )
+
+
+def by_pose(fit, corners, ground, size, nadir):
+    """The footprint of the camera above the nadir (see retrieval/pose.py), where it fits the inliers about as well as
+    the homography does, which has more freedom; else `corners`, the homography's."""
+    found = footprint_by_pose(fit.here, ground, size, nadir, corners)
+    if found is None:
+        return corners
+    footprint, off = found
+    back = project(np.linalg.inv(fit.homography), fit.there)
+    own = np.median(np.linalg.norm(back - fit.here, axis=1))
+    return footprint if np.median(off) < 1.3 * own + 0.3 else corners
 
 
 # ---- pictures ----
@@ -408,10 +425,12 @@ def skew(footprint, nadir, altitude_km=415.0):
     return float(np.linalg.norm(a + c - b - d) / max(np.linalg.norm(a - c), np.linalg.norm(b - d), 1e-12))
 
 
-def shift(old, new, size):
-    """Two Fits -> the largest shift of a corner, as a share of the old footprint's size."""
-    before, after = (project(fit.homography, corners_of(size)) for fit in (old, new))
-    return float(np.linalg.norm(after - before, axis=1).max() / np.sqrt(quadrilateral(before).area))
+def shift(old, new):
+    """Two Fits -> the largest shift of the ground under the new one's inliers, in the photo's pixels. The corners would
+    be no measure: far from the inliers they swing by themselves."""
+    area = np.linalg.det(jacobian(new.homography, new.here.mean(axis=0)))
+    before, after = (project(fit.homography, new.here) for fit in (old, new))
+    return np.linalg.norm(after - before, axis=1).max() / np.sqrt(abs(area))
 
 
 def same_place(sure, other, size, iou=0.6):
