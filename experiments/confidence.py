@@ -23,7 +23,7 @@ from datasets import grid
 from datasets.build.camera import Camera, footprint, ground_points, orientation
 from datasets.build.earth import RASTER_MONTH, month_ratios
 from experiments.registration import iou
-from retrieval.confidence import features
+from retrieval.confidence import FEATURES, features
 from retrieval.ground import RasterGround
 from retrieval.matching import MATCHERS, make_matcher
 from retrieval.registration import FARTHEST_KM, register, square
@@ -156,7 +156,7 @@ def kept_rows(path, photos, rows_of):
 def columns(rows):
     """-> features (N, F), right (N,), true (N,)."""
     found, right, true = zip(*rows) if rows else ([], [], [])
-    return np.array(found).reshape(len(rows), -1), np.array(right, dtype=bool), np.array(true, dtype=bool)
+    return np.array(found).reshape(-1, len(FEATURES)), np.array(right, dtype=bool), np.array(true, dtype=bool)
 
 
 def fit(rows, right, strength=1.0):
