@@ -9,7 +9,7 @@ import torch
 from datasets import grid
 from datasets.build.camera import Camera, footprint, project
 from datasets.overlap import share_ground
-from experiments.confidence import SIZE, draw_camera, draw_candidates, fit, render
+from experiments.confidence import SIZE, draw_camera, draw_candidates, fit, fit_all, kept_rows, render
 from experiments.registration import iou, sides_ratio
 from retrieval.confidence import COEFFICIENTS, FEATURES, VERIFIED, features, probability
 from retrieval.matching import MATCHERS
@@ -58,6 +58,35 @@ def test_fitting_separates_what_is_right():
     coefficients, intercept = fit(rows, right)
     chance = 1 / (1 + np.exp(-(rows @ coefficients + intercept)))
     assert ((chance > 0.5) == right).mean() > 0.9 and coefficients[:2].min() > 4 * np.abs(coefficients[2:]).max()
+
+
+def test_each_matchers_right_ones_are_set_against_all_wrong_ones():
+    rng = np.random.default_rng(0)
+    good, fair, bad = (rng.normal(level, 0.3, (60, 4)) for level in (3, 1, 0))
+    fitted = fit_all({"a": (np.concatenate([good, bad]), np.arange(120) < 60), "b": (fair, np.ones(60, dtype=bool))})
+    assert set(fitted) == {"a", "b"}
+    for name, rows in (("a", good), ("b", fair)):
+        coefficients, intercept = fit(np.concatenate([rows, bad]), np.arange(120) < 60)
+        np.testing.assert_allclose(fitted[name], [intercept, *coefficients])
+    assert fit_all({"b": (fair, np.ones(60, dtype=bool))}) == {}
+
+
+def test_a_fit_goes_on_where_it_stopped(tmp_path):
+    asked = []
+
+    def rows_of(photos):
+        for number in photos:
+            asked.append(number)
+            yield [(np.full(4, number + share), number % 2 == 0, True) for share in (0.0, 0.5)][: number % 3]
+
+    path = tmp_path / "kept" / "xfeat.npz"
+    kept_rows(path, 3, rows_of)
+    features, right, true = kept_rows(path, 7, rows_of)
+    assert asked == list(range(7))
+    assert features[:, 0].tolist() == [1, 2, 2.5, 4, 5, 5.5] and features.shape == (6, 4)
+    assert right.tolist() == [False, True, True, True, False, False] and true.all()
+    np.testing.assert_array_equal(kept_rows(None, 7, rows_of)[0], features)
+    assert kept_rows(None, 1, rows_of)[0].shape == (0, 4)
 
 
 class Stripes:
