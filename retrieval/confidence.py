@@ -11,7 +11,7 @@ import numpy as np
 # A place is given to the user as sure from here on. False places that pass the geometry have up to some 20 inliers.
 VERIFIED = 0.99
 
-FEATURES = ("inliers", "ratio", "spread", "bent")
+FEATURES = ("inliers", "spread", "bent")
 # matcher: intercept, and a coefficient a feature.
 COEFFICIENTS = {
     "sift": (2.0, 1.0, 1.0, 1.0, -1.0),
@@ -22,11 +22,10 @@ COEFFICIENTS = {
 
 
 def features(registration) -> np.ndarray:
-    """Registration -> (4,) float64: logarithms of the inliers, of their share of the matches, of the share of the photo
-    that they cover, and of how far the footprint is from a photo straight from above: stretch times slant."""
+    """Registration -> (3,) float64: logarithms of the inliers, of the share of the photo that they cover, and of how far
+    the footprint is from a photo straight from above: stretch times slant."""
     found = registration
-    ratio = found.inliers / found.matches
-    return np.log([found.inliers, ratio, found.spread + 1e-3, found.stretch * found.slant])
+    return np.log([found.inliers, found.spread + 1e-3, found.stretch * found.slant])
 
 
 def probability(registration) -> float:
