@@ -7,6 +7,9 @@ and behind haze, exposed anew. Each is registered on candidates that show its gr
 registration is right where its footprint's IoU with the camera's is above 0.5. So that there are wrong ones to learn
 from, those count, too, that registration itself would refuse because the ground drawn anew does not confirm them. No
 real photo takes part.
+
+Each fifth of the photos is then judged by a fit to the others: how often is what has a probability of so much right,
+and what would be verified.
 """
 
 import itertools
@@ -35,6 +38,9 @@ SIZE = 512  # pixels, as the public data set's photos: whatever the camera's asp
 WIDTHS_KM = (60, 500)  # of a photo, at its middle
 REGION_SHARE = (0.7, 3)  # a candidate's side, of the photo's
 TURNS = (((0,), None),)  # the quarter is right: what other turns would find is found in the same way
+FOLDS = 5
+BINS = (0, 0.1, 0.5, 0.9, 1)  # of the probabilities, in which their reliability is told
+LEVELS = (0.5, 0.9, 0.95, 0.99)  # from which a place may count as verified
 SEA = 0.1  # share of the photos that may show no land
 
 
@@ -138,8 +144,9 @@ def collect(photos, false, matcher, ground, ratios, seed):
 
 
 def kept_rows(path, photos, rows_of):
-    """-> features (N, F), right (N,), true (N,) of so many photos: of the first ones out of the file, if there is one,
-    into which all go as they come, so that a second run goes on. rows_of: numbers of photos -> the rows of each."""
+    """-> features (N, F), right (N,), true (N,), and of how many photos: those in the file, if there is one, and what
+    lacks of so many. They go there as they come, so that a second run goes on. rows_of: numbers of photos -> the rows
+    of each."""
     rows, there = [], 0
     if path is not None and path.is_file():
         with np.load(path) as kept:
@@ -150,7 +157,7 @@ def kept_rows(path, photos, rows_of):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 np.savez(file, **dict(zip(("features", "right", "true"), columns(rows))), photos=done)
-    return columns(rows)
+    return *columns(rows), max(there, photos)
 
 
 def columns(rows):
@@ -181,26 +188,60 @@ def fit_all(found):
     return fitted
 
 
+def held_back(found):
+    """{matcher: (features, right)}, in the order of the photos -> {matcher: (probabilities (N,), right (N,) bool)}: its
+    right ones and the wrong ones of all, each fold by a fit to the other folds."""
+    chances = {name: [] for name in found}
+    folds = {name: np.arange(len(right)) * FOLDS // max(len(right), 1) for name, (_, right) in found.items()}
+    for fold in range(FOLDS):
+        rest = {name: (rows[folds[name] != fold], right[folds[name] != fold]) for name, (rows, right) in found.items()}
+        for name, (intercept, *coefficients) in fit_all(rest).items():
+            for each, (rows, right) in found.items():
+                taken = (folds[each] == fold) & (~right | (each == name))
+                chance = 1 / (1 + np.exp(-(intercept + rows[taken] @ coefficients)))
+                chances[name] += zip(chance, right[taken])
+    told = {name: np.array(each).T for name, each in chances.items() if each}
+    return {name: (chance, right > 0) for name, (chance, right) in told.items()}
+
+
+def reliability(chance, right, tried):
+    """Probabilities (N,) and what is right (N,), of so many false candidates -> lines. Both kinds weigh the same, as in
+    the fit."""
+    weights = np.where(right, 0.5 / max(right.sum(), 1), 0.5 / max((~right).sum(), 1))
+    lines = [f"  Brier score {np.sum(weights * (chance - right) ** 2):.4f} (0.25: says nothing)"]
+    for low, high in itertools.pairwise(BINS):
+        inside = (low <= chance) & ((chance < high) | (high == 1))
+        if inside.any():
+            said, true = (np.average(each[inside], weights=weights[inside]) for each in (chance, right))
+            lines.append(f"  {low:g} to {high:g}: {inside.sum()} registrations, said {said:.3f}, right {true:.3f}")
+    for level in LEVELS:
+        good, bad = (chance[right] >= level).sum(), (chance[~right] >= level).sum()
+        lines.append(f"  from {level:g}: {good} of {right.sum()} right ones, {bad} wrong of {tried} false candidates")
+    return lines
+
+
 def main(args):
     ground = RasterGround(args.raster)
     months = [month for month in range(1, 13) if month != RASTER_MONTH][:: args.every_month]
     ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(args.months, months)]
-    found = {}
+    found, tried = {}, 0
     for name in args.register:
         matcher = make_matcher(name, args.matcher_weights, args.device)
 
         def rows_of(photos):
             return collect(tqdm(photos, desc=name, unit="photo"), args.false, matcher, ground, ratios, args.seed)
 
-        rows, right, true = kept_rows(args.keep and Path(args.keep) / f"{name}.npz", args.photos, rows_of)
-        found[name] = rows, right
+        rows, right, true, photos = kept_rows(args.keep and Path(args.keep) / f"{name}.npz", args.photos, rows_of)
+        found[name], tried = (rows, right), tried + photos * args.false
         print(
-            f"{name}: {true.sum()} of {args.photos} true candidates registered, {(~true).sum()} of "
-            f"{args.photos * args.false} false ones; {right.sum()} right, {(~right).sum()} wrong"
+            f"{name}: {true.sum()} of {photos} true candidates registered, {(~true).sum()} of "
+            f"{photos * args.false} false ones; {right.sum()} right, {(~right).sum()} wrong"
         )
     fitted = fit_all(found)
     if not fitted:
         print("only one kind, nothing to fit; more --photos or --false")
+    for name, (chance, right) in held_back(found).items():
+        print("\n".join([f"{name}, held back:", *reliability(chance, right, tried)]))
     for name, numbers in fitted.items():
         print(f'    "{name}": ({", ".join(f"{number:.2f}" for number in numbers)}),')
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ class Locator:
         weights: str | Path = EARTH_WEIGHTS,
         dataset_path: str | Path | None = None,
         index: str | Path | None = None,
-        register: str = "none",
+        register: str = "auto",
         matcher_weights: str | Path | None = None,
         ground: str | Path | None = None,
         descriptors: str | Path = "logs/descriptors",
@@ -146,8 +147,9 @@ class Locator:
     ) -> Locator:
         """weights: checkpoint or released weights. dataset_path: a data set's folder (its database/ is described when
         first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py; with neither, the one of
-        the whole Earth that ships with the weights. register: xfeat, aliked,
-        disk, sift or none, on the data set's images or on ground, a Web Mercator raster. settings: near_km, candidates.
+        the whole Earth that ships with the weights. register: xfeat, aliked, disk, sift or none, on the data set's
+        images or on ground, a Web Mercator raster; auto: `default_matcher` where there is one of these. settings:
+        near_km, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
@@ -155,7 +157,8 @@ class Locator:
             raise ValueError("--dataset_path and --index: give one of them, a folder with database/ or a file")
         if dataset_path is None and index is None:
             index = EARTH_INDEX
-        if register != "none" and dataset_path is None and ground is None:
+        on_ground = dataset_path is not None or ground is not None
+        if register not in ("auto", "none") and not on_ground:
             raise ValueError(
                 f"--register {register}: an index has no pictures; give --ground, a raster, or --dataset_path"
             )
@@ -164,11 +167,13 @@ class Locator:
         model = load_model(weights)
         fingerprint = weights_fingerprint(model)
         model = model.to(device).eval()
-        matcher = None
+        matcher, register = None, register if register != "auto" or on_ground else "none"
         if register != "none":
-            from retrieval.matching import make_matcher
+            from retrieval.matching import default_matcher, make_matcher
 
-            matcher = make_matcher(register, matcher_weights, device)
+            make = default_matcher if register == "auto" else partial(make_matcher, register)
+            matcher = make(matcher_weights, device)
+            register = matcher.name
         common = dict(batch_size=batch_size, num_workers=num_workers, device=device, precision=precision)
         if index is not None:
             from retrieval.earth_index import EarthIndex

@@ -291,3 +291,12 @@ def make_matcher(name: str, weights: str | Path | None = None, device: str | tor
     if name not in MATCHERS:
         raise ValueError(f"--register {name}: no such matcher; choose one of {', '.join(MATCHERS)}")
     return MATCHERS[name](weights, device)
+
+
+def default_matcher(weights: str | Path | None = None, device: str | torch.device = "cpu") -> Matcher:
+    """XFeat, or SIFT where XFeat's weights cannot be had: a line in the log says so. Arguments as of `make_matcher`."""
+    try:
+        return make_matcher("xfeat", weights, device)
+    except RuntimeError as error:
+        logging.warning(f"{error}; going on with sift")
+        return make_matcher("sift")

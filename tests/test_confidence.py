@@ -9,7 +9,17 @@ import torch
 from datasets import grid
 from datasets.build.camera import Camera, footprint, project
 from datasets.overlap import share_ground
-from experiments.confidence import SIZE, draw_camera, draw_candidates, fit, fit_all, kept_rows, render
+from experiments.confidence import (
+    SIZE,
+    draw_camera,
+    draw_candidates,
+    fit,
+    fit_all,
+    held_back,
+    kept_rows,
+    reliability,
+    render,
+)
 from experiments.registration import iou, sides_ratio
 from retrieval.confidence import COEFFICIENTS, FEATURES, VERIFIED, features, probability
 from retrieval.matching import MATCHERS
@@ -73,6 +83,41 @@ def test_each_matchers_right_ones_are_set_against_all_wrong_ones():
     assert fit_all({"b": (fair, np.ones(60, dtype=bool))}) == {}
 
 
+def test_each_fold_is_judged_by_a_fit_to_the_others(monkeypatch):
+    monkeypatch.setattr("experiments.confidence.FOLDS", 4)
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in "ab":
+        right = rng.uniform(size=40) < 0.5
+        found[name] = rng.normal(size=(40, 3)) + right[:, None], right
+    judged = held_back(found)
+    for name in "ab":
+        expected = []
+        for fold in range(4):
+            inside = np.arange(40) // 10 == fold
+            rest = fit_all({each: (rows[~inside], right[~inside]) for each, (rows, right) in found.items()})[name]
+            for each, (rows, right) in found.items():
+                for row, good in zip(rows[inside], right[inside]):
+                    if each == name or not good:
+                        expected.append((1 / (1 + np.exp(-rest[0] - row @ rest[1:])), good))
+        np.testing.assert_allclose(sorted(zip(*judged[name])), sorted(expected))
+
+
+def test_reliability_counts_both_kinds_alike():
+    chance, right = np.array([0.95, 0.6, 0.7, 0.95, 0.02, 0.0]), np.array([1, 1, 0, 0, 0, 0], dtype=bool)
+    brier = ((0.05**2 + 0.4**2) / 2 + (0.7**2 + 0.95**2 + 0.02**2) / 4) / 2
+    lines = reliability(chance, right, 500)
+    assert f"Brier score {brier:.4f}" in lines[0]
+    # A right one weighs 1/4, a wrong one 1/8.
+    assert "0 to 0.1: 2 registrations, said 0.010, right 0.000" in lines[1]
+    assert f"0.5 to 0.9: 2 registrations, said {(0.6 * 2 + 0.7) / 3:.3f}, right {2 / 3:.3f}" in lines[2]
+    assert "0.9 to 1: 2 registrations, said 0.950" in lines[3]
+    assert [line.strip() for line in lines[4:6]] == [
+        "from 0.5: 2 of 2 right ones, 2 wrong of 500 false candidates",
+        "from 0.9: 1 of 2 right ones, 1 wrong of 500 false candidates",
+    ]
+
+
 def test_a_fit_goes_on_where_it_stopped(tmp_path):
     asked = []
 
@@ -83,7 +128,8 @@ def test_a_fit_goes_on_where_it_stopped(tmp_path):
 
     path = tmp_path / "kept" / "xfeat.npz"
     kept_rows(path, 3, rows_of)
-    features, right, true = kept_rows(path, 7, rows_of)
+    features, right, true, photos = kept_rows(path, 7, rows_of)
+    assert photos == 7 == kept_rows(path, 5, rows_of)[3]
     assert asked == list(range(7))
     assert features[:, 0].tolist() == [1, 2, 2.5, 4, 5, 5.5] and features.shape == (6, 3)
     assert right.tolist() == [False, True, True, True, False, False] and true.all()
