@@ -14,7 +14,14 @@ Each fifth of the photos judged by a fit to the others: what is said to be right
 and no wrong one of 1,035 false candidates; from 0.5 on there would be one.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from retrieval.registration import Registration
 
 VERIFIED = 0.9  # a place is given to the user as sure from here on: fewer than 1 in 1,000 false candidates get there
 
@@ -24,14 +31,14 @@ COEFFICIENTS = {"sift": (-5.03, 3.07, 0.53, -2.43), "xfeat": (-3.13, 2.03, 0.72,
 COEFFICIENTS |= {"aliked": COEFFICIENTS["xfeat"], "disk": COEFFICIENTS["xfeat"]}
 
 
-def features(registration) -> np.ndarray:
+def features(registration: Registration) -> np.ndarray:
     """Registration -> (3,) float64: logarithms of the inliers, of the share of the photo that they cover, and of how
     far the footprint is from a photo straight from above: stretch times slant."""
     found = registration
     return np.log([found.inliers, found.spread + 1e-3, found.stretch * found.slant])
 
 
-def probability(registration) -> float:
+def probability(registration: Registration | None) -> float:
     """Registration, or None -> the probability in [0, 1] that the photo was taken there; 0 where there is none."""
     if registration is None:
         return 0.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from retrieval.database import Dataset, Index, Places, search_near
 from retrieval.describe import describe_in_order
 from utils import geo
 from utils.precision import default_precision, require_device
+
+if TYPE_CHECKING:
+    from retrieval.matching import Matcher
+    from retrieval.store import DescriptorFile
 
 # A place's properties, and their types; more follow where a table of nadirs has further columns.
 COLUMNS = {
@@ -109,7 +114,7 @@ class Locator:
         self,
         model: torch.nn.Module,
         places: Places,
-        matcher=None,
+        matcher: Matcher | None = None,
         register: str = "none",
         near_km: float = 2500,
         candidates: int = 10,
@@ -117,7 +122,7 @@ class Locator:
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
-    ):
+    ) -> None:
         """matcher: what `make_matcher(register)` gives; candidates: so many of the best are registered."""
         self.model, self.places, self.matcher, self.register = model, places, matcher, register
         self.near_km, self.candidates = near_km, candidates
@@ -212,7 +217,7 @@ class Locator:
         return [answer.places for answer in answers]
 
     def stream(
-        self, images: Sequence, nadir_of: Callable[[int], Nadir], top_k: int = 3, kept=None
+        self, images: Sequence, nadir_of: Callable[[int], Nadir], top_k: int = 3, kept: DescriptorFile | None = None
     ) -> Iterator[list[Answer]]:
         """images: paths, or uint8 tensors (3, H, W). nadir_of: number of an image -> its Nadir. kept: a file for the
         photos' descriptors (`kept_descriptors`). Yields the answers of a batch, or where photos are registered of one
@@ -233,7 +238,15 @@ class Locator:
             # Registration takes most of a second a photo: what is done is not held back.
             yield from ([list(answers)] if self.matcher is None else ([answer] for answer in answers))
 
-    def _answer(self, image, number, nadir, found, error, top_k):
+    def _answer(
+        self,
+        image: str | Path | torch.Tensor,
+        number: int,
+        nadir: Nadir,
+        found: tuple | None,
+        error: str | None,
+        top_k: int,
+    ):
         name = number if torch.is_tensor(image) else os.fspath(image)
         if error is not None:
             return Answer(name, [], nadir, error)
@@ -255,7 +268,7 @@ class Locator:
         places = [self._place(name, rank, candidates[k], registered[k], nadir) for rank, k in enumerate(order, 1)]
         return Answer(name, places, nadir)
 
-    def _register(self, image, candidates, nadir):
+    def _register(self, image: str | Path | torch.Tensor, candidates: list[tuple], nadir: Nadir):
         """-> for each candidate (score, row, rotation): (Registration, probability), or None."""
         from retrieval.confidence import probability
         from retrieval.registration import register
@@ -265,7 +278,7 @@ class Locator:
         found = register(photo, tried, self.places.ground, self.matcher, nadir=nadir.point)
         return [None if each is None else (each, float(probability(each))) for each in found]
 
-    def _place(self, name, rank, candidate, registered, nadir):
+    def _place(self, name: str | int, rank: int, candidate: tuple, registered: tuple | None, nadir: Nadir):
         score, row, rotation = candidate
         footprint, area = turn_footprint(self.places.footprints[row], rotation), int(self.places.areas[row])
         registration, inliers, probability, verified = None, 0, None if self.matcher is None else 0.0, False
@@ -319,7 +332,7 @@ def own_columns(columns: dict) -> dict:
     return {f"table_{name}" if name in COLUMNS else name: value for name, value in columns.items()}
 
 
-def as_pixels(image) -> torch.Tensor:
+def as_pixels(image: Image.Image | torch.Tensor | np.ndarray) -> torch.Tensor:
     """PIL image, or uint8 tensor or array (3, H, W) or (H, W, 3) -> uint8 tensor (3, H, W). ValueError at others."""
     if isinstance(image, Image.Image):
         image = np.array(image.convert("RGB"))

@@ -18,7 +18,11 @@ ENOUGH = 12  # points
 
 
 def footprint_by_pose(
-    photo_points: np.ndarray, ground_points: np.ndarray, size, nadir, guess: np.ndarray
+    photo_points: np.ndarray,
+    ground_points: np.ndarray,
+    size: tuple[int, int],
+    nadir: tuple[float, float],
+    guess: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """photo_points (N, 2) x, y of a photo of size (width, height) pixels; ground_points (N, 2) and nadir (2,) lat, lon;
     guess (4, 2): the footprint by other means, bottom-left, top-left, top-right, bottom-right.
@@ -34,13 +38,13 @@ def footprint_by_pose(
         return None
     axes, focal = start
 
-    def camera(values):
+    def camera(values: np.ndarray):
         """values (8,): small turns, logarithms of the lens, nadir and altitude in their spreads -> its parts."""
         place = np.asarray(nadir) + values[5:7] * NADIR_SPREAD_DEGREES
         height = ALTITUDE_KM + values[7] * ALTITUDE_SPREAD_KM
         return position(place, height), Rotation.from_rotvec(values[:3]).as_matrix() @ axes, focal * np.exp(values[3:5])
 
-    def residuals(values):
+    def residuals(values: np.ndarray):
         away = see(ground, size, *camera(values)) - photo_points
         return np.concatenate([away.ravel(), values[5:]])
 
@@ -52,12 +56,12 @@ def footprint_by_pose(
     return footprint, np.linalg.norm(see(ground, size, *camera(found.x)) - photo_points, axis=1)
 
 
-def position(nadir, altitude_km):
+def position(nadir: tuple[float, float], altitude_km: float) -> np.ndarray:
     """-> (3,) in Earth radii."""
     return geo.to_unit_vectors(nadir) * (1 + altitude_km / geo.EARTH_RADIUS_KM)
 
 
-def first_guess(corners, place, size):
+def first_guess(corners: np.ndarray, place: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
     """Corners (4, 3) on the unit sphere -> axes (3, 3), rows right, down, forward, and focal lengths (2,), pixels."""
     rays = corners - place
     rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)
@@ -73,13 +77,17 @@ def first_guess(corners, place, size):
     return np.stack([right, np.cross(forward, right), forward]), focal
 
 
-def see(ground, size, place, axes, focal):
+def see(
+    ground: np.ndarray, size: tuple[int, int], place: np.ndarray, axes: np.ndarray, focal: np.ndarray
+) -> np.ndarray:
     """Points (N, 3) on the unit sphere -> (N, 2) x, y in the photo's pixels."""
     x, y, depth = axes @ (ground - place).T
     return np.stack([x, y], axis=1) / np.maximum(depth, 1e-6)[:, None] * focal + np.array(size) / 2
 
 
-def hit(points, size, place, axes, focal):
+def hit(
+    points: np.ndarray, size: tuple[int, int], place: np.ndarray, axes: np.ndarray, focal: np.ndarray
+) -> np.ndarray:
     """(N, 2) pixels -> (N, 2) lat, lon of the ground seen there; NaN where the ray misses the Earth."""
     rays = np.concatenate([(points - np.array(size) / 2) / focal, np.ones((len(points), 1))], axis=1) @ axes
     a, b, c = (rays**2).sum(axis=1), rays @ place, place @ place - 1
