@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from retrieval.locator import EARTH_WEIGHTS
+from datasets.nadirs import Nadir, read_nadirs
+from retrieval.database import Dataset
+from retrieval.locator import EARTH_WEIGHTS, Locator
 from utils import geo
 from utils.arguments import make_parser, positive, run
-from utils.mercator import bounds, to_mercator
+from utils.mercator import bounds
 from utils.precision import PRECISIONS
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -68,7 +70,7 @@ def main(args):
     make_locate = lambda: load(args.resume, args.top_k, args.tle, **{name: getattr(args, name) for name in names})
     with tempfile.TemporaryDirectory(prefix="earthloc_") as folder:
         desk = Desk(Path(folder) / "photos", make_locate, args.max_photos)
-        app = make_app(desk, hosts, int(args.max_mb * 1e6), open_ground(args.ground))
+        app = make_app(desk, hosts, int(args.max_mb * 1e6), open_ground(args.ground), args.near_km)
         shown = f"[{args.host}]" if ":" in args.host else args.host
         logging.info(f"http://{shown}:{args.port}   (Ctrl-C stops it)")
         if args.open:
@@ -105,9 +107,6 @@ def open_ground(file: str | None):
 
 def load(weights: str, top_k: int, tle: str | None, **settings) -> tuple[Callable, str]:
     """-> what web.desk calls for each photo, and a line that tells what it searches."""
-    from datasets.nadirs import Nadir, read_nadirs
-    from retrieval.locator import Locator
-
     locator = Locator.from_files(weights, **settings)
     nadirs = read_nadirs(None, None, tle, [])
 
@@ -121,13 +120,14 @@ def load(weights: str, top_k: int, tle: str | None, **settings) -> tuple[Callabl
 
 
 def as_found(places, place):
-    """A Place of retrieval/locator.py -> as the page needs it. Without an image, its ground is shown."""
+    """A Place of retrieval/locator.py -> as the page needs it. An index has no images: its ground is shown."""
     from web.desk import Found
 
     footprint = places.footprints[place.row]
-    picture = places.picture(place.row, PICTURE_SIDE)
-    if picture is None and places.ground is not None:
-        picture = places.ground(bounds(to_mercator(geo.unwrap_footprints(footprint))), PICTURE_SIDE)
+    if isinstance(places, Dataset) or places.ground is None:
+        picture = places.picture(place.row, PICTURE_SIDE)
+    else:
+        picture = places.ground(bounds(geo.to_mercator(geo.unwrap_footprints(footprint))), PICTURE_SIDE)
     if picture is None:
         return Found(place.as_dict(), place.footprint)
     return Found(place.as_dict(), place.footprint, picture.numpy(), footprint)

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,11 @@ from rasterio.warp import transform
 
 import app
 from datasets import images
+from datasets.sets import read_database
+from models.config import ModelConfig
+from models.earthloc import build_model
 from utils import geo
+from utils.checkpoint import save_checkpoint
 from web import server
 from web.desk import Desk, Found
 
@@ -371,7 +376,12 @@ def test_a_finer_map_is_shown_where_there_is_one(fake, tmp_path):
         east, west = (
             np.asarray(Image.open(io.BytesIO(client.get(f"/tiles/8/{x}/100.jpg").content))) for x in (130, 20)
         )
-        assert client.get("/api/about").json()["max_zoom"] == 10 and client.get("/tiles/11/0/0.jpg").status_code == 404
+        client.get("/tiles/4/8/6.jpg")  # would read a sixteenth of the raster
+        assert (
+            len(asked) == 2
+            and client.get("/api/about").json()["max_zoom"] == 10
+            and client.get("/tiles/11/0/0.jpg").status_code == 404
+        )
     assert (east == 77).all() and west.std() > 0
     (left, right), (top, bottom) = ([n / 256 * 360 - 180 for n in (130, 131)], (100, 101))
     x, _ = transform("EPSG:4326", "EPSG:3857", [left, right], [0, 0])
@@ -381,7 +391,7 @@ def test_a_finer_map_is_shown_where_there_is_one(fake, tmp_path):
 
 
 def test_it_listens_to_this_machine_unless_told_who_may_ask():
-    assert app.parse_arguments(["--resume", "x"]).host == "127.0.0.1"
+    assert app.parse_arguments([]).host == "127.0.0.1"
     for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
         assert app.is_loopback(host)
         assert app.allowed_hosts(host, 8000, []) == {"127.0.0.1:8000", "localhost:8000", "[::1]:8000"}
@@ -390,3 +400,28 @@ def test_it_listens_to_this_machine_unless_told_who_may_ask():
             app.allowed_hosts(host, 8000, [])
     assert "Lab.local:80".lower() in app.allowed_hosts("0.0.0.0", 80, ["Lab.local"])
     assert "lab.local" in app.allowed_hosts("0.0.0.0", 80, ["Lab.local"])
+
+
+def test_the_real_locator_answers_the_page(world, tmp_path, monkeypatch):
+    """A database image comes back at its own place, with its picture."""
+    torch.manual_seed(0)
+    config = ModelConfig("resnet18", cut_after="layer1", aggregator="gem", descriptor_dim=32, image_size=32)
+    model = build_model(config, "none")
+    save_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
+    monkeypatch.chdir(tmp_path)
+    settings = dict(dataset_path=str(world.path), near_km=500, descriptors="kept", device="cpu", register="none")
+    desk = Desk(tmp_path / "desk", lambda: app.load(str(tmp_path / "best.pt"), 2, None, **settings), max_photos=3)
+    database = read_database(world.path)
+    row = len(database) // 2
+    content, (lat, lon) = (world.path / database.paths[row]).read_bytes(), database.centers[row].tolist()
+    with TestClient(server.make_app(desk, {HOST}, LIMIT), f"http://{HOST}") as client:
+        photo = located(client, desk, content=content, lat=lat, lon=lon)
+        assert client.get("/api/about").json()["text"] == f"{len(database)} places, not registered"
+        assert photo["state"] == "done" and len(photo["places"]) == 2
+        first = photo["places"][0]
+        assert first["database_image"] == database.paths[row] and first["picture"]
+        assert first["footprint"] == first["picture_footprint"] == database.footprints[row].tolist()
+        assert not first["verified"] and first["probability"] is None
+        far = located(client, desk, content=content, lat=-45, lon=170)
+        assert far["state"] == "failed" and "500 km" in far["error"] and str(desk.folder) not in far["error"]
+        assert client.get(f"/api/photos/{photo['id']}/export/zip").status_code == 200

@@ -21,7 +21,7 @@ from shapely.geometry import Polygon, shape
 from retrieval.exports import EXPORTS, cog, export_photo, geojson, geoparquet, geotiff, kmz, report, stac
 from retrieval.exports.warp import native_grid, warp
 from utils import geo
-from utils.mercator import to_mercator
+from utils.geo import to_mercator
 
 # Bottom left, top left, top right, bottom right of a photo whose up is about east; perspective included.
 CORNERS = np.array([(45.4, 7.0), (45.5, 8.2), (44.7, 8.6), (44.9, 7.1)])

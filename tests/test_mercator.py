@@ -5,7 +5,8 @@ import pytest
 from rasterio.warp import transform
 
 from utils import geo
-from utils.mercator import apply, from_mercator, homography, photo_to_ground, require_view, to_mercator
+from utils.geo import from_mercator, to_mercator
+from utils.mercator import apply, homography, photo_to_ground, require_view
 
 VIEW = np.array([(10.0, 20.0), (11.0, 20.1), (11.1, 21.4), (10.2, 21.0)])
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from utils import figures
-from utils.mercator import from_mercator
+from utils.geo import from_mercator
 
 BLUE_MARBLE = Path(__file__).resolve().parent.parent / "datasets" / "build" / "blue_marble"
 BACKGROUND, FINE = BLUE_MARBLE / "bmng_august_2048.jpg", BLUE_MARBLE / "bmng_5400.jpg"

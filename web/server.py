@@ -6,7 +6,6 @@ Origin are checked, there is no CORS, and uploads are a raw body of limited size
 
 import asyncio
 import json
-import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,14 +20,18 @@ from fastapi.staticfiles import StaticFiles
 from starlette.background import BackgroundTask
 
 from retrieval.exports.kmz import to_jpeg
-from utils.mercator import RADIUS_M
+from utils.geo import MERCATOR_HALF
 from utils.world_map import mercator_view
 from web.desk import Busy, Desk, Photo, Unknown
 
 STATIC = Path(__file__).parent / "static"
 MAX_JSON = 100_000  # bytes
 TILE = 256  # pixels
-MAX_ZOOM, FINE_ZOOM = 6, 10  # 2.4 km a pixel, finer than the Blue Marble that ships; 150 m a pixel
+COARSE, MAX_ZOOM, FINE_ZOOM = (
+    5,
+    6,
+    10,
+)  # 4.9 km a pixel; 2.4 km a pixel, finer than the Blue Marble that ships; 150 m a pixel
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'; object-src 'none'",
@@ -39,12 +42,20 @@ HEADERS = {
 }
 
 
-def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | None = None) -> FastAPI:
+def make_app(
+    desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | None = None, near_km: float = 2500
+) -> FastAPI:
     """desk: not yet started; it lives as long as the app. hosts: what a request's Host may be, with its port.
     max_bytes: of an upload. ground: of retrieval/ground.py, a finer map than the one that ships; it is asked by one
-    thread at a time."""
+    thread at a time, and from zoom COARSE on: wider tiles would read much of it. near_km: shown around nadirs."""
     max_zoom = MAX_ZOOM if ground is None else FINE_ZOOM
     drawing = threading.Lock()
+
+    @lru_cache(maxsize=2048)
+    def ground_tile(zoom, x, y):
+        with drawing:
+            pixels = ground(tile_box(zoom, x, y), TILE)
+        return None if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
 
     @asynccontextmanager
     async def lifespan(_):
@@ -79,16 +90,14 @@ def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | Non
     def tile(zoom: int, x: int, y: int):
         if not (0 <= zoom <= max_zoom and 0 <= x < 2**zoom and 0 <= y < 2**zoom):
             raise HTTPException(404, "no such tile")
-        pixels = None
-        if ground is not None:
-            with drawing:
-                pixels = ground(tile_box(zoom, x, y), TILE)
-        content = blue_marble(zoom, x, y) if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
-        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"})
+        content = ground_tile(zoom, x, y) if ground is not None and zoom >= COARSE else None
+        return Response(
+            content or blue_marble(zoom, x, y), media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"}
+        )
 
     @app.get("/api/about")
     async def tell():
-        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom}
+        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom, "near_km": near_km}
 
     @app.get("/api/photos")
     async def photos():
@@ -193,7 +202,7 @@ async def read_json(request: Request) -> dict:
 
 def tile_box(zoom: int, x: int, y: int) -> tuple[float, float, float, float]:
     """-> west, south, east, north in metres of Web Mercator."""
-    edge, side = math.pi * RADIUS_M, 2 * math.pi * RADIUS_M / 2**zoom
+    edge, side = MERCATOR_HALF, 2 * MERCATOR_HALF / 2**zoom
     return x * side - edge, edge - (y + 1) * side, (x + 1) * side - edge, edge - y * side
 
 

@@ -15,7 +15,8 @@ from retrieval.exports.kmz import to_jpeg
 from retrieval.exports.warp import warp
 from utils import geo
 from utils.files import printable, replacing
-from utils.mercator import bounds, require_view, to_mercator
+from utils.geo import from_mercator, to_mercator
+from utils.mercator import bounds, require_view
 from utils.world_map import candidates_map, mercator_view
 
 MAP_SIDE, PHOTO_SIDE, CARD_SIDE = 720, 1440, 480  # pixels
@@ -110,7 +111,7 @@ def map_layers(photo: np.ndarray, footprint, picture=None, picture_footprint=Non
     ground = mercator_view(box, side, side)
     if picture is not None and picture_footprint is not None:
         square = geo.unwrap_footprints(geo.ring(picture_footprint)[[0, 3, 2, 1]])
-        square[:, 1] += np.round((np.degrees(x / 6378137.0) - square[:, 1].mean()) / 360) * 360
+        square[:, 1] += np.round((from_mercator([x, y])[1] - square[:, 1].mean()) / 360) * 360
         there = warp(np.moveaxis(np.asarray(picture), 0, -1), square, box, side, side)
         share = there[..., 3:] / 255.0
         ground = np.rint(ground * (1 - share) + there[..., :3] * share).astype(np.uint8)
@@ -140,7 +141,7 @@ def _card(place, footprint, picture):
     if picture is None:
         shown = f'<img alt="map" src="{_jpeg(_outline_picture(footprint), CARD_SIDE)}">'
     else:
-        turned = torch.rot90(torch.as_tensor(picture), round(place.get("rotation") or 0) // 90, (1, 2))
+        turned = torch.rot90(torch.as_tensor(picture), round((place.get("rotation") or 0) / 90), (1, 2))
         shown = f'<img alt="candidate" src="{_jpeg(turned.permute(1, 2, 0).numpy(), CARD_SIDE)}">'
     return f"<figure>{shown}<figcaption><b>{place.get('rank', '')}</b> · {_place(place)}</figcaption></figure>"
 
@@ -160,7 +161,7 @@ def _outline_picture(footprint, side=CARD_SIDE):
 
 def _match_figure(photo, picture, pairs, place):
     """The photo, the picture turned like it, and a line for each match."""
-    quarters = round(place.get("rotation") or 0) // 90 % 4
+    quarters = round((place.get("rotation") or 0) / 90) % 4
     turned = torch.rot90(torch.as_tensor(picture), quarters, (1, 2)).permute(1, 2, 0).numpy()
     ours, theirs = (np.asarray(points, dtype=np.float64) for points in pairs)
     for _ in range(quarters):  # counter-clockwise: what was at the right is at the top

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from utils.mercator import apply, bounds, photo_to_ground, require_view, to_mercator
+from utils.geo import to_mercator
+from utils.mercator import apply, bounds, photo_to_ground, require_view
 
 MAX_SIDE = 8192  # pixels of a warped photo; beyond, it comes out coarser
 
