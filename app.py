@@ -6,6 +6,7 @@ local. Uploaded photos are removed when it stops (Ctrl-C).
 
 import ipaddress
 import logging
+import os
 import tempfile
 import webbrowser
 from collections.abc import Callable
@@ -40,6 +41,12 @@ def parse_arguments(argv=None):
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
     add("--descriptors", default="logs/descriptors", help="folder where descriptors are kept")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--threads",
+        type=positive,
+        default=max(1, (os.cpu_count() or 1) - 1),
+        help="of the network; the rest is the page's",
+    )
     add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen at. There is no password: whoever reaches it can use it")
@@ -67,7 +74,9 @@ def main(args):
     logging.basicConfig(level=logging.INFO, format="%(asctime)s   %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     hosts = allowed_hosts(args.host, args.port, args.allowed_hosts)
     names = "dataset_path index register matcher_weights ground near_km candidates descriptors device precision".split()
-    make_locate = lambda: load(args.resume, args.top_k, args.tle, **{name: getattr(args, name) for name in names})
+    make_locate = lambda: load(
+        args.resume, args.top_k, args.tle, args.threads, **{name: getattr(args, name) for name in names}
+    )
     with tempfile.TemporaryDirectory(prefix="earthloc_") as folder:
         desk = Desk(Path(folder) / "photos", make_locate, args.max_photos)
         app = make_app(desk, hosts, int(args.max_mb * 1e6), open_ground(args.ground), args.near_km)
@@ -105,8 +114,10 @@ def open_ground(file: str | None):
     return RasterGround(file)
 
 
-def load(weights: str, top_k: int, tle: str | None, **settings) -> tuple[Callable, str]:
+def load(weights: str, top_k: int, tle: str | None, threads: int, **settings) -> tuple[Callable, str]:
     """-> what web.desk calls for each photo, and a line that tells what it searches."""
+    # Of the thread that calls this. Where all cores wait for each other, one that draws the page stops them all.
+    torch.set_num_threads(threads)
     locator = Locator.from_files(weights, **settings)
     nadirs = read_nadirs(None, None, tle, [])
 

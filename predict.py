@@ -27,6 +27,7 @@ from datasets.images import read_image
 from datasets.nadirs import read_nadirs
 from retrieval.archive import Archive, merge, parse_shard, read_places, shard_folder, shard_rows
 from retrieval.describe import kept_descriptors, rotate
+from retrieval.exports import EXPORTS, export_photo
 from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
 from retrieval.store import model_fingerprint, tidy
 from utils import figures
@@ -69,6 +70,8 @@ def parse_arguments(argv=None):
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
     add("--ground", metavar="FILE", help="Web Mercator raster to register on; default: the images of --dataset_path")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
+
+    add("--export", nargs="+", choices=tuple(EXPORTS), default=[], help="files for each photo, in exports/")
 
     add = parser.add_argument_group("archives").add_argument
     add("--output", metavar="FOLDER", help="results go there, not to logs/; the same command again goes on")
@@ -160,6 +163,7 @@ def locate_all(locator, photos, nadirs, archive, args):
             for answers in interruptible(locator.stream(photos, nadir_of, args.top_k, kept), stop):
                 placed = [place for answer in answers for place in answer.places]
                 failures = [(answer.image, answer.why) for answer in answers if answer.why]
+                export(answers, archive.folder, args.export, args.inputs, locator.places)
                 archive.add(((place.as_dict(), place.footprint) for place in placed), failures)
                 count += len(answers) - len(failures)
                 sources.update(answer.nadir.source for answer in answers)
@@ -181,6 +185,26 @@ def locate_all(locator, photos, nadirs, archive, args):
     if sheet:
         save_picture(archive.folder / "predictions.jpg", locator.places, sheet)
     return count
+
+
+def export(answers, folder, kinds, inputs, places, size=512):
+    """Files of the kinds for each answer with places, under folder/exports as the photos lie under the inputs. Before
+    the archive takes the answers: after a kill they are made again."""
+    if not kinds:
+        return
+    folders = [each if os.path.isdir(each) else os.path.dirname(os.path.abspath(each)) for each in inputs]
+    root = os.path.commonpath(list(map(os.path.abspath, folders)))
+    for answer in answers:
+        if answer.places:
+            beside = os.path.relpath(os.path.dirname(os.path.abspath(answer.image)), root)
+            export_photo(
+                folder / "exports" / beside,
+                kinds,
+                answer.image,
+                [place.as_dict() for place in answer.places],
+                np.stack([place.footprint for place in answer.places]),
+                [places.picture(place.row, size) for place in answer.places] if "report" in kinds else [],
+            )
 
 
 def interruptible(batches, stop):

@@ -376,12 +376,10 @@ def test_a_finer_map_is_shown_where_there_is_one(fake, tmp_path):
         east, west = (
             np.asarray(Image.open(io.BytesIO(client.get(f"/tiles/8/{x}/100.jpg").content))) for x in (130, 20)
         )
-        client.get("/tiles/4/8/6.jpg")  # would read a sixteenth of the raster
-        assert (
-            len(asked) == 2
-            and client.get("/api/about").json()["max_zoom"] == 10
-            and client.get("/tiles/11/0/0.jpg").status_code == 404
-        )
+        client.get("/tiles/4/8/6.jpg")
+        assert len(asked) == 2  # that one would read a sixteenth of the raster
+        assert client.get("/api/about").json()["max_zoom"] == 10
+        assert client.get("/tiles/11/0/0.jpg").status_code == 404
     assert (east == 77).all() and west.std() > 0
     (left, right), (top, bottom) = ([n / 256 * 360 - 180 for n in (130, 131)], (100, 101))
     x, _ = transform("EPSG:4326", "EPSG:3857", [left, right], [0, 0])
@@ -410,7 +408,7 @@ def test_the_real_locator_answers_the_page(world, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
     monkeypatch.chdir(tmp_path)
     settings = dict(dataset_path=str(world.path), near_km=500, descriptors="kept", device="cpu", register="none")
-    desk = Desk(tmp_path / "desk", lambda: app.load(str(tmp_path / "best.pt"), 2, None, **settings), max_photos=3)
+    desk = Desk(tmp_path / "desk", lambda: app.load(str(tmp_path / "best.pt"), 2, None, 1, **settings), max_photos=3)
     database = read_database(world.path)
     row = len(database) // 2
     content, (lat, lon) = (world.path / database.paths[row]).read_bytes(), database.centers[row].tolist()

@@ -153,6 +153,26 @@ def test_every_feature_says_what_others_rely_on(go, world, tmp_path):
         np.testing.assert_allclose((place["latitude"], place["longitude"]), name.nadir, atol=0.02)
 
 
+def test_exports_lie_as_the_photos_do_and_one_failure_costs_nothing(go, world, tmp_path, monkeypatch):
+    database = read_database(world.path)
+    for name, row in (("a/one.jpg", 3), ("b/one.jpg", 9)):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        shutil.copy(world.path / database.paths[row], tmp_path / "in" / name)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setitem(predict.EXPORTS, "kmz", fail)
+    go(tmp_path / "in", "--export", "kmz", "geojson", "report", "--output", tmp_path / "out")
+    exports = next((tmp_path / "out").rglob("exports"))
+    found = {path.relative_to(exports).as_posix() for path in exports.rglob("*.*")}
+    assert found == {f"{folder}/one.{kind}" for folder in "ab" for kind in ("geojson", "report.html")}
+    for folder, row in (("a", 3), ("b", 9)):
+        first = json.loads((exports / folder / "one.geojson").read_text())["features"][0]["properties"]
+        assert first["database_image"] == database.paths[row] and first["rank"] == 1
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 1 + 2 * 3
+
+
 def test_near_leaves_out_what_is_far_and_describes_it_only_when_asked(go, world, capsys):
     database = read_database(world.path)
     lat, lon = database.centers[0]

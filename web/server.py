@@ -27,11 +27,8 @@ from web.desk import Busy, Desk, Photo, Unknown
 STATIC = Path(__file__).parent / "static"
 MAX_JSON = 100_000  # bytes
 TILE = 256  # pixels
-COARSE, MAX_ZOOM, FINE_ZOOM = (
-    5,
-    6,
-    10,
-)  # 4.9 km a pixel; 2.4 km a pixel, finer than the Blue Marble that ships; 150 m a pixel
+COARSE = 5  # zoom of 4.9 km a pixel
+MAX_ZOOM, FINE_ZOOM = 6, 10  # 2.4 km a pixel, finer than the Blue Marble that ships; 150 m a pixel
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'; object-src 'none'",
