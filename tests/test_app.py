@@ -1,8 +1,12 @@
 """The page's server: what it does with photos, and what it does not let others do."""
 
+import asyncio
+import errno
 import io
 import json
 import re
+import signal
+import tempfile
 import threading
 import zipfile
 from dataclasses import asdict
@@ -398,6 +402,67 @@ def test_it_listens_to_this_machine_unless_told_who_may_ask():
             app.allowed_hosts(host, 8000, [])
     assert "Lab.local:80".lower() in app.allowed_hosts("0.0.0.0", 80, ["Lab.local"])
     assert "lab.local" in app.allowed_hosts("0.0.0.0", 80, ["Lab.local"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_is_told_and_leaves_no_photo(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    there = []
+
+    def serve(*_, **__):
+        there.extend(tmp_path.glob("earthloc_*"))
+        (there[0] / "photo").write_bytes(b"x")
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("uvicorn.run", serve)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit, match=f"stopped by {number.name}"):
+            app.main(app.parse_arguments(["--device", "cpu"]))
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert len(there) == 1 and not there[0].exists()
+
+
+def test_a_full_disk_is_told_and_nothing_is_kept(client, desk, monkeypatch):
+    async def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(desk.folder))
+
+    monkeypatch.setattr(server, "receive", full)
+    response = upload(client)
+    assert response.status_code == 507 and "No space left" in response.json()["detail"]
+    assert str(desk.folder) not in response.text and list(desk.folder.iterdir()) == []
+
+
+def test_a_browser_that_goes_away_leaves_no_part_of_a_photo(client, desk):
+    """The upload's task is cancelled, as the server does; what it awaits then is given up at once."""
+    scope = dict(type="http", method="POST", path="/api/photos", raw_path=b"/api/photos", query_string=b"name=a.jpg")
+    scope |= dict(headers=[(b"host", HOST.encode())], http_version="1.1", scheme="http", server=("127.0.0.1", 8000))
+    seen = []
+
+    async def go():
+        started = asyncio.Event()
+
+        async def receive():
+            if not started.is_set():
+                started.set()
+                return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+            await asyncio.sleep(60)
+
+        async def send(message):
+            seen.append(message)
+
+        task = asyncio.ensure_future(client.app(dict(scope), receive, send))
+        await started.wait()
+        while not on_disk(desk):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go())
+    assert list(desk.folder.iterdir()) == [] and not seen
 
 
 def test_the_real_locator_answers_the_page(world, tmp_path, monkeypatch):

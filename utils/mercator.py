@@ -58,8 +58,10 @@ def require_view(footprint: np.ndarray) -> np.ndarray:
     sides = np.roll(points, -1, axis=0) - points
     turns = sides[:, 0] * np.roll(sides, -1, axis=0)[:, 1] - sides[:, 1] * np.roll(sides, -1, axis=0)[:, 0]
     if not (turns < 0).all():  # bottom left, top left, top right: clockwise
-        kind = "mirrored" if (turns > 0).all() else "folded or not convex"
-        raise ValueError(f"the footprint {corners.round(4).tolist()} is {kind}; no photo shows such ground")
+        kind = "folded or not convex; no photo shows such ground"
+        if (turns > 0).all():
+            kind = "mirrored: its corners run counter-clockwise; give bottom left, top left, top right, bottom right"
+        raise ValueError(f"the footprint {corners.round(4).tolist()} is {kind}")
     return corners
 
 

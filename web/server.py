@@ -6,6 +6,7 @@ Origin are checked, there is no CORS, and uploads are a raw body of limited size
 
 import asyncio
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.background import BackgroundTask
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrieval.exports.kmz import to_jpeg
 from utils.geo import MERCATOR_HALF
@@ -49,33 +53,32 @@ def make_app(
     drawing = threading.Lock()
 
     @lru_cache(maxsize=2048)
-    def ground_tile(zoom, x, y):
+    def ground_tile(zoom: int, x: int, y: int):
         with drawing:
             pixels = ground(tile_box(zoom, x, y), TILE)
         return None if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
 
     @asynccontextmanager
-    async def lifespan(_):
+    async def lifespan(_: FastAPI):
         with desk:
             yield
 
     app = FastAPI(title="EarthLoc", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def guard(request: Request, proceed):
-        response = refusal(request, hosts) or await proceed(request)
-        response.headers.update(HEADERS)
-        if not request.url.path.startswith(("/tiles/", "/static/leaflet/")):
-            response.headers.setdefault("Cache-Control", "no-store")
-        return response
+    app.add_middleware(Guard, hosts=hosts)
 
     @app.exception_handler(Unknown)
-    async def unknown(_, error):
+    async def unknown(_: Request, error: Exception):
         return JSONResponse({"detail": error.args[0]}, 404)
 
     @app.exception_handler(ValueError)
-    async def refused(_, error):
+    async def refused(_: Request, error: Exception):
         return JSONResponse({"detail": str(error)}, 409 if isinstance(error, Busy) else 422)
+
+    @app.exception_handler(OSError)
+    async def failed(_: Request, error: Exception):  # a full disk; its path is nobody's business
+        logging.error(str(error))
+        return JSONResponse({"detail": f"the photo cannot be kept: {error.strerror}"}, 507)
 
     @app.get("/")
     async def page():
@@ -110,8 +113,8 @@ def make_app(
         folder = desk.place_for_upload()
         try:
             await receive(request, folder / "photo", max_bytes)
-        except BaseException:  # also when the browser went away
-            await run_in_threadpool(discard, folder)
+        except BaseException:  # also when the browser went away: what is awaited now would be given up, too
+            discard(folder)
             raise
         photo = await run_in_threadpool(desk.add, folder, name, None if lat is None else (lat, lon))
         return told(desk, photo)
@@ -156,6 +159,27 @@ def make_app(
         return download(*desk.export_accepted(kind))
 
     return app
+
+
+class Guard:
+    """Refuses what is not for us (`refusal`), and gives every answer its HEADERS."""
+
+    def __init__(self, app: ASGIApp, hosts: set[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_guarded(message: Message):
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if not scope["path"].startswith(("/tiles/", "/static/leaflet/")):
+                    headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        await (refusal(Request(scope), self.hosts) or self.app)(scope, receive, send_guarded)
 
 
 def refusal(request: Request, hosts: set[str]) -> Response | None:
@@ -209,7 +233,7 @@ def blue_marble(zoom: int, x: int, y: int) -> bytes:
     return as_jpeg(mercator_view(tile_box(zoom, x, y), TILE, TILE))
 
 
-def as_jpeg(pixels) -> bytes:
+def as_jpeg(pixels: np.ndarray) -> bytes:
     return to_jpeg(pixels, TILE, quality=88)
 
 
