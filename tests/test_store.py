@@ -223,7 +223,7 @@ def test_no_images_and_no_room(root, monkeypatch):
     with pytest.raises(ValueError, match="file: is a file or lies in one; give a folder"):
         keep(root, paths(4), Counting(), root.parent / "file")
     monkeypatch.setattr(descriptors.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match="GB for the descriptors; give --descriptors another folder"):
+    with pytest.raises(ValueError, match="GB for the descriptors; give --descriptors a folder on another disk"):
         keep(root, paths(4), Counting())
 
 

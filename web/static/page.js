@@ -163,6 +163,7 @@ function badge(photo) {
   if (photo.decision === "rejected") return ["bad", "rejected"];
   const best = photo.places[0];
   if (best.verified) return ["good soft", `verified, ${percent(best.probability)}`];
+  if (best.probability != null && !best.inliers) return ["doubt", "no match"];
   return ["doubt", best.probability == null ? "to be judged" : `not verified, ${percent(best.probability)}`];
 }
 
@@ -214,7 +215,7 @@ function drawPanel() {
         element("b", { textContent: degrees([each.latitude, each.longitude]) }),
         element("span", { textContent: facts }),
         element("span", { className: `badge-text ${each.verified ? "good" : "doubt"}`,
-          textContent: !each.inliers ? "not registered"
+          textContent: each.probability == null ? "not registered" : !each.inliers ? "no match"
             : `${each.verified ? "verified" : "not verified"}, ${percent(each.probability)}` })),
       element("kbd", { textContent: k + 1 }));
     item.onclick = () => choose(k);
@@ -240,7 +241,7 @@ function drawPanel() {
 
 function hint() {
   $("#hint").textContent = !editing ? "" : moved && !isView(moved)
-    ? "These corners fold the photo." : "Drag a corner, or the middle to move all of it.";
+    ? "These corners fold or mirror the photo." : "Drag a corner, or the middle to move all of it.";
 }
 
 function draw() { drawList(); drawPanel(); drawMap(); }
