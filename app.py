@@ -130,7 +130,7 @@ def open_ground(file: str | None) -> Callable | None:
 
 def load(weights: str, top_k: int, tle: str | None, threads: int, **settings) -> tuple[Callable, str]:
     """-> what web.desk calls for each photo, and a line that tells what it searches."""
-    # Of the thread that calls this. Where all cores wait for each other, one that draws the page stops them all.
+    # Where all cores wait for each other, one that draws the page stops them all.
     torch.set_num_threads(threads)
     locator = Locator.from_files(weights, **settings)
     nadirs = read_nadirs(None, None, tle, [])

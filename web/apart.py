@@ -64,9 +64,9 @@ class Apart:
         return answer
 
 
-def how_it_ended(code: int) -> str:
-    """Exit code of a process, negative: by a signal -> in words."""
-    if code >= 0:
+def how_it_ended(code: int | None) -> str:
+    """Exit code of a process, negative: by a signal, None: another thread has it -> in words."""
+    if code is None or code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
     return f"{name}; too little memory?" if name == "SIGKILL" else name
