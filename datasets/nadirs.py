@@ -240,6 +240,8 @@ def _key(name: str) -> int:
 def _header(path: Path, cells: list[str] | None) -> list[str]:
     if not cells:
         raise ValueError(f"{path}: the file is empty; expected a header with path, nadir_lat, nadir_lon, and rows")
+    if any("\0" in cell for cell in cells):
+        raise ValueError(f"{path}: no CSV text file; expected a header with path, nadir_lat, nadir_lon, and rows")
     names = [cell.strip() for cell in cells]
     names = [name.lower() if name.lower() in COLUMNS else name for name in names]
     needed = "--nadirs takes a table with path, nadir_lat and nadir_lon (or time, with --tle)"

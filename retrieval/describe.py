@@ -1,5 +1,6 @@
 """Describe images, search, and count: the array side of evaluation. Nothing here knows a data set's layout."""
 
+import hashlib
 import os
 import time
 from contextlib import contextmanager
@@ -236,6 +237,13 @@ def kept_descriptors(folder, name, model, paths, image_size, device="cpu", preci
     dim = descriptor_dim(model, image_size, device, precision)
     with descriptor_file(path, fingerprint, rotations, dim, images) as kept:
         yield kept
+
+
+def kept_photos(folder, source, shard, model, photos, image_size, rotations=(0,), **settings):
+    """`kept_descriptors` of a run's photos, by what it reads and writes (source: paths) and its shard (i, n)."""
+    place = hashlib.sha256(os.fsencode("\0".join(map(os.path.abspath, source)))).hexdigest()[:8]
+    name = f"photos_{place}_{shard[0]}-of-{shard[1]}"
+    return kept_descriptors(folder, name, model, photos, image_size, rotations=rotations, **settings)
 
 
 def descriptor_dim(model, image_size, device="cpu", precision="fp32"):

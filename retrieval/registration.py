@@ -69,6 +69,7 @@ class Registration:
     homography: np.ndarray
     photo_points: np.ndarray
     ground_points: np.ndarray
+    photo_size: tuple[int, int] = (1, 1)  # width, height: of what photo_points are pixels
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def as_registration(shown, fit, rounds, moved):
         stretch=stretch(homography, np.array(shown.size) / 2 / to_photo),
         slant=slant(fit.homography, corners_of(shown.size)),
         matcher=shown.matcher.name,
+        photo_size=tuple((np.array(shown.size) / to_photo).round().astype(int).tolist()),
         homography=homography,
         photo_points=fit.here / to_photo,
         ground_points=ground,

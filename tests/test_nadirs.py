@@ -142,6 +142,7 @@ HEAD = "path,nadir_lat,nadir_lon\n"
         (HEAD + "a.jpg,1,2\n\nb.jpg,1,2\n./a.jpg,3,4\n", "line 5: path ./a.jpg is in line 2 as well"),
         ("path,time\na.jpg,noon\n", "line 2: time is 'noon', expected ISO 8601"),
         ("path\ta\n\0", "n.csv"),
+        ("\0\1JFIF\n", "n.csv: no CSV text file; expected a header with path"),
     ],
 )
 def test_bad_tables_name_line_field_and_remedy(tmp_path, text, told):

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from utils import figures
-from utils.mercator import from_mercator
+from utils.geo import from_mercator
 
 BLUE_MARBLE = Path(__file__).resolve().parent.parent / "datasets" / "build" / "blue_marble"
 BACKGROUND, FINE = BLUE_MARBLE / "bmng_august_2048.jpg", BLUE_MARBLE / "bmng_5400.jpg"
@@ -76,9 +76,9 @@ def mercator_view(box: tuple, columns: int, rows: int) -> np.ndarray:
 
 @lru_cache(maxsize=5)
 def _world(factor):
-    """The Blue Marble, averaged over factor × factor pixels -> float32 (H, W, 3)."""
+    """The Blue Marble, averaged over factor × factor pixels -> uint8 (H, W, 3)."""
     with Image.open(FINE) as image:
-        return np.asarray(image.convert("RGB").reduce(factor), dtype=np.float32)
+        return np.asarray(image.convert("RGB").reduce(factor))
 
 
 def _background(width):
