@@ -64,7 +64,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--near_km", type=float, default=2500, help="how far a photo reaches; astronauts see 2500 km (paper, eq. 1)")
 
     add = parser.add_argument_group("registration").add_argument
-    add("--register", choices=("xfeat", "aliked", "disk", "sift", "none"), default="none", help="of the best places")
+    add(
+        "--register",
+        choices=("auto", "xfeat", "aliked", "disk", "sift", "none"),
+        default="auto",
+        help="lays the photo on the best places, seconds a photo; auto: xfeat, or sift where its weights are missing, "
+        "on the images of --dataset_path or on --ground; none on the shipped index alone, whose map is too coarse",
+    )
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
     add("--ground", metavar="FILE", help="Web Mercator raster to register on; default: the images of --dataset_path")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
@@ -122,7 +128,8 @@ def main(args: argparse.Namespace) -> Iterable[dict]:
     tidy(args.descriptors, fingerprint, args.forget_descriptors)
 
     columns = COLUMNS | dict.fromkeys(own_columns(dict.fromkeys(nadirs.columns)), str)
-    settings = {"model": fingerprint, "columns": list(columns)} | {name: getattr(args, name) for name in DECIDING}
+    settings = {"model": fingerprint, "columns": list(columns)}
+    settings |= {name: getattr(args, name) for name in DECIDING} | {"register": locator.register}
     with Archive.open(folder, settings, columns) as archive:
         rows = np.flatnonzero([not archive.is_done(photo) for photo in photos])
         if len(rows) < len(photos):

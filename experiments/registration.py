@@ -21,7 +21,7 @@ from retrieval.confidence import VERIFIED, probability
 from retrieval.describe import ROTATIONS, describe
 from retrieval.ground import DatabaseGround
 from retrieval.matching import MATCHERS, make_matcher
-from retrieval.registration import FARTHEST_KM, register
+from retrieval.registration import FARTHEST_KM, corners_of, project, register
 from utils import geo
 from utils.arguments import make_parser, positive, run
 
@@ -41,6 +41,13 @@ def sides_ratio(footprint):
     """(4, 2) degrees -> the longest side over the shortest, km."""
     sides = geo.distance_km(footprint, np.roll(footprint, -1, axis=0))
     return sides.max() / sides.min()
+
+
+def by_homography(registration, photo):
+    """The footprint (4, 2) by the homography alone, without the camera's pose. photo: (3, H, W)."""
+    footprint = geo.from_mercator(project(registration.homography, corners_of((photo.shape[2], photo.shape[1]))))
+    footprint[:, 1] = geo.wrap_longitude(footprint[:, 1])
+    return footprint
 
 
 def candidates_of(photos, images, near):
@@ -82,6 +89,7 @@ def measure(queries, database, found, matcher, name, top_k, rounds):
                 "best": best,
                 "probability": probability(best) if best else 0.0,
                 "iou": iou(label, best.footprint) if best else 0.0,
+                "iou_plane": iou(label, by_homography(best, photo)) if best else 0.0,
                 "plausible": bool(sides_ratio(label) < PLAUSIBLE),
                 "seconds": seconds,
                 "pairs": len(ranked),
@@ -108,7 +116,7 @@ def table(name, results):
         )
     there = [r for r in results if r["true"]]
     verified = [r for r in results if r["probability"] >= VERIFIED]
-    good = [r["iou"] for r in verified if r["plausible"] and r["true"]]
+    good, plane = ([r[key] for r in verified if r["plausible"] and r["true"]] for key in ("iou", "iou_plane"))
     pairs = sum(r["pairs"] for r in results)
     lines += [
         f"  {len(there)} of {len(results)} photos have a true image; it is first for {sum(r['before'] for r in there)} "
@@ -116,7 +124,8 @@ def table(name, results):
         f"  verified: {sum(r['true'] for r in verified)} of {len(there)} with a true image, "
         f"{sum(not r['true'] for r in verified)} of {len(results) - len(there)} without",
         f"  IoU of the verified ones with plausible labels: median {np.median(good) if good else np.nan:.3f}, "
-        f"least {min(good, default=np.nan):.3f} of {len(good)}",
+        f"least {min(good, default=np.nan):.3f} of {len(good)}; by the "
+        f"homographies alone {np.median(plane or [np.nan]):.3f}, {min(plane, default=np.nan):.3f}",
         f"  {sum(r['seconds'] for r in results) / max(pairs, 1):.2f} s a candidate, "
         f"{np.mean([r['seconds'] for r in results]):.1f} s a photo",
     ]

@@ -10,19 +10,24 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from datasets import grid
 from datasets.images import read_image
-from datasets.names import DATABASE_YEAR
+from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.sets import read_database
 from retrieval.describe import ROTATIONS, describe_kept, first_of_each, take
 from retrieval.predictions import distances_to_footprints
 from retrieval.search import search
 from retrieval.store import Rows
 from utils import geo
+
+if TYPE_CHECKING:
+    from retrieval.earth_index import EarthIndex
+    from retrieval.ground import DatabaseGround
 
 FOUND = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, rows, rotations, each (Q, k)
 
@@ -34,7 +39,7 @@ class Places:
     turns: tuple[int, ...] = (0,)
     ground = None  # for registration: what there is around a place, see retrieval/ground.py
 
-    def __init__(self, source: str | Path, footprints: np.ndarray, names: Sequence[str], areas: np.ndarray):
+    def __init__(self, source: str | Path, footprints: np.ndarray, names: Sequence[str], areas: np.ndarray) -> None:
         self.source, self.footprints, self.names, self.areas = source, footprints, names, areas
         self.centers = geo.centers(footprints)
         self.vectors = geo.to_unit_vectors(self.centers)
@@ -78,7 +83,7 @@ class Dataset(Places):
     """The images of 2021 of a data set's folder, each in four rotations; described when they are first to be searched,
     and kept: `describe(rows)` -> Rows (4, N, D) that have values there, and failures [(row, what went wrong)]."""
 
-    def __init__(self, catalogue, describe: Callable[[np.ndarray], tuple[Rows, list]]):
+    def __init__(self, catalogue: Catalogue, describe: Callable[[np.ndarray], tuple[Rows, list]]) -> None:
         super().__init__(catalogue.root, catalogue.footprints, catalogue.paths, catalogue.areas)
         self.describe, self.descriptors = describe, None
         self.known = np.zeros(len(catalogue), dtype=bool)
@@ -89,7 +94,7 @@ class Dataset(Places):
         """Data set's folder, model, folder for descriptors -> Dataset. settings: as `describe_kept` takes them."""
         catalogue = read_database(path)
 
-        def describe(rows):
+        def describe(rows: np.ndarray):
             return describe_kept(
                 folder,
                 model,
@@ -104,12 +109,12 @@ class Dataset(Places):
         return cls(catalogue, describe)
 
     @cached_property
-    def ground(self):
+    def ground(self) -> DatabaseGround:
         from retrieval.ground import DatabaseGround
 
         return DatabaseGround(self.source, self.names, self.footprints)
 
-    def prepare(self, rows):
+    def prepare(self, rows: np.ndarray) -> np.ndarray:
         new = rows[~self.known[rows]]
         if len(new):
             found, failures = self.describe(new)
@@ -121,10 +126,10 @@ class Dataset(Places):
                 logging.info(f"left out: {error}")
         return rows[~self.unreadable[rows]]
 
-    def search(self, photos, rows, k):
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> FOUND:
         return best_rotations(photos[0], self.descriptors, rows, k)
 
-    def picture(self, row, size):
+    def picture(self, row: int, size: int) -> torch.Tensor:
         return read_image(self.source / self.names[row], size)
 
 
@@ -134,21 +139,21 @@ class Index(Places):
 
     turns = ROTATIONS
 
-    def __init__(self, index, source: str | Path):
+    def __init__(self, index: EarthIndex, source: str | Path) -> None:
         names = [f"{zoom}_{row}_{col}" for zoom, row, col in index.regions.tolist()]
         super().__init__(source, index.footprints, names, grid.name_area(index.footprints))
         self.index = index
 
     @cached_property
-    def blue_marble(self):
+    def blue_marble(self) -> torch.Tensor:
         from datasets.build.demo import MOSAICS
 
         return read_image(MOSAICS[DATABASE_YEAR])
 
-    def search(self, photos, rows, k):
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> FOUND:
         return self.index.search(photos, rows, k)
 
-    def picture(self, row, size):
+    def picture(self, row: int, size: int) -> torch.Tensor:
         from datasets.build.demo_world import render_region
 
         return render_region(self.blue_marble, *self.index.regions[row].tolist(), size)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from datasets.images import read_image, resize
 from retrieval.search import SEARCHES, make_search, search  # noqa: F401  (one interface, three ways)
-from retrieval.store import Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
+from retrieval.store import DescriptorFile, Rows, descriptor_file, file_name, image_fingerprints, model_fingerprint
 from utils import distributed, geo
 from utils.precision import autocast
 from utils.signals import ignore_signals, iterate
@@ -27,15 +28,15 @@ class ImageFiles(Dataset):
     """Paths -> (row, uint8 (3, size, size), error). A file that cannot be read says so and gives no pixels to use.
     upright: as a viewer shows them (EXIF), see read_image. A uint8 tensor (3, H, W) may stand in a path's place."""
 
-    def __init__(self, paths, size, upright=False):
+    def __init__(self, paths: Sequence, size: int, upright: bool = False) -> None:
         as_is = isinstance(paths, Strings)  # a million names in little memory
         self.paths = paths if as_is else [path if torch.is_tensor(path) else str(path) for path in paths]
         self.size, self.upright = size, upright
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> tuple:
         path = self.paths[row]
         try:
             if torch.is_tensor(path):
@@ -45,7 +46,7 @@ class ImageFiles(Dataset):
             return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
 
 
-def rotate(images, degrees):
+def rotate(images: torch.Tensor, degrees: int) -> torch.Tensor:
     """(..., H, W) -> the same turned counter-clockwise by a multiple of 90 degrees, without resampling."""
     if degrees % 90:
         raise ValueError(f"rotation of {degrees} degrees: only multiples of 90 turn without resampling")
@@ -53,7 +54,7 @@ def rotate(images, degrees):
 
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """In evaluation mode inside, as it was after."""
     was_training = model.training
     model.eval()
@@ -64,18 +65,18 @@ def evaluating(model):
 
 
 def describe(
-    model,
-    paths,
-    image_size,
-    batch_size=32,
-    num_workers=0,
-    device="cpu",
-    precision="fp32",
-    rotations=(0,),
-    label="describing",
-    progress=True,
-    upright=False,
-):
+    model: torch.nn.Module,
+    paths: Sequence,
+    image_size: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    rotations: Sequence[int] = (0,),
+    label: str = "describing",
+    progress: bool = True,
+    upright: bool = False,
+) -> tuple[np.ndarray, list]:
     """Image files -> descriptors (len(rotations), N, D) float32, and failures: a list of (row, what went wrong).
 
     Each file is read once, as uint8, and turned on the device. Rows of failures are NaN: a search refuses them, so
@@ -110,7 +111,7 @@ def describe(
     return descriptors, failures
 
 
-def _from_all(descriptors, failures, shares, shape):
+def _from_all(descriptors: np.ndarray | None, failures: list, shares: list, shape: tuple[int, ...]):
     """This rank's rows of descriptors (R, N, D), None without any -> the same with those of all ranks."""
     failures = sorted(sum(distributed.gather_objects(failures), []))
     dim = max(distributed.gather_objects(0 if descriptors is None else descriptors.shape[2]))
@@ -127,21 +128,21 @@ def _from_all(descriptors, failures, shares, shape):
 
 
 def describe_kept(
-    folder,
-    model,
-    root,
-    paths,
-    image_size,
-    batch_size=32,
-    num_workers=0,
-    device="cpu",
-    precision="fp32",
-    rotations=(0,),
-    label="images",
-    progress=True,
-    commit_every=2.0,
-    wanted=None,
-):
+    folder: str | Path,
+    model: torch.nn.Module,
+    root: str | Path,
+    paths: Sequence,
+    image_size: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    rotations: Sequence[int] = (0,),
+    label: str = "images",
+    progress: bool = True,
+    commit_every: float = 2.0,
+    wanted: np.ndarray | None = None,
+) -> tuple[Rows, list]:
     """As `describe`, for paths relative to root, with the descriptors kept in a file in `folder` -> its Rows (float16).
 
     What the file has for this model and these images is not described again (retrieval/store.py). New ones are safe
@@ -187,8 +188,16 @@ def describe_kept(
 
 
 def describe_in_order(
-    model, paths, image_size, batch_size=32, num_workers=0, device="cpu", precision="fp32", rotations=(0,), kept=None
-):
+    model: torch.nn.Module,
+    paths: Sequence,
+    image_size: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    rotations: Sequence[int] = (0,),
+    kept: DescriptorFile | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
     """As `describe`, for photos (upright), a batch at a time: yields rows (B,), descriptors (len(rotations), B, D)
     float32, and failures. Memory does not grow with the number of paths.
 
@@ -229,7 +238,16 @@ def describe_in_order(
 
 
 @contextmanager
-def kept_descriptors(folder, name, model, paths, image_size, device="cpu", precision="fp32", rotations=(0,)):
+def kept_descriptors(
+    folder: str | Path,
+    name: str,
+    model: torch.nn.Module,
+    paths: Sequence,
+    image_size: int,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    rotations: Sequence[int] = (0,),
+) -> Iterator[DescriptorFile]:
     """The file NAME_… in the folder, for the descriptors of these photos -> DescriptorFile for `describe_in_order`."""
     fingerprint = model_fingerprint(model, image_size, precision)
     images = image_fingerprints("", Strings(os.path.abspath(path) for path in paths))
@@ -239,27 +257,48 @@ def kept_descriptors(folder, name, model, paths, image_size, device="cpu", preci
         yield kept
 
 
-def kept_photos(folder, source, shard, model, photos, image_size, rotations=(0,), **settings):
+def kept_photos(
+    folder: str | Path,
+    source: Sequence,
+    shard: tuple[int, int],
+    model: torch.nn.Module,
+    photos: Sequence,
+    image_size: int,
+    rotations: tuple = (0,),
+    **settings: object,
+):
     """`kept_descriptors` of a run's photos, by what it reads and writes (source: paths) and its shard (i, n)."""
     place = hashlib.sha256(os.fsencode("\0".join(map(os.path.abspath, source)))).hexdigest()[:8]
     name = f"photos_{place}_{shard[0]}-of-{shard[1]}"
     return kept_descriptors(folder, name, model, photos, image_size, rotations=rotations, **settings)
 
 
-def descriptor_dim(model, image_size, device="cpu", precision="fp32"):
+def descriptor_dim(
+    model: torch.nn.Module, image_size: int, device: str | torch.device = "cpu", precision: str = "fp32"
+) -> int:
     """Values in a descriptor of the model."""
     with evaluating(model), torch.inference_mode(), autocast(torch.device(device), precision):
         return model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
 
 
-def batches_of(count, batch_size):
+def batches_of(count: int, batch_size: int) -> list[range]:
     """-> list of ranges that cover range(count), each of batch_size but the last."""
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
 def describe_batches(
-    model, paths, batches, image_size, num_workers, device, precision, rotations, label, progress, upright=False
-):
+    model: torch.nn.Module,
+    paths: Sequence,
+    batches: Sequence[range],
+    image_size: int,
+    num_workers: int,
+    device: str | torch.device,
+    precision: str,
+    rotations: Sequence[int],
+    label: str,
+    progress: bool,
+    upright: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
     """Of each batch of rows of paths, yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for failures,
     and these: (row, error)."""
     device = torch.device(device)
@@ -293,7 +332,7 @@ def describe_batches(
             bar.update(len(rows))
 
 
-def first_of_each(images, k):
+def first_of_each(images: np.ndarray, k: int) -> np.ndarray:
     """Ranked lists with repeats (Q, K) int -> positions (Q, k) in the list of each image's first entry; -1 fills up.
 
     An entry of -1 is no image. This turns the count "as they come" into the count over distinct images.
@@ -310,12 +349,12 @@ def first_of_each(images, k):
     return np.pad(positions, ((0, 0), (0, k - positions.shape[1])), constant_values=-1)
 
 
-def take(values, positions, missing):
+def take(values: np.ndarray, positions: np.ndarray, missing: float) -> np.ndarray:
     """values (Q, K) at positions (Q, k), with `missing` where a position is -1."""
     return np.where(positions < 0, missing, np.take_along_axis(values, np.maximum(positions, 0), axis=1))
 
 
-def is_correct(predictions, positives):
+def is_correct(predictions: np.ndarray, positives: Sequence) -> np.ndarray:
     """predictions (Q, K) int, -1 for none; positives: Q sets or arrays -> (Q, K) bool."""
     predictions = np.asarray(predictions, dtype=np.int64)
     if len(predictions) != len(positives):
@@ -328,7 +367,7 @@ def is_correct(predictions, positives):
     return np.isin(keys, query * size + flat) & (predictions >= 0)
 
 
-def recall_at(predictions, positives, ks=RANKS):
+def recall_at(predictions: np.ndarray, positives: Sequence, ks: Sequence[int] = RANKS) -> dict[int, float]:
     """Share of queries with a right image among the first k, in percent: {k: recall} (paper, sec. 5.1.2).
 
     predictions (Q, K) int, best first, -1 for none. With fewer than k predictions, those that exist count.
@@ -336,14 +375,14 @@ def recall_at(predictions, positives, ks=RANKS):
     return recall_of(is_correct(predictions, positives), ks)
 
 
-def recall_of(correct, ks=RANKS):
+def recall_of(correct: np.ndarray, ks: Sequence[int] = RANKS) -> dict[int, float]:
     """correct (Q, K) bool, best first -> {k: percent}."""
     if not len(correct):
         raise ValueError("recall over no queries: skip the empty set")
     return {k: 100 * float(correct[:, :k].any(axis=1).mean()) for k in ks}
 
 
-def random_choice_recall(positives, images, ks=RANKS):
+def random_choice_recall(positives: np.ndarray, images: int, ks: Sequence[int] = RANKS) -> dict[int, float]:
     """Expected recall of drawing k of `images` without repeats, exact: 1 - C(M - p, k) / C(M, k), mean over queries.
 
     positives (Q,) int: how many of the M images are right for each query. {k: percent}, paper's row "Random Choice".
@@ -364,7 +403,7 @@ def random_choice_recall(positives, images, ks=RANKS):
     return recalls
 
 
-def nearest_to_nadir(nadirs, centers, k, block=512):
+def nearest_to_nadir(nadirs: np.ndarray, centers: np.ndarray, k: int, block: int = 512) -> np.ndarray:
     """Database images ranked by distance of their centre (M, 2) from each nadir (Q, 2) -> (Q, k) int, -1 fills up.
 
     What is found without looking at the photo, by guessing that it shows what lies below the station. The paper's row
@@ -381,7 +420,7 @@ def nearest_to_nadir(nadirs, centers, k, block=512):
     return ranked
 
 
-def orientation_of(rotation):
+def orientation_of(rotation: np.ndarray | float) -> np.ndarray | float:
     """Rotation of the matched database image, degrees counter-clockwise -> the query's orientation, in [0, 360).
 
     The names' orientation is the angle in the photo from its up direction to north, clockwise: the compass azimuth of
@@ -394,6 +433,6 @@ def orientation_of(rotation):
     return (-np.asarray(rotation)) % 360
 
 
-def orientation_error(estimate, label):
+def orientation_error(estimate: np.ndarray | float, label: np.ndarray | float) -> np.ndarray | float:
     """Smallest angle between two orientations in degrees -> [0, 180]; broadcasts, any number of turns."""
     return np.abs((np.asarray(estimate, dtype=np.float64) - label + 180) % 360 - 180)

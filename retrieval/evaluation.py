@@ -1,18 +1,26 @@
 """A model and the evaluation sets -> recalls, lines for the log, results.json, predictions.csv and a picture."""
 
+from __future__ import annotations
+
 import csv
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from datasets.images import read_image
-from datasets.sets import VALIDATION, EvaluationSet
+from datasets.sets import VALIDATION, EvaluationData, EvaluationSet
 from retrieval import describe as retrieval
 from retrieval.describe import RANKS, ROTATIONS, make_search
 from utils import figures, geo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "correct", "km")
 
@@ -31,7 +39,7 @@ class Descriptors:
     rotations: tuple
 
     @property
-    def queries_are_turned(self):
+    def queries_are_turned(self) -> bool:
         return self.queries.ndim == 3
 
 
@@ -55,7 +63,7 @@ class SetResult:
     orientation: dict | None
 
     @property
-    def database_images(self):
+    def database_images(self) -> np.ndarray:
         """(Q, K) rows of the database catalogue, -1 for none."""
         return np.where(self.positions < 0, -1, self.set.database_rows[np.maximum(self.positions, 0)])
 
@@ -70,22 +78,22 @@ class Evaluation:
     ks: tuple
     notes: list = field(default_factory=list)
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> SetResult:
         for result in self.results:
             if result.set.name == name:
                 return result
         raise KeyError(f"{name}: no result, the set was empty or not asked for")
 
     @property
-    def test_results(self):
+    def test_results(self) -> list[SetResult]:
         return [result for result in self.results if result.set.name != VALIDATION]
 
-    def average(self, counting="recalls"):
+    def average(self, counting: str = "recalls") -> dict[int, float]:
         """Mean over the sets of `recalls`, `distinct`, `nearest_to_nadir` or `random_choice` -> {k: percent}, or {}."""
         rows = [getattr(result, counting) for result in self.test_results]
         return {k: float(np.mean([row[k] for row in rows])) for k in self.ks} if rows else {}
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """The log: one line a set in the form that users parse, the average, the other counting, the naive rows."""
         lines = [recall_line(result.set.name, result.set, result.recalls) for result in self.results]
         tests = self.test_results
@@ -116,7 +124,7 @@ class Evaluation:
             lines.append(f"{VALIDATION} lies inside the Texas set and is not in the average")
         return lines
 
-    def as_dict(self):
+    def as_dict(self) -> dict:
         """What results.json holds."""
         sets = {
             result.set.name: {
@@ -141,27 +149,27 @@ class Evaluation:
         return {"sets": sets, "average": average, "rotations": list(self.rotations), "notes": self.notes}
 
 
-def recall_line(name, described, recalls, title="Recalls"):
+def recall_line(name: str, described: EvaluationSet | str, recalls: dict[int, float], title: str = "Recalls") -> str:
     """`Recalls on Alps            < Alps - #q: 2394; #db: 53012 >: R@1: 58.4, …`; recalls {k: percent}."""
     values = ", ".join(f"R@{k}: {value:.1f}" for k, value in recalls.items())
     return f"{title} on {name:15} {described}: {values}"
 
 
 def evaluate(
-    model,
-    data,
-    image_size,
-    batch_size=32,
-    num_workers=0,
-    device="cpu",
-    precision="fp32",
-    rotations=ROTATIONS,
-    ks=RANKS,
-    progress=True,
-    rotate="database",
-    keep=None,
-    search="flat",
-):
+    model: torch.nn.Module,
+    data: EvaluationData,
+    image_size: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    rotations: Sequence[int] = ROTATIONS,
+    ks: Sequence[int] = RANKS,
+    progress: bool = True,
+    rotate: str = "database",
+    keep: str | Path | None = None,
+    search: str = "flat",
+) -> Evaluation:
     """The whole evaluation: describe the union of the sets once, search and score each set -> Evaluation.
 
     data: datasets.sets.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation;
@@ -174,18 +182,18 @@ def evaluate(
 
 
 def describe_sets(
-    model,
-    data,
-    image_size,
-    batch_size=32,
-    num_workers=0,
-    device="cpu",
-    precision="fp32",
-    rotations=ROTATIONS,
-    progress=True,
-    rotate="database",
-    keep=None,
-):
+    model: torch.nn.Module,
+    data: EvaluationData,
+    image_size: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    rotations: Sequence[int] = ROTATIONS,
+    progress: bool = True,
+    rotate: str = "database",
+    keep: str | Path | None = None,
+) -> tuple[Descriptors, EvaluationData]:
     """-> Descriptors of the union of the sets, and the data without the images that could not be read."""
     parts, lost = [], []
     rotations, still = tuple(rotations), (0,)
@@ -211,7 +219,13 @@ def describe_sets(
     return Descriptors(queries, parts[1], parts[2], parts[3], rotations), data
 
 
-def score_sets(data, descriptors, ks=RANKS, search="flat", device="cpu"):
+def score_sets(
+    data: EvaluationData,
+    descriptors: Descriptors,
+    ks: Sequence[int] = RANKS,
+    search: str = "flat",
+    device: str | torch.device = "cpu",
+) -> Evaluation:
     """Descriptors of the union -> Evaluation. Each set is a slice of them; search: one of SEARCHES, on the device."""
     layers, described, dim = descriptors.database.shape
     index = make_search(search, descriptors.database.reshape(layers * described, dim), device)
@@ -226,7 +240,9 @@ def score_sets(data, descriptors, ks=RANKS, search="flat", device="cpu"):
     return Evaluation(data, results, descriptors.rotations, tuple(ks), notes)
 
 
-def search_set(one, descriptors, depth, index):
+def search_set(
+    one: EvaluationSet, descriptors: Descriptors, depth: int, index: object
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ranked list of each query of an EvaluationSet -> scores, positions in database_rows (-1 for none) and
     rotations of the database image, each (Q, rotations * depth). index: make_search's, over all layers.
 
@@ -254,7 +270,9 @@ def search_set(one, descriptors, depth, index):
     return scores, np.where(none, -1, positions), np.where(none, rotations[0], rotations[np.where(none, 0, turn)])
 
 
-def score_set(one, data, descriptors, ks, index):
+def score_set(
+    one: EvaluationSet, data: EvaluationData, descriptors: Descriptors, ks: Sequence[int], index: object
+) -> SetResult:
     """EvaluationSet -> SetResult. The list is deep enough to hold max(ks) distinct images, whatever repeats."""
     turns, depth = len(descriptors.rotations), max(ks)
     scores, positions, rotations = search_set(one, descriptors, depth, index)
@@ -280,7 +298,7 @@ def score_set(one, data, descriptors, ks, index):
     )
 
 
-def score_orientation(rotations, labels, right):
+def score_orientation(rotations: np.ndarray, labels: np.ndarray, right: np.ndarray) -> dict:
     """Rotation of the first prediction against the label, where that prediction is right (paper, sec. 5.1.2).
 
     (Q,), (Q,) degrees, (Q,) bool -> queries counted, within_45 percent, mean_error degrees (None without queries).
@@ -293,14 +311,14 @@ def score_orientation(rotations, labels, right):
     }
 
 
-def write_results(path, evaluation, **more):
+def write_results(path: str | Path, evaluation: Evaluation, **more) -> None:
     """Evaluation -> results.json; `more` are further entries, such as the checkpoint. Written whole or not at all."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps({**more, **evaluation.as_dict()}, indent=2, default=str) + "\n")
     os.replace(temporary, path)
 
 
-def write_predictions(path, evaluation, depth=10):
+def write_predictions(path: str | Path, evaluation: Evaluation, depth: int = 10) -> None:
     """The first `depth` entries of every query, as they come, with km between the centres of the two footprints."""
     data = evaluation.data
     query_centers, database_centers = data.queries.centers, data.database.centers
@@ -329,7 +347,9 @@ def write_predictions(path, evaluation, depth=10):
     os.replace(temporary, path)
 
 
-def evaluation_figure(evaluation, queries_per_set=4, depth=3, size=160, seed=0):
+def evaluation_figure(
+    evaluation: Evaluation, queries_per_set: int = 4, depth: int = 3, size: int = 160, seed: int = 0
+) -> Figure | None:
     """An Evaluation -> predictions_figure of a few queries of each test set, drawn by seed, not chosen.
 
     None where there is no set to draw from.

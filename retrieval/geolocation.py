@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ THRESHOLDS_KM = (2500, 750, 200, 25, 1)  # continent, country, region, city, str
 CROPS = ("one", "ten", "turns")
 
 
-def read_photo(path, size, fit, upright=False):
+def read_photo(path: str | Path, size: int, fit: str, upright: bool = False) -> torch.Tensor:
     """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP).
     upright: as a viewer shows it (EXIF), see read_image."""
     if fit == "squash":
@@ -34,20 +35,20 @@ def read_photo(path, size, fit, upright=False):
 class PhotoFiles(Dataset):
     """Paths -> (row, uint8 (3, size, size), error). An unreadable file says so and gives no pixels to use."""
 
-    def __init__(self, paths, size, fit, upright=False):
+    def __init__(self, paths: Sequence, size: int, fit: str, upright: bool = False) -> None:
         self.paths, self.size, self.fit, self.upright = [str(path) for path in paths], size, fit, upright
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> tuple:
         try:
             return row, read_photo(self.paths[row], self.size, self.fit, self.upright), ""
         except (ValueError, OSError) as error:
             return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
 
 
-def views_of(images, size, crops):
+def views_of(images: torch.Tensor, size: int, crops: str) -> list[torch.Tensor]:
     """(B, 3, H, W) -> list of (B, 3, size, size) that are embedded and averaged.
 
     "ten": four corners and the middle, mirrored as well (paper's ten-crop). "turns": four rotations, for photos from
@@ -62,16 +63,16 @@ def views_of(images, size, crops):
 
 @torch.inference_mode()
 def embed_photos(
-    model,
-    paths,
-    batch_size=32,
-    num_workers=0,
-    device="cpu",
-    precision="fp32",
-    crops="one",
-    progress=True,
-    upright=False,
-):
+    model: torch.nn.Module,
+    paths: Sequence,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    crops: str = "one",
+    progress: bool = True,
+    upright: bool = False,
+) -> tuple[np.ndarray, list]:
     """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures: a list of (row, what happened).
 
     crops: see `views_of`; the views' embeddings are averaged, which averages their logits. upright: see `read_photo`.
@@ -105,7 +106,13 @@ def embed_photos(
 
 
 @torch.inference_mode()
-def embed_gallery(location_encoder, points, device="cpu", block=4096, progress=True):
+def embed_gallery(
+    location_encoder: torch.nn.Module,
+    points: np.ndarray,
+    device: str | torch.device = "cpu",
+    block: int = 4096,
+    progress: bool = True,
+) -> np.ndarray:
     """(N, 2) degrees -> (N, 512) float32 of unit length. Some 100,000 points take most of a minute on two cores."""
     if not len(points):
         raise ValueError("the gallery is empty: no coordinates to choose from")
@@ -116,7 +123,7 @@ def embed_gallery(location_encoder, points, device="cpu", block=4096, progress=T
     return np.concatenate(parts)
 
 
-def fingerprint(location_encoder, points):
+def fingerprint(location_encoder: torch.nn.Module, points: np.ndarray) -> str:
     """Weights and gallery -> the name under which the gallery's embeddings are kept."""
     digest = hashlib.sha256()
     for key, value in sorted(location_encoder.state_dict().items()):
@@ -126,7 +133,13 @@ def fingerprint(location_encoder, points):
     return digest.hexdigest()[:32]
 
 
-def cached_gallery(location_encoder, points, cache_dir, device="cpu", progress=True):
+def cached_gallery(
+    location_encoder: torch.nn.Module,
+    points: np.ndarray,
+    cache_dir: str | Path | None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> np.ndarray:
     """As `embed_gallery`, kept in cache_dir/{fingerprint}.npy; None: not kept. A damaged file is made again."""
     if cache_dir is None:
         return embed_gallery(location_encoder, points, device, progress=progress)
@@ -148,13 +161,20 @@ def cached_gallery(location_encoder, points, cache_dir, device="cpu", progress=T
     return embeddings
 
 
-def check_top_k(top_k, size):
+def check_top_k(top_k: int, size: int) -> None:
     """ValueError where top_k places cannot be picked from a gallery of that size: to be called before long work."""
     if not 1 <= top_k <= size:
         raise ValueError(f"--top_k {top_k}: must be between 1 and the gallery's {size} points")
 
 
-def locate(embeddings, gallery, scale, top_k=1, bias=None, block=256):
+def locate(
+    embeddings: np.ndarray,
+    gallery: np.ndarray,
+    scale: float,
+    top_k: int = 1,
+    bias: Callable | None = None,
+    block: int = 256,
+) -> tuple[np.ndarray, np.ndarray]:
     """Photo embeddings (Q, 512), gallery embeddings (N, 512), scale -> rows (Q, k) of the gallery and probabilities.
 
     Probabilities are a softmax over the whole gallery, best first. bias: function of a slice of photos -> (q, N), added
@@ -180,7 +200,7 @@ def locate(embeddings, gallery, scale, top_k=1, bias=None, block=256):
     return rows, probabilities
 
 
-def nadir_bias(nadirs, points, radius_km):
+def nadir_bias(nadirs: np.ndarray, points: np.ndarray, radius_km: float) -> Callable:
     """For `locate`: only points within radius_km of the photo's nadir. (Q, 2), (N, 2) degrees -> function.
 
     A photo with no such point keeps all of them.
@@ -188,7 +208,7 @@ def nadir_bias(nadirs, points, radius_km):
     nadir_vectors, vectors = geo.to_unit_vectors(nadirs), geo.to_unit_vectors(points)
     limit = np.cos(min(radius_km / geo.EARTH_RADIUS_KM, np.pi))
 
-    def bias(part):
+    def bias(part: slice):
         far = nadir_vectors[part] @ vectors.T < limit
         far[far.all(axis=1)] = False
         return np.where(far, -np.inf, 0)
@@ -196,7 +216,7 @@ def nadir_bias(nadirs, points, radius_km):
     return bias
 
 
-def accuracy(distances_km, thresholds=THRESHOLDS_KM):
+def accuracy(distances_km: np.ndarray, thresholds: Sequence[int] = THRESHOLDS_KM) -> dict[int, float]:
     """(Q,) km -> {km: percent of photos not farther off}. Raises ValueError on no photos or NaN."""
     distances_km = np.asarray(distances_km, dtype=np.float64)
     if not len(distances_km):
@@ -206,12 +226,12 @@ def accuracy(distances_km, thresholds=THRESHOLDS_KM):
     return {km: 100 * float((distances_km <= km).mean()) for km in thresholds}
 
 
-def accuracy_lines(distances_km, thresholds=THRESHOLDS_KM):
+def accuracy_lines(distances_km: np.ndarray, thresholds: Sequence[int] = THRESHOLDS_KM) -> list[str]:
     """The log's lines, as their readers parse them: `Accuracy at 2500 km: 67.77`; then the median."""
     lines = [f"Accuracy at {km:g} km: {share:.2f}" for km, share in accuracy(distances_km, thresholds).items()]
     return lines + [f"Median error: {np.median(distances_km):.1f} km"]
 
 
-def mean_point(points):
+def mean_point(points: np.ndarray) -> np.ndarray:
     """(N, 2) degrees -> (2,): the point nearest to all on the sphere, in the sense of the mean unit vector."""
     return geo.from_unit_vectors(geo.to_unit_vectors(points).mean(axis=0))

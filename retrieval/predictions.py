@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from utils.geo import ring
 from utils.outlines import outlines
 
 
-def readable_rows(paths, failures):
+def readable_rows(paths: Sequence, failures: list) -> list[int]:
     """Rows of the paths that are not in failures [(row, what went wrong)], which are logged. Raises ValueError where
     none is left."""
     for _, error in failures:
@@ -54,7 +54,7 @@ def write_predictions(folder: Path, places: Callable[[], Iterable[tuple[dict, np
         file.detach()
 
 
-def _listed(begin, items, end):
+def _listed(begin: str, items: Iterable[str], end: str):
     """Texts -> bytes of a JSON list, an item a line."""
     yield begin.encode()
     for number, item in enumerate(items):
@@ -62,7 +62,7 @@ def _listed(begin, items, end):
     yield end.encode()
 
 
-def _features(places, block=1000):
+def _features(places: Iterable, block: int = 1000):
     """Places -> each one's Feature as JSON. Outlines are made for a block at once: one by one they take ten times as
     long as all else."""
     places = iter(places)
@@ -74,16 +74,18 @@ def _features(places, block=1000):
             yield f'{{"type": "Feature", "geometry": {geometry}, "properties": {json.dumps(properties)}}}'
 
 
-def point(prediction):
+def point(prediction: dict) -> dict:
     return {"type": "Point", "coordinates": [prediction["longitude"], prediction["latitude"]]}
 
 
-def area(footprint):
+def area(footprint: np.ndarray) -> dict:
     """Corners (4, 2) degrees -> GeoJSON geometry, cut at the antimeridian."""
     return mapping(outlines(footprint)[0])
 
 
-def distances_to_footprints(footprints, point, points_per_edge=16):
+def distances_to_footprints(
+    footprints: np.ndarray, point: tuple[float, float], points_per_edge: int = 16
+) -> np.ndarray:
     """footprints (N, 4, 2), point (lat, lon), degrees -> (N,) km to the nearest ground of each, 0 where it lies inside.
 
     Edges are straight in latitude and longitude, as on the map that the database is cut from. Their points are laid

@@ -1,8 +1,11 @@
 """Clusters of look-alike regions for the batches of one period (paper, sec. 4.2)."""
 
 import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from datasets.batches import random_clusters
 from datasets.images import read_image
@@ -12,7 +15,19 @@ from retrieval.describe import describe
 from utils import distributed, figures
 
 
-def make_clusters(model, regions, period, count, batch_size, seed, image_size, num_workers, device, precision, note):
+def make_clusters(
+    model: torch.nn.Module,
+    regions: Sequence,
+    period: int,
+    count: int,
+    batch_size: int,
+    seed: int,
+    image_size: int,
+    num_workers: int,
+    device: str | torch.device,
+    precision: str,
+    note: Callable[[list], None],
+) -> list[np.ndarray]:
     """Rows of regions in up to `count` clusters: random ones in period 0, then k-means of one year's descriptors.
 
     Regions whose image cannot be read are told to note([(row, what went wrong)]), and are in no cluster.
@@ -36,7 +51,9 @@ def make_clusters(model, regions, period, count, batch_size, seed, image_size, n
     )
 
 
-def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
+def save_clusters_figure(
+    folder: str | Path, regions: Sequence, clusters: list[np.ndarray], shown: int = 8, images: int = 12
+) -> None:
     """Fig. 14: a row a cluster."""
     files = regions.files(DATABASE_YEAR)
     try:

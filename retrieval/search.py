@@ -5,6 +5,8 @@ precision, as fast as the hardware multiplies, and comes to the same result. Com
 looks at a part of the database only: it may miss some neighbours.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 
@@ -12,7 +14,9 @@ SEARCHES = ("exact", "flat", "compressed")
 MIN_COMPRESSED = 5_000  # rows: below that there is nothing to gain, and too little to learn a compression from
 
 
-def make_search(kind, database, device="cpu"):
+def make_search(
+    kind: str, database: np.ndarray, device: str | torch.device = "cpu"
+) -> FlatSearch | ExactSearch | CompressedSearch:
     """One of SEARCHES, database (M, D) float32 or float16, may be a memory map -> an object to search with.
 
     Its search(queries (Q, D), k, rows=None) gives scores (Q, k) and indices (Q, k), best first. rows (m,) restricts it
@@ -28,7 +32,7 @@ def make_search(kind, database, device="cpu"):
     return FlatSearch(database) if kind == "flat" or dtype is None else ExactSearch(database, device, dtype)
 
 
-def low_precision(device):
+def low_precision(device: str | torch.device) -> torch.dtype | None:
     """The type in which the device multiplies matrices faster than in float32, or None."""
     if torch.device(device).type == "cuda":
         return torch.float16  # as exact as the stored descriptors; sums are in float32
@@ -36,7 +40,9 @@ def low_precision(device):
     return torch.bfloat16 if any(check is not None and check() for check in supported) else None
 
 
-def search(database, queries, k, rows=None, block=65536):
+def search(
+    database: np.ndarray, queries: np.ndarray, k: int, rows: np.ndarray | None = None, block: int = 65536
+) -> tuple[np.ndarray, np.ndarray]:
     """Exact nearest neighbours in float32: database (M, D), queries (Q, D) -> scores (Q, k), indices (Q, k).
 
     Results, rows and errors as `make_search` says. Works in blocks of database rows, so that a float16 or
@@ -66,10 +72,10 @@ def search(database, queries, k, rows=None, block=65536):
 class FlatSearch:
     """The plain way, `search` above; keeps nothing but the database."""
 
-    def __init__(self, database):
+    def __init__(self, database: np.ndarray) -> None:
         self.database = database
 
-    def search(self, queries, k, rows=None):
+    def search(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         return search(self.database, queries, k, rows)
 
 
@@ -81,7 +87,13 @@ class ExactSearch:
     Keeps a copy in low precision, 2 bytes a value, on the device.
     """
 
-    def __init__(self, database, device="cpu", dtype=torch.bfloat16, block=16384):
+    def __init__(
+        self,
+        database: np.ndarray,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        block: int = 16384,
+    ) -> None:
         self.database, self.block, self.fallbacks = database, block, 0
         try:
             self.vectors = torch.empty(database.shape, dtype=dtype, device=device)
@@ -99,7 +111,7 @@ class ExactSearch:
             self.longest = max(self.longest, float(norms[np.isfinite(norms)].max(initial=0)))
             self.vectors[start : start + block] = torch.from_numpy(part).to(device, dtype)
 
-    def search(self, queries, k, rows=None):
+    def search(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `make_search` says."""
         queries = _as_queries(queries, self.database.shape[1])
         rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
@@ -107,7 +119,7 @@ class ExactSearch:
         results = [self._search(queries[start : start + 1024], k, rows) for start in range(0, len(queries), 1024)]
         return tuple(map(np.concatenate, zip(*results))) if results else _nothing(0, k)
 
-    def _search(self, queries, k, rows):
+    def _search(self, queries: np.ndarray, k: int, rows: np.ndarray | None):
         count = len(self.database) if rows is None else len(rows)
         kept = min(count, 2 * k + 64)
         if kept * 8 >= count:  # a small database: to re-score that many is no less work than to search it
@@ -127,7 +139,7 @@ class ExactSearch:
             scores[cut], indices[cut] = search(self.database, queries[cut], k, rows)
         return scores, indices
 
-    def _candidates(self, queries, kept, rows):
+    def _candidates(self, queries: np.ndarray, kept: int, rows: np.ndarray | None):
         """The `kept` best in low precision -> scores (Q, kept) float32, best first, and positions in rows."""
         device = self.vectors.device
         turned = torch.from_numpy(queries).to(device, self.vectors.dtype)
@@ -146,7 +158,7 @@ class ExactSearch:
             where = where.gather(1, order)
         return best.cpu().numpy(), where.cpu().numpy()
 
-    def _error(self, queries, low):
+    def _error(self, queries: np.ndarray, low: torch.Tensor):
         """How far a low-precision score can be off -> (Q,).
 
         Rounding the score: half a unit in its last place. Rounding the factors: each product is off by a relative
@@ -169,7 +181,16 @@ class CompressedSearch:
     database (rows) is searched exactly. Learned and built on the CPU, the same way for the same database.
     """
 
-    def __init__(self, database, dim=256, lists=None, probes=None, rescored=200, exact_below=20_000, block=8192):
+    def __init__(
+        self,
+        database: np.ndarray,
+        dim: int = 256,
+        lists: int | None = None,
+        probes: int | None = None,
+        rescored: int = 200,
+        exact_below: int = 20_000,
+        block: int = 8192,
+    ) -> None:
         import faiss
 
         self.database, self.rescored, self.exact_below = database, rescored, exact_below
@@ -201,12 +222,12 @@ class CompressedSearch:
             self.index.add(((part - self.mean) @ self.axes).numpy())
 
     @property
-    def bytes_in_memory(self):
+    def bytes_in_memory(self) -> int:
         import faiss
 
         return faiss.serialize_index(self.index).nbytes + 4 * (self.axes.numel() + self.mean.numel())
 
-    def search(self, queries, k, rows=None):
+    def search(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `make_search` says, but that neighbours may be missed."""
         import faiss
 
@@ -240,12 +261,12 @@ class _Rescore:
     """Inner products in float32 with some rows of the database. The buffers are used again for each query: fresh
     memory for each costs many times the arithmetic, and torch widens float16 several times as fast as numpy."""
 
-    def __init__(self, database, rows):
+    def __init__(self, database: np.ndarray, rows: np.ndarray | None) -> None:
         self.database = database
         self.stored = np.empty((rows, database.shape[1]), database.dtype)
         self.wide = torch.empty(rows, database.shape[1])
 
-    def __call__(self, rows, query):
+    def __call__(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
         """rows (n,), query (D,) -> scores (n,)."""
         count = len(rows)
         np.take(self.database, rows, axis=0, out=self.stored[:count], mode="clip")
@@ -253,11 +274,11 @@ class _Rescore:
         return torch.mv(self.wide[:count], torch.from_numpy(query)).numpy()
 
 
-def _nothing(count, k):
+def _nothing(count: int, k: int):
     return np.full((count, k), -np.inf, dtype=np.float32), np.full((count, k), -1, dtype=np.int64)
 
 
-def _best(scores, indices, k):
+def _best(scores: np.ndarray, indices: np.ndarray, k: int):
     """Candidates (Q, K) in any order, -inf for none -> the k best, ties by index, filled up with -inf and -1."""
     order = np.lexsort((indices, -scores), axis=1)[:, :k]
     scores, indices = np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
@@ -266,7 +287,7 @@ def _best(scores, indices, k):
     return np.pad(scores, fill, constant_values=-np.inf), np.pad(indices, fill, constant_values=-1)
 
 
-def _as_queries(queries, dim):
+def _as_queries(queries: np.ndarray, dim: int):
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ValueError(f"queries of shape {queries.shape}: the database's descriptors have {dim} values")
@@ -274,7 +295,7 @@ def _as_queries(queries, dim):
     return queries
 
 
-def _require_finite(bad, kind, rows):
+def _require_finite(bad: np.ndarray, kind: str, rows: np.ndarray | None):
     """bad (n,) bool of these rows (None: all)."""
     if bad.any():
         first = int(np.argmax(bad)) if rows is None else rows[np.argmax(bad)]

@@ -12,6 +12,8 @@ process), the others wait for it and then find its descriptors there. Reading ne
 is marked for an image that has not changed is never moved or overwritten.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import hashlib
@@ -21,8 +23,10 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -39,32 +43,32 @@ class Rows:
     Taking a part of it reads that part. Only what the searches need of an array.
     """
 
-    def __init__(self, vectors, index):
+    def __init__(self, vectors: np.ndarray, index: np.ndarray) -> None:
         self.vectors, self.index = vectors, index
 
     dtype = property(lambda self: self.vectors.dtype)
     shape = property(lambda self: (*self.index.shape, self.vectors.shape[1]))
     ndim = property(lambda self: len(self.shape))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: object) -> np.ndarray:
         return np.asarray(self.vectors[self.index[key]])
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: type | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[...], dtype)
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: int) -> Rows:
         """The last axis stays D."""
         return Rows(self.vectors, self.index.reshape(shape[:-1]))
 
-    def take(self, rows, axis=0, out=None, mode="raise"):
+    def take(self, rows: np.ndarray, axis: int = 0, out: np.ndarray | None = None, mode: str = "raise") -> np.ndarray:
         """As numpy's, along the first of two axes."""
         return np.take(self.vectors, self.index[rows], axis=axis, out=out, mode=mode)
 
 
-def model_fingerprint(model, image_size, precision):
+def model_fingerprint(model: torch.nn.Module, image_size: int, precision: str) -> str:
     """All that decides what an image's descriptor is, but the image and how it is turned -> 64 hexadecimal digits.
 
     Counts the modules and their settings as the model prints them, all parameters and buffers, and how it is used.
@@ -79,7 +83,7 @@ def model_fingerprint(model, image_size, precision):
     return digest.hexdigest()
 
 
-def image_fingerprints(root, paths):
+def image_fingerprints(root: str | Path, paths: Sequence) -> np.ndarray:
     """Files -> (N, 2) uint64: of each one's path, and of its path, size and time of change (0: no such file)."""
     marks = np.zeros((len(paths), 2), dtype=np.uint64)
     for row, path in enumerate(paths):
@@ -92,11 +96,11 @@ def image_fingerprints(root, paths):
     return marks
 
 
-def _digest(text):
+def _digest(text: str):
     return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little") or 1
 
 
-def file_name(root, fingerprint, rotations):
+def file_name(root: str | Path, fingerprint: str, rotations: Sequence[int]) -> str:
     """`demo_world_1f2e3d4c_0123456789abcdef_0-90-180-270.f16`: the folder's name, its path's digest, the model's, and
     the degrees."""
     root = Path(root).resolve()
@@ -108,7 +112,9 @@ class DescriptorFile:
     """Descriptors of N images in a file: `values` (layers, N, D) are Rows of it, `described` (N,) bool says which of
     them hold. `write` takes descriptors of some rows, `commit` makes them last. Made by `descriptor_file`."""
 
-    def __init__(self, marks, slots, vectors, images, layers):
+    def __init__(
+        self, marks: np.ndarray, slots: np.ndarray, vectors: np.ndarray, images: np.ndarray, layers: int
+    ) -> None:
         self.marks, self.slots, self.images = marks, slots, images
         self.values = Rows(vectors, _lie(marks[slots], layers))
         self.described = (marks["image"][slots] == images) & (images != 0)
@@ -116,13 +122,13 @@ class DescriptorFile:
             self.described[rows] = _checksums(self.values, rows) == marks["checksum"][slots[rows]]
         self.pending = []
 
-    def write(self, rows, descriptors):
+    def write(self, rows: np.ndarray, descriptors: np.ndarray) -> None:
         """rows (B,), descriptors (layers, B, D) -> into the map. They last only after `commit`, and if finite."""
         self.values.vectors[self.values.index[:, rows]] = descriptors
         finite = np.isfinite(self.values[:, rows]).all(axis=(0, 2))
         self.pending += [row for row in rows[finite].tolist() if self.images[row]]
 
-    def commit(self):
+    def commit(self) -> None:
         """Descriptors to the disk first, their marks after that."""
         if not self.pending:
             return
@@ -136,7 +142,9 @@ class DescriptorFile:
 
 
 @contextmanager
-def descriptor_file(path, model, rotations, dim, images):
+def descriptor_file(
+    path: str | Path, model: str, rotations: Sequence[int], dim: int, images: np.ndarray
+) -> Iterator[DescriptorFile]:
     """The file of one model (its fingerprint) and these images, (N, 2) as `image_fingerprints` gives -> DescriptorFile.
 
     Made where there is none; no other process describes into it meanwhile. Says in the log what is described and what
@@ -171,7 +179,7 @@ def descriptor_file(path, model, rotations, dim, images):
 
 
 @contextmanager
-def _locked(path, wait=True):
+def _locked(path: str | Path, wait: bool = True):
     """Yields the open file, made where there is none, that no other process has locked; None if wait is False and one
     has. The lock goes with the process, however it ends."""
     while True:
@@ -196,20 +204,20 @@ def _locked(path, wait=True):
             os.close(file)
 
 
-def _count(file):
+def _count(file: BinaryIO):
     return (os.fstat(file).st_size - PAGE) // MARK.itemsize
 
 
-def _marks(file):
+def _marks(file: BinaryIO):
     return np.frombuffer(os.pread(file, _count(file) * MARK.itemsize, PAGE), MARK)
 
 
-def _lie(marks, layers):
+def _lie(marks: np.ndarray, layers: int):
     """marks (N,) -> (layers, N) numbers of their vectors."""
     return marks["first"].astype(np.int64) + np.arange(layers)[:, None] * marks["step"].astype(np.int64)
 
 
-def _is_whole(path, file, header):
+def _is_whole(path: str | Path, file: BinaryIO, header: dict):
     """Whether marks and vectors have this header, and the marks' vectors exist and are no other's."""
     if read_header(path) != header or read_header(path.with_suffix(".marks")) != header:
         return False
@@ -219,7 +227,7 @@ def _is_whole(path, file, header):
     return lie.min(initial=0) >= 0 and lie.max(initial=-1) < room and len(np.unique(lie)) == lie.size
 
 
-def read_header(path):
+def read_header(path: str | Path) -> dict:
     """The header of a descriptor file, of whatever format, as a dict; {} where it is no such file."""
     try:
         with open(path, "rb") as file:
@@ -229,7 +237,7 @@ def read_header(path):
         return {}
 
 
-def _reserve(path, file, header, paths):
+def _reserve(path: str | Path, file: BinaryIO, header: dict, paths: np.ndarray):
     """Room for each of the paths (N,) uint64 -> (N,) which mark is whose, and (N,) bool: it was there already."""
     page = json.dumps(header).encode().ljust(PAGE - 1) + b"\n"
     if not path.exists():
@@ -256,7 +264,7 @@ def _reserve(path, file, header, paths):
     return slots, known
 
 
-def _grow(path, size):
+def _grow(path: str | Path, size: int):
     """The file to this size. The space is reserved: a full disk is an error here, not a crash in the map."""
     before = path.stat().st_size
     if size <= before:
@@ -280,13 +288,13 @@ def _grow(path, size):
             file.truncate(size)  # not on this file system
 
 
-def _checksums(values, rows):
+def _checksums(values: np.ndarray, rows: np.ndarray):
     """values (layers, N, D) at rows (B,) -> (B,) uint32, of all layers of an image together."""
     blocks = np.ascontiguousarray(values[:, rows].transpose(1, 0, 2))
     return np.array([zlib.crc32(block) for block in blocks], dtype=np.uint32)
 
 
-def tidy(folder, model, forget=False):
+def tidy(folder: str | Path, model: str, forget: bool = False) -> None:
     """Says in the log what descriptor files of other models than this (its fingerprint) lie in the folder; forget
     removes them, but those that a process is describing into.
 
@@ -319,7 +327,7 @@ def tidy(folder, model, forget=False):
                 _remove([path for path in (marks.with_suffix(".f16"), marks) if path in found], "of another model")
 
 
-def _remove(paths, what):
+def _remove(paths: Iterable[Path], what: str):
     if paths:
         amount = _amount(paths)
         for path in paths:
@@ -327,11 +335,11 @@ def _remove(paths, what):
         logging.info(f"removed {amount} {what}: {', '.join(map(str, paths))}")
 
 
-def _amount(paths):
+def _amount(paths: Iterable[Path]):
     return f"{len(paths)} files ({sum(path.stat().st_size for path in paths) / 1e9:.2f} GB)"
 
 
-def _is_running(process):
+def _is_running(process: int):
     try:
         os.kill(process, 0)
     except ProcessLookupError:

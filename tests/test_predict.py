@@ -45,6 +45,7 @@ def go(world, checkpoint, tmp_path, monkeypatch):
         return predict.main(
             predict.parse_arguments(
                 [
+                    *("--register", "none"),
                     *map(str, inputs),
                     "--resume",
                     str(checkpoint),
