@@ -25,7 +25,7 @@ def library_loss(name: str, **settings: object) -> nn.Module:
 class PairLoss(nn.Module):
     """A loss over pairs or triplets, which are chosen here."""
 
-    def __init__(self, name: str, **settings: object):
+    def __init__(self, name: str, **settings: object) -> None:
         super().__init__()
         self.loss = library_loss(name, **settings)
 
@@ -39,7 +39,9 @@ class PairLoss(nn.Module):
 class TripletLoss(PairLoss):
     """Triplet margin loss (Weinberger and Saul 2009) over all triplets that violate the margin."""
 
-    def __init__(self, margin: Annotated[float, "a negative has to be farther than a positive by so much"] = 0.05):
+    def __init__(
+        self, margin: Annotated[float, "a negative has to be farther than a positive by so much"] = 0.05
+    ) -> None:
         super().__init__("TripletMarginLoss", margin=margin)
 
 
@@ -50,21 +52,21 @@ class LiftedStructureLoss(PairLoss):
         self,
         neg_margin: Annotated[float, "distance beyond which a negative hardly counts"] = 1.0,
         pos_margin: Annotated[float, "distance within which a positive is close enough"] = 0.0,
-    ):
+    ) -> None:
         super().__init__("LiftedStructureLoss", neg_margin=neg_margin, pos_margin=pos_margin)
 
 
 class NTXentLoss(PairLoss):
     """NT-Xent, or InfoNCE (Oord et al. 2018; Chen et al., ICML 2020): each positive pair against the negatives."""
 
-    def __init__(self, temperature: Annotated[float, "of the softmax"] = 0.07):
+    def __init__(self, temperature: Annotated[float, "of the softmax"] = 0.07) -> None:
         super().__init__("NTXentLoss", temperature=temperature)
 
 
 class SupConLoss(PairLoss):
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2)."""
 
-    def __init__(self, temperature: Annotated[float, "of the softmax"] = 0.1):
+    def __init__(self, temperature: Annotated[float, "of the softmax"] = 0.1) -> None:
         super().__init__("SupConLoss", temperature=temperature)
 
 
@@ -75,14 +77,14 @@ class CircleLoss(PairLoss):
         self,
         relaxation: Annotated[float, "m in the paper"] = 0.4,
         gamma: Annotated[float, "scale of the similarities"] = 80.0,
-    ):
+    ) -> None:
         super().__init__("CircleLoss", m=relaxation, gamma=gamma)
 
 
 class LabelLoss(nn.Module):
     """A loss over labels alone: pairs that share ground are negatives."""
 
-    def __init__(self, name: str, **settings: object):
+    def __init__(self, name: str, **settings: object) -> None:
         super().__init__()
         self.loss = library_loss(name, **settings)
 
@@ -94,7 +96,7 @@ class LabelLoss(nn.Module):
 class FastAPLoss(LabelLoss):
     """FastAP (Cakir et al., CVPR 2019): average precision over a histogram of distances."""
 
-    def __init__(self, num_bins: Annotated[int, "bins of the histogram"] = 10):
+    def __init__(self, num_bins: Annotated[int, "bins of the histogram"] = 10) -> None:
         super().__init__("FastAPLoss", num_bins=num_bins)
 
 
@@ -107,7 +109,7 @@ class ArcFaceLoss(LabelLoss):
         descriptor_dim: int,
         margin: Annotated[float, "angle to the own region's weights is taken as so many degrees more"] = 28.6,
         scale: Annotated[float, "of the cosines"] = 64.0,
-    ):
+    ) -> None:
         super().__init__(
             "ArcFaceLoss", num_classes=num_regions, embedding_size=descriptor_dim, margin=margin, scale=scale
         )
@@ -122,7 +124,7 @@ class CosFaceLoss(LabelLoss):
         descriptor_dim: int,
         margin: Annotated[float, "cosine to the own region's weights is taken as so much less"] = 0.35,
         scale: Annotated[float, "of the cosines"] = 64.0,
-    ):
+    ) -> None:
         super().__init__(
             "CosFaceLoss", num_classes=num_regions, embedding_size=descriptor_dim, margin=margin, scale=scale
         )
@@ -141,7 +143,7 @@ class SphereFaceLoss(LabelLoss):
         descriptor_dim: int,
         margin: Annotated[float, "angle to the own region's weights is taken as so many times as large, whole"] = 4.0,
         scale: Annotated[float, "of the cosines"] = 64.0,
-    ):
+    ) -> None:
         if margin != int(margin) or margin < 1:
             raise ValueError(f"--margin {margin}: SphereFace takes a whole number of at least 1")
         super().__init__(

@@ -22,7 +22,7 @@ class EarthLoc(nn.Module):
     state dict that is loaded next; `build_model` makes a model to train. `config` is kept with its defaults filled in.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config = config.with_defaults(pretrained=config.freeze_until is not None)
         self.backbone = Backbone(config.backbone, config.cut_after, config.freeze_until, config.frozen_batchnorm)

@@ -15,7 +15,7 @@ HEAD_DIM = 64  # of the attentions, in the published models
 class BoQBlock(nn.Module):
     """(B, N, D) -> the encoded features (B, N, D), and what the learned queries find in them (B, Q, D)."""
 
-    def __init__(self, dim: int, queries: int):
+    def __init__(self, dim: int, queries: int) -> None:
         super().__init__()
         heads = max(1, dim // HEAD_DIM)
         self.encoder = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, batch_first=True)
@@ -48,7 +48,7 @@ class BoQ(nn.Module):
         boq_queries: Annotated[int, "learned queries a block"] = 64,
         boq_blocks: Annotated[int, "blocks"] = 2,
         boq_rows: Annotated[int, "rows of the output"] = 32,
-    ):
+    ) -> None:
         super().__init__()
         for flag, value in (
             ("boq_channels", boq_channels),

@@ -21,7 +21,7 @@ class ConvAP(nn.Module):
         descriptor_dim: int,
         conv_channels: Annotated[int | None, "output channels; default: descriptor_dim / conv_grid^2"] = None,
         conv_grid: Annotated[int, "averages over so many cells a side"] = 2,
-    ):
+    ) -> None:
         super().__init__()
         if not 1 <= conv_grid <= min(height, width):
             raise ValueError(

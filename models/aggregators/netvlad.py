@@ -28,7 +28,7 @@ class NetVLAD(nn.Module):
         width: int,
         vlad_clusters: Annotated[int, "centres"] = 64,
         vlad_channels: Annotated[int | None, "project features to so many values; default: as they are"] = None,
-    ):
+    ) -> None:
         super().__init__()
         for flag, value, least in (("vlad_clusters", vlad_clusters, 2), ("vlad_channels", vlad_channels, 1)):
             if value is not None and value < least:

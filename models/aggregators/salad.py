@@ -46,7 +46,7 @@ class SALAD(nn.Module):
         salad_hidden: Annotated[int, "width of the projections' hidden layers"] = 512,
         salad_dropout: Annotated[float, "dropout in the projections"] = 0.3,
         sinkhorn_steps: Annotated[int, "steps of the optimal transport"] = 3,
-    ):
+    ) -> None:
         super().__init__()
         if not 1 <= salad_clusters < height * width:
             raise ValueError(
