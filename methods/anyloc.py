@@ -72,6 +72,8 @@ class AnyLoc(nn.Module):
         self.centers.copy_(torch.from_numpy(faiss_kmeans(features.numpy(), len(self.centers), 0)[1]))
 
     def describe(self, images: Tensor) -> Tensor:
+        if self.centers[0, 0].isnan():
+            raise ValueError("AnyLoc has no vocabulary yet: call `prepare` with images of the database first")
         values = self.values(images)
         nearest = (values @ F.normalize(self.centers, dim=1).T).argmax(dim=-1)
         shares = F.one_hot(nearest, len(self.centers)).to(values)
