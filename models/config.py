@@ -66,7 +66,11 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--backbone", default="resnet50", help="any of timm's ResNets, EfficientNets, ConvNeXts, ViTs … by name")
     add("--weights", default="imagenet", help="imagenet (the backbone's own), none (from scratch), or a state dict")
     add("--cut_after", help="last kept stage; default: the deepest of stride 16, as layer3 or blocks4; a ViT's last")
-    add("--freeze_until", help="last frozen stage, or none; default: the deepest of stride 8; none with --weights none")
+    add(
+        "--freeze_until",
+        help="last frozen stage, or none (blocks9 leaves a ViT-S or -B two blocks); default: the deepest "
+        "of stride 8, of a ViT all but four blocks; none with --weights none",
+    )
     add("--frozen_batchnorm", choices=FROZEN_BATCHNORM, default="fixed", help="adapt: as in the released code")
     add("--aggregator", choices=list(AGGREGATORS), default="mixvpr")
     add("--descriptor_dim", type=positive, default=4096)
