@@ -165,6 +165,14 @@ def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
     _copy(backbone.model, state)
 
 
+def fit_(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """A state dict into any network, strictly. ValueError lists what does not fit; `source` is named there."""
+    misfits = _misfits(module.state_dict(), state)
+    if misfits:
+        raise ValueError("\n".join([f"{source} does not fit {type(module).__name__}:", *misfits]))
+    _copy(module, state)
+
+
 def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
     """One line for each kind of difference between two state dicts; [] if they fit."""
     # Counters that older files lack: with a fixed momentum BatchNorm never reads them.
