@@ -14,11 +14,12 @@ from datasets.build import __main__ as build
 from datasets.build import earth_photos
 from datasets.build.camera import Camera, footprint, ground_points
 from datasets.build.demo_world import query_name
-from datasets.build.earth import MERCATOR_HALF, month_ratios, open_raster
+from datasets.build.earth import month_ratios, open_raster
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from experiments import earth_photos as experiment
 from utils import geo
+from utils.geo import MERCATOR_HALF
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names" / "queries.txt"
 AROUND = 4096  # pixels around the Earth, 9.8 km each at the equator
@@ -206,7 +207,7 @@ def test_planned_photos_lie_in_their_sets_and_on_the_raster(folder):
 
 
 def build_some(folder, output, raster="dots.tif", **more):
-    options = {"count": 6, "size": 64, "areas": AREAS, "num_workers": 0, **more}
+    options = {"photos": 6, "image_size": 64, "areas": AREAS, "num_workers": 0, **more}
     return earth_photos.build_photos(output, folder / raster, folder / "months", **options)
 
 
@@ -256,7 +257,7 @@ def test_what_cannot_be_built_is_named(folder, tmp_path, capsys):
         earth_photos.build_photos(tmp_path, folder / "grey.tif", tmp_path, 1, areas=AREAS)
     where = ["--raster", str(folder / "grey.tif"), "--months", str(folder / "months")]
     assert build.main(["earth_photos", str(tmp_path), *where, "--photos", "0"]) == 2
-    assert "--photos 0" in capsys.readouterr().err
+    assert "--photos: 0" in capsys.readouterr().err
 
 
 def test_the_experiment_compares_what_was_planned_with_the_names(tmp_path, capsys):
