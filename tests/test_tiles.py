@@ -332,7 +332,9 @@ def test_placeholders_are_no_ground(server, tmp_path, regions):
     assert "placeholder" in left_out(tmp_path / "twice")[0][3]
     del server.faults[tuple(regions[0] + [0, 3, 3])]
     assert fetch(server, tmp_path / "once", regions[:1])[:2] == (1, 0)  # only once: nothing gives it away …
-    assert fetch(server, tmp_path / "known", regions[:1], error_tiles=[placeholder()])[:2] == (0, 1)  # … unless known
+    (tmp_path / "error.png").write_bytes(placeholder())
+    known = fetch(server, tmp_path / "known", regions[:1], error_tile=[tmp_path / "error.png"])
+    assert known[:2] == (0, 1)  # … unless known
 
 
 def test_a_status_that_counts_as_blank(server, marble, tmp_path, regions):

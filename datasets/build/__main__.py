@@ -1,7 +1,7 @@
 """Makes data sets in EarthLoc's layout, and looks after them: python -m datasets.build COMMAND …; --help lists them.
 
-Each command is a module of this package with `add_command` (its flags) and `main` (flags' values -> what to say at the
-end).
+Each command is a module of this package with `main`, whose parameters are its flags (flags.py) and which returns what
+to say at the end.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from datasets.build import cache, check, demo, earth, earth_photos, earth_raster, own, rasters, tiles
+from datasets.build.flags import add_flags
 from utils.arguments import HelpFormatter
 
 COMMANDS = {
@@ -31,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         about, _, more = module.__doc__.partition("\n")
         about = about.split(": python -m")[0]
         command = commands.add_parser(name, help=about, description=f"{about}. {more}", formatter_class=HelpFormatter)
-        module.add_command(command)
+        add_flags(command, module.main)
     return parser.parse_args(arguments)
 
 

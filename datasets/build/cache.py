@@ -6,13 +6,13 @@ again what has changed: a cached image carries its source's time of change. trai
 they look at folders' times and compare the images in those that have changed.
 """
 
-import argparse
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
@@ -21,7 +21,7 @@ from datasets.build import flags, jobs
 from datasets.images import encode_jpeg, read_pixels
 from datasets.listing import UNSETTLED, as_known, list_files, list_folder, walk
 from datasets.overlap import INTERSECTIONS_FILE
-from utils.arguments import positive, whole
+from utils.arguments import positive
 from utils.files import replacing
 
 INFO_FILE = "cache.json"
@@ -40,7 +40,7 @@ def stamps(root: str | Path, folders: Iterable[str] | None = None) -> dict[str, 
     return {path: _time(os.path.join(root, path)) for path in paths}
 
 
-def _time(path):
+def _time(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
     except FileNotFoundError:  # a link to nothing: it is named when it is to be read
@@ -162,19 +162,15 @@ def cache_note(dataset_path: str | Path, loaded_size: int) -> str | None:
     return f"{note}, up to date"
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("dataset_path", help="folder with database/ and queries/")
-    add("--size", type=positive, default=512, help="pixels of the shorter side; train.py loads 512 by default")
-    add("--quality", type=flags.quality, default=90, help="of the JPEGs")
-    add("--output", help="default: the data set's folder with _SIZE after its name")
-    add("--num_workers", type=whole, default=os.cpu_count())
-
-
-def main(dataset_path: str, output: str | None, size: int, **settings) -> str:
-    """Flags -> what to tell at the end."""
-    output = output or f"{Path(dataset_path)}_{size}"
-    made, errors = make_cache(dataset_path, output, size, **settings)
+def main(
+    dataset_path: Annotated[Path, "folder with database/ and queries/"],
+    size: Annotated[int, "pixels of the shorter side; train.py loads 512 by default", {"type": positive}] = 512,
+    quality: flags.Quality = 90,
+    output: Annotated[Path | None, "default: the data set's folder with _SIZE after its name"] = None,
+    num_workers: flags.Workers = flags.CORES,
+) -> str:
+    output = output or Path(f"{dataset_path}_{size}")
+    made, errors = make_cache(dataset_path, output, size, quality, num_workers)
     for error in errors:
         print(f"left out: {error}")
     return f"{output}: {made} images made now, {len(errors)} left out; use it with --dataset_path {output}"

@@ -3,17 +3,16 @@
 PATH is a data set's folder, or a text file of names, one a line. Exit code 0: fine, 1: problems, 2: cannot be checked.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from datasets.build import jobs
+from datasets.build import flags, jobs
 from datasets.build.check_names import NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names
 from datasets.images import decode, read_bytes
 from datasets.listing import list_files
@@ -113,7 +112,7 @@ def zoom_of(path: str) -> str:
     return path.split("/")[1].partition("_")[2]
 
 
-def _text(size):
+def _text(size: tuple[int, int]) -> str:
     return f"{size[0]} × {size[1]}"
 
 
@@ -226,18 +225,17 @@ def to_json(report: dict) -> str:
     return json.dumps({**report, "problems": problems(report), "findings": findings}, indent=1, ensure_ascii=False)
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("path", type=Path, help="folder of a data set, or a text file of names, one a line")
-    add("--names_only", action="store_true", help="read no image")
-    add("--image_size", type=positive, help="side of a database image; default: what most of its zoom have")
-    add("--num_workers", type=whole, default=os.cpu_count(), help="threads that read images")
-    add("--show", type=whole, default=3, help="items printed of each finding")
-    add("--json", type=Path, metavar="FILE", help="the whole report")
-
-
-def main(path: Path, names_only: bool, image_size: int | None, num_workers: int, show: int, json: Path | None) -> int:
-    """Flags -> exit code."""
+def main(
+    path: Annotated[Path, "folder of a data set, or a text file of names, one a line"],
+    names_only: Annotated[bool, "read no image"] = False,
+    image_size: Annotated[
+        int | None, "side of a database image; default: what most of its zoom have", {"type": positive}
+    ] = None,
+    num_workers: flags.Workers = flags.CORES,
+    show: Annotated[int, "items printed of each finding", {"type": whole}] = 3,
+    json: Annotated[Path | None, "the whole report", {"metavar": "FILE"}] = None,
+) -> int:
+    """-> Exit code."""
     if json and not json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {json}: its folder does not exist; make it first")
     report = check(path, names_only, image_size, num_workers)

@@ -4,10 +4,10 @@ database/{year}_{zoom}/…, queries/@…@.jpg, the intersections file, and figur
 holds what the world was made from: a second run continues where the first one stopped, never with other parameters.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from datasets.images import read_image, read_pixels, save_jpeg
 from datasets.names import DATABASE_YEAR, YEARS, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, write_positives
 from utils import geo
-from utils.arguments import positive, whole
+from utils.arguments import whole
 
 VERSION = 1  # raise when the same parameters begin to give other pictures
 BLUE_MARBLE = Path(__file__).parent / "blue_marble"
@@ -48,24 +48,31 @@ def read_mosaic(path: str | Path) -> torch.Tensor:
     return mosaic
 
 
-def build_demo(
-    output: str | Path,
-    seed: int = 0,
-    num_queries: int = 2400,
-    zooms: Sequence[int] = (7, 8),
-    image_size: int = 256,
-    num_workers: int = 2,
-    mosaics: dict | None = None,
-    query_mosaic: str | Path = QUERY_MOSAIC,
-    photos: str = "full",
-) -> int:
-    """Renders the demo world into folder `output` -> number of images made now (0 when all were there).
+def main(
+    output: flags.Output,
+    seed: flags.Seed = 0,
+    num_queries: Annotated[int, "how many photos", {"type": whole}] = 2400,
+    zooms: flags.Zooms = (7, 8),
+    image_size: flags.Side = 256,
+    num_workers: flags.Workers = 2,
+    mosaics: Annotated[
+        list[tuple[int, Path]],
+        "equirectangular pictures of Earth in place of blue_marble/'s",
+        {"type": flags.year_and_file, "metavar": "YEAR=FILE"},
+    ] = (),
+    query_mosaic: Annotated[Path, "what the queries show", {"metavar": "FILE"}] = QUERY_MOSAIC,
+    photos: Annotated[
+        Literal["full", "hazy", "clear"],
+        "full: queries as an astronaut would take them; hazy: without clouds; clear: without air, camera and clouds, "
+        "for telling what makes them hard",
+    ] = "full",
+) -> str:
+    """Renders the demo world into folder `output` -> how many images were made now.
 
-    mosaics: {year: file} for any of the four years, the others from blue_marble/. Every image depends on the seed and
-    its index alone, whatever num_workers. photos: one of demo_world.PHOTOS, what the queries go through. Raises
-    ValueError where the folder holds a world of other parameters.
+    Every image depends on the seed and its index alone, whatever num_workers. Raises ValueError where the folder holds
+    a world of other parameters.
     """
-    output, mosaics = Path(output), {**MOSAICS, **(mosaics or {})}
+    mosaics = {**MOSAICS, **dict(mosaics)}
     if set(mosaics) != set(YEARS):
         raise ValueError(f"--mosaics: years {sorted(set(mosaics) - set(YEARS))}; only {YEARS} are years of a data set")
     if not zooms or min(zooms) < 2 or max(zooms) > 15:
@@ -100,7 +107,7 @@ def build_demo(
         searched = sorted(path for path in paths if path.startswith(f"database/{DATABASE_YEAR}_"))
         table = write_positives(output / INTERSECTIONS_FILE, names, Catalogue.from_paths(output, searched))
         save_jpeg(output / FIGURE, contact_sheet(output, names, table, [query.group for query in queries]), 88)
-    return made
+    return f"{output}: {made:,} images made now; look at {output / FIGURE}"
 
 
 def plan_world(seed: int, num_queries: int, zooms: Sequence[int]) -> dict:
@@ -179,35 +186,3 @@ def contact_sheet(
 def _paste(sheet, path, place, size):
     image = Image.fromarray(read_pixels(path).numpy())
     sheet.paste(image.resize(size, Image.Resampling.LANCZOS), place)
-
-
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=flags.folder, help="folder of the data set")
-    add("--seed", type=whole, default=0)
-    add("--num_queries", type=whole, default=2400)
-    add("--zooms", type=int, nargs="+", default=[7, 8], help="Web Mercator zooms of the database")
-    add("--image_size", type=positive, default=256, help="side of a database image, pixels")
-    add("--num_workers", type=whole, default=2)
-    add(
-        "--mosaics",
-        type=flags.year_and_file,
-        nargs="+",
-        default=[],
-        metavar="YEAR=FILE",
-        help="equirectangular pictures of Earth in place of blue_marble/'s",
-    )
-    add("--query_mosaic", default=str(QUERY_MOSAIC), metavar="FILE", help="what the queries show")
-    add(
-        "--photos",
-        choices=demo_world.PHOTOS,
-        default="full",
-        help="full: queries as an astronaut would take them; hazy: without clouds; clear: without air, "
-        "camera and clouds, for telling what makes them hard",
-    )
-
-
-def main(output: Path, mosaics: list, **settings) -> str:
-    """Flags -> what to tell at the end."""
-    made = build_demo(output, mosaics=dict(mosaics), **settings)
-    return f"{output}: {made:,} images made now; look at {output / FIGURE}"

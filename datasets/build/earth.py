@@ -8,12 +8,11 @@ smoothed, so colours, snow and vegetation change and the ground stays where it i
 import argparse
 import dataclasses
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from datasets.build.demo import read_mosaic
 from datasets.build.plan import fingerprint, kept_plan
 from datasets.images import encode_jpeg, resize
 from datasets.names import YEARS
-from utils.arguments import whole
 from utils.files import replacing
 from utils.geo import MERCATOR_HALF
 
@@ -39,6 +37,13 @@ RASTER_MONTH = 8
 SMOOTH = 2.0  # pixels of the monthly mosaics, the standard deviation of the smoothing: about 15 km
 MIN_SIDE = 32  # pixels: a region that shows fewer is too small for the raster
 VERSION = 1  # raise when the same parameters begin to give other pictures
+
+
+def image_side(text: str) -> int:
+    """Type of a flag: pixels a side."""
+    if int(text) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"{text}: at least {MIN_SIDE}")
+    return int(text)
 
 
 def open_raster(path: str | Path) -> tuple["DatasetReader", int]:
@@ -195,26 +200,33 @@ class Renderer(Opened):
         return len(missing)
 
 
-def build_earth(
-    output: Path,
-    raster: Path,
-    months: Path,
-    zooms: Sequence[int] = (9, 10, 11),
-    bbox: Sequence[float] | None = None,
-    land_only: bool = True,
-    regions: int | None = None,
-    seed: int = 0,
-    seasons: Sequence[int] = MONTHS,
-    image_size: int | None = None,
-    quality: int = 92,
-    num_workers: int = 2,
-) -> Counter:
-    """-> Counter of images made now, there already, and regions outside the raster. A second run goes on.
-
-    raster: file in Web Mercator. months: folder of 01.jpg … 12.jpg of the whole Earth. regions: only so many, drawn by
-    seed. seasons: a month for each of YEARS. image_size: pixels a side; None: the raster's own, so that each zoom has
-    another. ValueError, FileNotFoundError.
-    """
+def main(
+    output: flags.Output,
+    *,
+    raster: Annotated[Path, "Web Mercator GeoTIFF of the whole Earth, August; `earth_raster` makes it"],
+    months: Annotated[
+        Path,
+        "01.jpg … 12.jpg, equirectangular; NASA's Visible Earth has them, August as "
+        "https://eoimages.gsfc.nasa.gov/images/imagerecords/74000/74117/world.200408.3x5400x2700.jpg",
+        {"metavar": "FOLDER"},
+    ],
+    seasons: Annotated[
+        list[int],
+        f"the months that stand for the years {YEARS[0]} to {YEARS[-1]}",
+        {"nargs": len(YEARS), "choices": range(1, 13), "metavar": "MONTH"},
+    ] = MONTHS,
+    image_size: Annotated[
+        int | None, "pixels a side; default: the raster's own at each zoom", {"type": image_side}
+    ] = None,
+    regions: Annotated[int | None, "only so many, drawn by --seed; default: all", {"metavar": "N"}] = None,
+    seed: flags.Seed = 0,
+    quality: flags.Quality = 92,
+    num_workers: flags.Workers = 2,
+    zooms: flags.Zooms = (9, 10, 11),
+    bbox: flags.Box = None,
+    land_only: flags.LandOnly = True,
+) -> str:
+    """-> How many images were made now, and were there. Raises ValueError or FileNotFoundError naming the flag."""
     chosen = sample_of(select_regions(zooms, bbox, land_only), regions, seed)
     parameters = {
         "version": VERSION,
@@ -242,7 +254,10 @@ def build_earth(
     with stored_ratios(months, seasons) as ratios:
         render = Renderer(Path(output), raster, ratios, seasons, image_size, quality)
         made = sum(jobs.run(wanted, render, num_workers, "earth", "region"))
-    return Counter(made=made, there=len(YEARS) * len(wanted) - made, outside=int((~inside).sum()))
+    return (
+        f"{output}: {made:,} images made now, {len(YEARS) * len(wanted) - made:,} were there, {(~inside).sum():,} "
+        f"regions lie outside the raster"
+    )
 
 
 def month_prints(folder: Path, months: Sequence[int]) -> dict:
@@ -256,48 +271,3 @@ def sample_of(regions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     if count is None or count >= len(regions):
         return regions
     return regions[np.sort(np.random.default_rng(seed).choice(len(regions), count, replace=False))]
-
-
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=flags.folder, help="folder of the data set; a second run continues")
-    add("--raster", type=Path, required=True, help="GeoTIFF of the whole Earth, August; `earth_raster` makes it")
-    add(
-        "--months",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="01.jpg … 12.jpg, equirectangular; NASA's Visible Earth has them, August as "
-        "https://eoimages.gsfc.nasa.gov/images/imagerecords/74000/74117/world.200408.3x5400x2700.jpg",
-    )
-    add(
-        "--seasons",
-        type=int,
-        nargs=len(YEARS),
-        default=list(MONTHS),
-        choices=range(1, 13),
-        metavar="MONTH",
-        help=f"the months that stand for the years {YEARS[0]} to {YEARS[-1]}",
-    )
-    add("--image_size", type=image_side, help="pixels a side; default: the raster's own at each zoom")
-    add("--regions", type=int, metavar="N", help="only so many, drawn by --seed; default: all")
-    add("--seed", type=whole, default=0)
-    add("--quality", type=flags.quality, default=92, help="of the JPEGs")
-    add("--num_workers", type=whole, default=2)
-    flags.add_area_arguments(parser, years=False)
-
-
-def image_side(text: str) -> int:
-    """Type of a flag: pixels a side."""
-    if int(text) < MIN_SIDE:
-        raise argparse.ArgumentTypeError(f"{text}: at least {MIN_SIDE}")
-    return int(text)
-
-
-def main(output: Path, **settings) -> str:
-    """Flags -> what to tell at the end."""
-    counts = build_earth(output, **settings)
-    return (
-        f"{output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['outside']:,} "
-        f"regions lie outside the raster"
-    )

@@ -11,12 +11,11 @@ The photos share August's fine detail with the database: what is measured on the
 much ground a photo shows, how far from the nadir, among how many images), not whether a model finds real photos.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from datasets.build.demo_world import (
     ALTITUDES_KM,
     GAMMA,
     MAX_DISTANCE_KM,
-    PHOTOS,
     Query,
     draw_nadir,
     ground_plane,
@@ -46,7 +44,7 @@ from datasets.names import Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, write_positives
 from datasets.sets import DATABASE_YEAR, POINTS_OF_INTEREST, QUERY_RADIUS_KM, VALIDATION, VALIDATION_QUERY_RADIUS_KM
 from utils import geo
-from utils.arguments import positive, whole
+from utils.arguments import positive
 from utils.files import replacing
 from utils.geo import MERCATOR_HALF
 
@@ -324,26 +322,38 @@ class Renderer(Opened):
             file.write(encode_jpeg(pixels.permute(1, 2, 0).numpy(), quality))
 
 
-def build_photos(
-    output: str | Path,
-    raster: Path,
-    months: Path,
-    photos: int = 3000,
-    seed: int = 0,
-    image_size: int = 512,
-    seasons: Sequence[int] = MONTHS,
-    areas: Sequence[float] | None = None,
-    whole_earth: bool = False,
-    weather: str = "full",
-    num_workers: int = 2,
-) -> int:
-    """Renders so many photos into output/queries -> number of photos made now. A second run goes on.
+def main(
+    output: Annotated[Path, "the data set that gets queries/; build its database first"],
+    *,
+    raster: Annotated[Path, "Web Mercator GeoTIFF, as for `earth`"],
+    months: Annotated[Path, "01.jpg … 12.jpg, as for `earth`", {"metavar": "FOLDER"}],
+    photos: Annotated[int, "how many", {"type": positive}] = 3000,
+    seed: flags.Seed = 0,
+    image_size: Annotated[int, "pixels a side; 3:2 is squashed to a square", {"type": image_side}] = 512,
+    seasons: Annotated[
+        list[int],
+        "the photos' months; the default has none of `earth`'s years",
+        {"choices": range(1, 13), "metavar": "MONTH"},
+    ] = MONTHS,
+    areas: Annotated[
+        tuple[float, float] | None,
+        "km², log-uniform, as far as a lens of 24 mm and the horizon go (400,000); default: as in the public "
+        "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
+        {"metavar": ("LOW", "HIGH")},
+    ] = None,
+    whole_earth: Annotated[bool, "nadirs anywhere; default: the six sets' areas and validation's"] = False,
+    weather: Annotated[
+        Literal["full", "hazy", "clear"],
+        "full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone",
+    ] = "full",
+    num_workers: flags.Workers = 2,
+) -> str:
+    """Renders photos into output/queries -> how many were made now. Raises ValueError naming the flag.
 
-    months: folder, as for `earth`. seasons: the photos' months. areas: (low, high) km²; None: as in the names. Every
-    photo depends on its index and the seed alone. Positives among the folder's database of 2021, if it has one, are
-    written anew. Raises ValueError where the folder holds photos of other parameters.
+    Every photo depends on its index and the seed alone. Positives among the folder's database of 2021, if it has one,
+    are written anew.
     """
-    output, groups = Path(output), WHOLE_EARTH if whole_earth else SETS
+    groups = WHOLE_EARTH if whole_earth else SETS
     source, around = open_raster(raster)
     smallest, (low, high) = smallest_area(around), areas or (AREAS_KM2[0], AREAS_KM2[-1])
     if not smallest <= low < high:
@@ -381,52 +391,10 @@ def build_photos(
             render = Renderer(output, raster, ratios, image_size, seed, weather)
             for _ in jobs.run(missing, render, num_workers, "photos", "photo"):
                 pass
-    if any((output / "database").glob(f"{DATABASE_YEAR}_*")):
-        write_positives(output / INTERSECTIONS_FILE, Catalogue.from_paths(output, sorted(path for path, _ in wanted)))
-    return len(missing)
-
-
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=flags.folder, help="the data set that gets queries/; build its database first")
-    add("--raster", type=Path, required=True, help="Web Mercator GeoTIFF, as for `earth`")
-    add("--months", type=Path, required=True, metavar="FOLDER", help="01.jpg … 12.jpg, as for `earth`")
-    add("--photos", type=positive, default=3000, metavar="N", help="how many")
-    add("--seed", type=whole, default=0)
-    add("--image_size", type=image_side, default=512, help="pixels a side; 3:2 is squashed to a square")
-    add(
-        "--seasons",
-        type=int,
-        nargs="+",
-        default=list(MONTHS),
-        choices=range(1, 13),
-        metavar="MONTH",
-        help="the photos' months; the default has none of `earth`'s years",
-    )
-    add(
-        "--areas",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="km², log-uniform, as far as a lens of 24 mm and the horizon go (400,000); default: as in the public "
-        "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
-    )
-    add("--whole_earth", action="store_true", help="nadirs anywhere; default: the six sets' areas and validation's")
-    add(
-        "--weather",
-        choices=PHOTOS,
-        default="full",
-        help="full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone",
-    )
-    add("--num_workers", type=whole, default=2)
-
-
-def main(output: Path, **settings) -> str:
-    """Flags -> what to tell at the end."""
-    made = build_photos(output, **settings)
-    if (output / INTERSECTIONS_FILE).exists():
-        return f"{output}: {made:,} photos made now; their positives are in {INTERSECTIONS_FILE}"
-    return (
-        f"{output}: {made:,} photos made now; no database of {DATABASE_YEAR} there: build one, and run again for the "
-        f"positives"
-    )
+    if not any((output / "database").glob(f"{DATABASE_YEAR}_*")):
+        return (
+            f"{output}: {len(missing):,} photos made now; no database of {DATABASE_YEAR} there: build one, and run "
+            f"again for the positives"
+        )
+    write_positives(output / INTERSECTIONS_FILE, Catalogue.from_paths(output, sorted(path for path, _ in wanted)))
+    return f"{output}: {len(missing):,} photos made now; their positives are in {INTERSECTIONS_FILE}"

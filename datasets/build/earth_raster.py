@@ -5,12 +5,12 @@ as they came in the folder OUTPUT.tif.tiles until all are there, so that a secon
 the raster is written block by block, and they go.
 """
 
-import argparse
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets.build import flags
 from datasets.build.area import check_box
 from datasets.build.plan import kept_plan
-from datasets.build.tile_server import TileError, TileServer, add_server_arguments, check_template, open_tile
+from datasets.build.tile_server import TileError, TileServer, check_template, open_tile
 from utils.files import replacing
 from utils.geo import MERCATOR_HALF
 
@@ -135,33 +135,28 @@ def build_raster(
     return len(places)
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=Path, help="GeoTIFF to write; a second run continues")
-    add("--url", default=URL, metavar="TEMPLATE", help="with {z} {x} {y} (or {-y})")
-    add("--zoom", type=int, default=8, help="8: 0.6 km a pixel at the equator")
-    add(
-        "--bbox",
-        type=float,
-        nargs=4,
-        default=list(WHOLE_EARTH),
-        metavar=("SOUTH", "WEST", "NORTH", "EAST"),
-        help="degrees, extended to whole blocks of 512 pixels",
-    )
-    add_server_arguments(parser)
-    add("--quality", type=flags.quality, default=90, help="of the JPEG blocks")
-
-
-def main(output: Path, url: str, zoom: int, bbox: list[float], quality: int, tile_size: int, **settings) -> str:
-    """Flags -> what to tell at the end."""
+def main(
+    output: Annotated[Path, "GeoTIFF to write; a second run continues"],
+    url: Annotated[str, "with {z} {x} {y} (or {-y})", {"metavar": "TEMPLATE"}] = URL,
+    zoom: Annotated[int, "8: 0.6 km a pixel at the equator"] = 8,
+    bbox: Annotated[
+        list[float],
+        "degrees, extended to whole blocks of 512 pixels",
+        {"nargs": 4, "metavar": ("SOUTH", "WEST", "NORTH", "EAST")},
+    ] = WHOLE_EARTH,
+    quality: flags.Quality = 90,
+    **server: Annotated[object, TileServer.__init__],
+) -> str:
+    """-> How many tiles the raster has, and took."""
     check_box(bbox)
     if bbox[1] > bbox[3]:
         raise ValueError(f"--bbox {' '.join(map(str, bbox))}: a raster cannot span the antimeridian; make two")
-    if tile_size < 16 or BLOCK % tile_size:
-        raise ValueError(f"--tile_size {tile_size}: expected a divisor of {BLOCK}, at least 16")
-    coarsest, finest = int(np.log2(BLOCK / tile_size)), int(np.log2(2**31 / tile_size))
+    size = server["tile_size"]
+    if size < 16 or BLOCK % size:
+        raise ValueError(f"--tile_size {size}: expected a divisor of {BLOCK}, at least 16")
+    coarsest, finest = int(np.log2(BLOCK / size)), int(np.log2(2**31 / size))
     if not coarsest <= zoom <= finest:
         raise ValueError(f"--zoom {zoom}: expected {coarsest} to {finest}")
-    with closing(TileServer(check_template(url, [0]), tile_size, **settings)) as server:
-        tiles = build_raster(output, server, zoom, bbox, quality)
-    return f"{output}: {tiles:,} tiles, {server.requests:,} requests" if tiles else f"{output}: is there already"
+    with closing(TileServer(check_template(url, [0]), **server)) as client:
+        tiles = build_raster(output, client, zoom, bbox, quality)
+    return f"{output}: {tiles:,} tiles, {client.requests:,} requests" if tiles else f"{output}: is there already"

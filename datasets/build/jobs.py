@@ -25,7 +25,7 @@ def run(
             yield result
 
 
-def _results(jobs, work, num_workers, threads):
+def _results(jobs: Sequence, work: Callable, num_workers: int, threads: bool) -> Iterator:
     if threads:
         with ThreadPool(max(1, num_workers)) as pool:
             yield from pool.imap(work, jobs)
@@ -43,11 +43,11 @@ def _results(jobs, work, num_workers, threads):
         torch.set_num_threads(before)
 
 
-def _start(work):
+def _start(work: Callable) -> None:
     global _work
     torch.set_num_threads(1)
     _work = work
 
 
-def _do(job):
+def _do(job: object) -> object:
     return _work(job)

@@ -6,7 +6,6 @@ orientation id zoom. A database image is north-up, its date can be a year; one i
 JPEG becomes one: transparency over black, 65,535 of 16 bits white; other depths are refused.
 """
 
-import argparse
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
@@ -258,30 +258,22 @@ def place(source: Path, is_jpeg: bool, target: Path, link: bool) -> None:
             file.write(source.read_bytes())
 
 
-def build_own(output: Path, list_file: Path, is_query: bool, link: bool = False) -> tuple[int, str]:
-    """-> images placed, and a sentence on the intersections file, which is written anew where there are both kinds."""
-    images = plan_images(read_list(list_file), list_file.parent, is_query)
+def main(
+    output: flags.Output,
+    *,
+    list_file: Annotated[Path, ".csv, .geojson or .json", {"option": "--list", "metavar": "FILE"}],
+    kind: Annotated[Literal["queries", "database"], "what they are", {"option": "--as"}],
+    link: Annotated[bool, "symbolic links instead of copies"] = False,
+) -> str:
+    """-> How many images were placed; the intersections file is written anew where there are both kinds."""
+    images = plan_images(read_list(list_file), list_file.parent, kind == "queries")
     for source, is_jpeg, path in images:
         place(source, is_jpeg, output / path, link)
+    placed = f"{output}: {len(images):,} images as {kind}"
     if not ((output / "queries").is_dir() and any(output.glob(f"database/{DATABASE_YEAR}_*"))):
-        return len(images), (
-            f"evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
+        return (
+            f"{placed}; evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
             f"another list, or from datasets.build tiles or raster"
         )
     table = write_positives(output / INTERSECTIONS_FILE)
-    found = sum(bool(positives) for positives in table.values())
-    return len(images), f"{found:,} of {len(table):,} queries have a positive"
-
-
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=flags.folder, help="folder of the data set; can hold one already")
-    add("--list", required=True, type=Path, metavar="FILE", dest="list_file", help=".csv, .geojson or .json")
-    add("--as", required=True, choices=("queries", "database"), dest="kind")
-    add("--link", action="store_true", help="symbolic links instead of copies")
-
-
-def main(output: Path, list_file: Path, kind: str, link: bool) -> str:
-    """Flags -> what to tell at the end."""
-    count, sentence = build_own(output, list_file, kind == "queries", link)
-    return f"{output}: {count:,} images as {kind}; {sentence}"
+    return f"{placed}; {sum(map(bool, table.values())):,} of {len(table):,} queries have a positive"

@@ -5,14 +5,13 @@ the whole Earth (equirectangular, 180 W to 180 E, twice as wide as high). Region
 are left out. Written whole or not at all: a second run continues.
 """
 
-import argparse
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from PIL import Image
@@ -21,7 +20,6 @@ from datasets import grid
 from datasets.build import flags, jobs
 from datasets.build.area import check_years, image_paths, select_regions
 from datasets.images import save_jpeg
-from utils.arguments import positive, whole
 from utils.geo import MERCATOR_HALF
 
 if TYPE_CHECKING:
@@ -31,7 +29,9 @@ if TYPE_CHECKING:
 class Raster:
     """One file, opened once in each thread that reads it."""
 
-    def __init__(self, path: str | Path, bands: Sequence[int] | None = None, scale: tuple[float, float] | None = None):
+    def __init__(
+        self, path: str | Path, bands: Sequence[int] | None = None, scale: tuple[float, float] | None = None
+    ) -> None:
         self.path, self.scale = Path(path), scale
         self.local, self.opened = threading.local(), []
         source = self.source()
@@ -205,44 +205,29 @@ def build_rasters(
     return counts
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=flags.folder, help="folder of the data set; a second run continues")
-    add(
-        "--rasters",
-        type=flags.year_and_file,
-        nargs="+",
-        required=True,
-        metavar="YEAR=FILE",
-        help="GeoTIFF, .vrt (gdalbuildvrt joins files), or equirectangular picture of the whole Earth",
-    )
-    flags.add_area_arguments(parser, years=False)
-    add("--image_size", type=positive, default=1024, help="side of an image, pixels")
-    add("--bands", type=int, nargs="+", help="red, green and blue, or grey; default: the first three")
-    add(
-        "--scale",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values that become black and white; needed unless the bands are 8 bit",
-    )
-    add("--min_coverage", type=flags.share, default=0.5, help="share of an image that must hold data")
-    add("--quality", type=flags.quality, default=90, help="of the JPEG files")
-    add("--num_workers", type=whole, default=2, help="threads")
-
-
 def main(
-    output: Path,
-    rasters: list[tuple[int, Path]],
-    zooms: list[int],
-    bbox: list[float] | None,
-    land_only: bool,
-    bands: list[int] | None,
-    scale: list[float] | None,
-    min_coverage: float,
-    **settings,
+    output: flags.Output,
+    *,
+    rasters: Annotated[
+        list[tuple[int, Path]],
+        "GeoTIFF, .vrt (gdalbuildvrt joins files), or equirectangular picture of the whole Earth",
+        {"type": flags.year_and_file, "metavar": "YEAR=FILE"},
+    ],
+    zooms: flags.Zooms = (9, 10, 11),
+    bbox: flags.Box = None,
+    land_only: flags.LandOnly = True,
+    image_size: flags.Side = 1024,
+    bands: Annotated[list[int] | None, "red, green and blue, or grey; default: the first three"] = None,
+    scale: Annotated[
+        tuple[float, float] | None,
+        "values that become black and white; needed unless the bands are 8 bit",
+        {"metavar": ("LOW", "HIGH")},
+    ] = None,
+    min_coverage: Annotated[float, "share of an image that must hold data", {"type": flags.share}] = 0.5,
+    quality: flags.Quality = 90,
+    num_workers: flags.Workers = 2,
 ) -> str:
-    """Flags -> what to tell at the end."""
+    """-> How many images were made now, were there, and were left out."""
     years = [year for year, _ in rasters]
     check_years(years)
     if len(set(years)) < len(years):
@@ -252,7 +237,7 @@ def main(
     with ExitStack() as stack:
         opened = {year: stack.enter_context(closing(Raster(file, bands, scale))) for year, file in rasters}
         regions = select_regions(zooms, bbox, land_only)
-        counts = build_rasters(output, opened, regions, min_coverage=min_coverage, **settings)
+        counts = build_rasters(output, opened, regions, image_size, min_coverage, quality, num_workers)
     if not counts["made"] + counts["there"]:
         raise ValueError(
             f"none of {len(regions):,} regions lies within the rasters with {min_coverage:.0%} of "

@@ -10,13 +10,13 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import urllib3
 from PIL import Image
 
 from datasets.images import open_image, to_rgb
-from utils.settings import add_settings
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
@@ -88,10 +88,18 @@ def black_tile(size: int) -> bytes:
     return stream.getvalue()
 
 
+def name_and_value(text: str) -> tuple[str, str]:
+    """Type of a flag: NAME:VALUE."""
+    if not re.match(r"[\w-]+:", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME:VALUE")
+    name, _, value = text.partition(":")
+    return name, value.strip()
+
+
 class RateLimit:
     """At most `rate` requests a second over all threads; a pause holds all of them."""
 
-    def __init__(self, rate: float, stop: threading.Event):
+    def __init__(self, rate: float, stop: threading.Event) -> None:
         self.interval, self.stop = 1 / rate, stop
         self.next, self.lock = 0.0, threading.Lock()
 
@@ -107,10 +115,10 @@ class RateLimit:
 
 
 class TileServer:
-    """Fetches tiles, from many threads, within the rate. error_tiles: pictures (bytes) that it sends for nothing.
+    """Fetches tiles, from many threads, within the rate.
 
-    blank_status: HTTP statuses that stand for a tile without ground; it comes as a black one. After a failure that is
-    no single tile's, `failure` is that, and no further request is made. ValueError names a setting out of range.
+    What has one of the blank_status comes as a black tile. After a failure that is no single tile's, `failure` is that,
+    and no further request is made. ValueError names a setting out of range.
     """
 
     def __init__(
@@ -121,10 +129,22 @@ class TileServer:
         concurrency: Annotated[int, "requests under way at a time"] = 8,
         retries: Annotated[int, "of a tile, after errors that may pass"] = 5,
         timeout: Annotated[float, "seconds without an answer"] = 30.0,
-        blank_status: Sequence[int] = (),
-        headers: dict[str, str] | None = None,
-        error_tiles: Sequence[bytes] = (),
-    ):
+        blank_status: Annotated[
+            list[int],
+            "HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers without any at sea",
+            {"nargs": "*", "metavar": "STATUS"},
+        ] = (),
+        header: Annotated[
+            list[tuple[str, str]] | None,
+            "sent with each request",
+            {"type": name_and_value, "nargs": None, "action": "append", "metavar": "NAME:VALUE"},
+        ] = None,
+        error_tile: Annotated[
+            list[Path] | None,
+            "what the server sends where it has nothing, as it comes from it",
+            {"nargs": None, "action": "append", "metavar": "FILE"},
+        ] = None,
+    ) -> None:
         for name, value, least in (
             ("tile_size", tile_size, 1),
             ("rate", rate, 1e-9),
@@ -139,11 +159,11 @@ class TileServer:
         self.template, self.tile_size, self.retries, self.concurrency = template, tile_size, retries, concurrency
         self.stop, self.failure = threading.Event(), None
         self.limit = RateLimit(rate, self.stop)
-        headers = {"User-Agent": "EarthLoc datasets.build", **(headers or {})}
+        headers = {"User-Agent": "EarthLoc datasets.build", **dict(header or [])}
         self.http = urllib3.PoolManager(
             maxsize=concurrency, block=True, headers=headers, timeout=urllib3.Timeout(connect=timeout, read=timeout)
         )
-        self.error_tiles = {bytes(data) for data in error_tiles}
+        self.error_tiles = {file.read_bytes() for file in error_tile or []}
         self.blank_status, self.blank = frozenset(blank_status), black_tile(tile_size)
         self.lock, self.requests, self.received, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0, 0
 
@@ -278,17 +298,3 @@ class TileServer:
     def close(self) -> None:
         self.stop.set()
         self.http.clear()
-
-
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of TileServer's settings."""
-    add_settings(parser, {"": TileServer})
-    parser.add_argument(
-        "--blank_status",
-        type=int,
-        nargs="*",
-        default=[],
-        metavar="STATUS",
-        help="HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers without tiles "
-        "at sea",
-    )

@@ -5,14 +5,13 @@ built row by row and a tile is kept, as it came, until the last region that need
 whole or not at all, so a second run after a kill continues with the images that are missing.
 """
 
-import argparse
 import csv
 import io
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -21,9 +20,9 @@ from tqdm import tqdm
 from datasets import grid
 from datasets.build import flags
 from datasets.build.area import check_years, image_paths, select_regions
-from datasets.build.tile_server import TileError, TileServer, add_server_arguments, check_template, is_blank, open_tile
+from datasets.build.tile_server import TileError, TileServer, check_template, is_blank, open_tile
 from datasets.images import save_jpeg
-from utils.arguments import positive
+from datasets.names import YEARS
 from utils.files import replacing
 
 LEFT_OUT_FILE = "left_out.csv"
@@ -140,66 +139,32 @@ def write_left_out(output: Path, problems: dict[str, list[tuple]]) -> None:
             stream.write(text.getvalue().encode())
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("output", type=flags.folder, help="folder of the data set; a second run continues")
-    add(
-        "--url",
-        required=True,
-        metavar="TEMPLATE",
-        help="with {z} {x} {y} (or {-y}) and {year}, or WMTS's {TileMatrix} {TileCol} {TileRow}",
-    )
-    flags.add_area_arguments(parser)
-    add_server_arguments(parser)
-    add("--image_size", type=positive, default=1024, help="side of an image of 4 × 4 tiles, pixels")
-    add("--header", type=header, action="append", default=[], metavar="NAME:VALUE", help="sent with each request")
-    add(
-        "--error_tile",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="what the server sends where it has nothing, as it comes from it",
-    )
-    add("--max_blank", type=int, default=15, help="one-coloured tiles of 16 that an image may have")
-    add("--quality", type=flags.quality, default=90, help="of the JPEG files")
-    add("--tile_kb", type=float, default=12, help="size of a tile that --dry_run reckons with")
-    add("--dry_run", action="store_true", help="say how many requests and GB, and ask for nothing")
-
-
-def header(text: str) -> tuple[str, str]:
-    """Type of a flag: NAME:VALUE."""
-    if not re.match(r"[\w-]+:", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME:VALUE")
-    name, _, value = text.partition(":")
-    return name, value.strip()
-
-
 def main(
-    output: Path,
-    url: str,
-    zooms: list[int],
-    years: list[int],
-    bbox: list[float] | None,
-    land_only: bool,
-    image_size: int,
-    max_blank: int,
-    quality: int,
-    header: list[tuple[str, str]],
-    error_tile: list[Path],
-    tile_kb: float,
-    dry_run: bool,
-    **settings,
+    output: flags.Output,
+    *,
+    url: Annotated[
+        str,
+        "with {z} {x} {y} (or {-y}) and {year}, or WMTS's {TileMatrix} {TileCol} {TileRow}",
+        {"metavar": "TEMPLATE"},
+    ],
+    zooms: flags.Zooms = (9, 10, 11),
+    years: flags.Years = YEARS,
+    bbox: flags.Box = None,
+    land_only: flags.LandOnly = True,
+    image_size: flags.Side = 1024,
+    max_blank: Annotated[int, "one-coloured tiles of 16 that an image may have"] = 15,
+    quality: flags.Quality = 90,
+    tile_kb: Annotated[float, "size of a tile that --dry_run reckons with"] = 12,
+    dry_run: Annotated[bool, "say how many requests and GB, and ask for nothing"] = False,
+    **server: Annotated[object, TileServer.__init__],
 ) -> str:
-    """Flags -> what to tell at the end."""
+    """-> How many images were made now, or with dry_run what it would take."""
     check_years(years)
-    error_tiles = [file.read_bytes() for file in error_tile]
-    server = TileServer(check_template(url, years), **settings, headers=dict(header), error_tiles=error_tiles)
-    regions = select_regions(zooms, bbox, land_only)
-    if dry_run:
-        return describe_plan(*plan(output, regions, years), settings["rate"], image_size, tile_kb)
-    with closing(server):
-        made, left_out = build_tiles(output, server, regions, years, image_size, max_blank, quality)
-    return f"{output}: {made:,} images made now with {server.requests:,} requests, {left_out:,} left out" + (
+    with closing(TileServer(check_template(url, years), **server)) as client:
+        regions = select_regions(zooms, bbox, land_only)
+        if dry_run:
+            return describe_plan(*plan(output, regions, years), server["rate"], image_size, tile_kb)
+        made, left_out = build_tiles(output, client, regions, years, image_size, max_blank, quality)
+    return f"{output}: {made:,} images made now with {client.requests:,} requests, {left_out:,} left out" + (
         f" (see {output / LEFT_OUT_FILE}; run again to try them again)" if left_out else ""
     )
