@@ -14,11 +14,12 @@ from datasets.build import __main__ as build
 from datasets.build import earth_photos
 from datasets.build.camera import Camera, footprint, ground_points
 from datasets.build.demo_world import query_name
-from datasets.build.earth import MERCATOR_HALF, month_ratios, open_raster
+from datasets.build.earth import month_ratios, open_raster
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from experiments import earth_photos as experiment
 from utils import geo
+from utils.geo import MERCATOR_HALF
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names" / "queries.txt"
 AROUND = 4096  # pixels around the Earth, 9.8 km each at the equator
@@ -206,8 +207,8 @@ def test_planned_photos_lie_in_their_sets_and_on_the_raster(folder):
 
 
 def build_some(folder, output, raster="dots.tif", **more):
-    options = {"count": 6, "size": 64, "areas": AREAS, "num_workers": 0, **more}
-    return earth_photos.build_photos(output, folder / raster, folder / "months", **options)
+    options = {"photos": 6, "image_size": 64, "areas": AREAS, "num_workers": 0, **more}
+    return earth_photos.main(output, raster=folder / raster, months=folder / "months", **options)
 
 
 def contents(output):
@@ -215,7 +216,7 @@ def contents(output):
 
 
 def test_a_stopped_build_goes_on_to_the_same_files(folder, tmp_path, monkeypatch):
-    assert build_some(folder, tmp_path / "whole") == 6
+    assert ": 6 photos made now" in build_some(folder, tmp_path / "whole")
     photograph, made = earth_photos.photograph, []
 
     def stopped(*arguments):
@@ -229,9 +230,9 @@ def test_a_stopped_build_goes_on_to_the_same_files(folder, tmp_path, monkeypatch
         build_some(folder, tmp_path / "stopped")
     monkeypatch.setattr(earth_photos, "photograph", photograph)
     torch.manual_seed(5), np.random.seed(5)
-    assert build_some(folder, tmp_path / "stopped") == 3
+    assert ": 3 photos made now" in build_some(folder, tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole") and len(contents(tmp_path / "whole")) == 6
-    assert build_some(folder, tmp_path / "stopped") == 0
+    assert ": 0 photos made now" in build_some(folder, tmp_path / "stopped")
     with pytest.raises(ValueError, match="other parameters.*seed"):
         build_some(folder, tmp_path / "stopped", seed=1)
 
@@ -253,10 +254,10 @@ def test_what_cannot_be_built_is_named(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="--areas 5001 99994.*147,650"):  # (32 × 9.784)² × 36 / 23.9 km²
         build_some(folder, tmp_path, areas=None)
     with pytest.raises(FileNotFoundError, match="01.jpg"):
-        earth_photos.build_photos(tmp_path, folder / "grey.tif", tmp_path, 1, areas=AREAS)
+        earth_photos.main(tmp_path, raster=folder / "grey.tif", months=tmp_path, photos=1, areas=AREAS)
     where = ["--raster", str(folder / "grey.tif"), "--months", str(folder / "months")]
     assert build.main(["earth_photos", str(tmp_path), *where, "--photos", "0"]) == 2
-    assert "--photos 0" in capsys.readouterr().err
+    assert "--photos: 0" in capsys.readouterr().err
 
 
 def test_the_experiment_compares_what_was_planned_with_the_names(tmp_path, capsys):

@@ -45,9 +45,9 @@ def test_gallery_columns(tmp_path, header):
         ("LAT,LON\n1,2\n139.7,35.7\n-120,3\n", "row 3: latitude 139.7, longitude 35.7.*2 such rows; are .* swapped"),
         ("LAT,LON\nnan,2\n", "row 2: .*not finite"),
         ("LAT,LON\n1,181\n", "row 2: .*longitude within ±180"),
-        ("LAT,LON\n1,2\n1,east\n", "row 3: longitude is 'east'"),
-        ("LAT,LON\n1\n", "row 2: 1 cells"),
-        ("LAT,LON\n,4\n", "row 2: latitude is ''"),
+        ("LAT,LON\n1,2\n1,east\n", "line 3: longitude is 'east'"),
+        ("LAT,LON\n1\n", "line 2: 1 cells"),
+        ("LAT,LON\n,4\n", "line 2: latitude is ''"),
     ],
 )
 def test_bad_galleries_are_refused(tmp_path, text, message):

@@ -121,7 +121,7 @@ HEAD = "path,nadir_lat,nadir_lon\n"
     "text, told",
     [
         ("", "n.csv: the file is empty; expected a header with path"),
-        (HEAD, "n.csv: no rows"),
+        (HEAD, "n.csv: a header and no rows"),
         (
             "file,lat,lon\na.jpg,1,2\n",
             "line 1: no column path and nadir_lat and nadir_lon, its columns are file, lat, lon",
@@ -151,7 +151,7 @@ def test_bad_tables_name_line_field_and_remedy(tmp_path, text, told):
 
 
 def test_a_missing_table(tmp_path):
-    with pytest.raises(FileNotFoundError, match="n.csv: no such file of nadirs"):
+    with pytest.raises(FileNotFoundError, match="n.csv: no such CSV file"):
         read_nadirs(tmp_path / "n.csv")
 
 
