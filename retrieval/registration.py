@@ -31,8 +31,9 @@ LARGEST_VIEW = 1536  # pixels of the square of ground from which a view is drawn
 MIN_INLIERS = 6  # a homography goes through any four points
 FEW = 20  # inliers: with fewer, other turns are tried
 # What is tried while no candidate has more: turns to add to the retrieved one, degrees, of so many candidates. Matchers
-# bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong.
-TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180, 135, -135), 3))
+# bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong, most often where no candidate
+# looks much like the photo and the right one is not among the first.
+TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180), 10), ((135, -135), 5))
 START_POINTS = 1024  # of a picture in the first matching: half as many take LightGlue a quarter of the time
 CONTRAST = 2.0  # limit of the local equalisation: what is behind haze and thin clouds shows, and noise does not
 STILL = 0.01  # of the photo's size: ground that moves less has come to rest

@@ -1,6 +1,7 @@
 """retrieval/confidence.py and the synthetic photos to which it is fitted."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from experiments.confidence import (
     reliability,
     render,
 )
-from experiments.registration import iou, sides_ratio
+from experiments.registration import corners_off, iou, measure, sides_ratio
 from retrieval.confidence import COEFFICIENTS, FEATURES, VERIFIED, features, probability
 from retrieval.matching import MATCHERS
 from retrieval.registration import Registration
@@ -183,3 +184,28 @@ def test_iou_and_sides_of_known_rectangles():
     assert iou(one, other) == pytest.approx(0.5, abs=1e-6) and iou(one, one) == pytest.approx(1)
     assert iou(one, one + [2, 0]) == 0
     assert sides_ratio(one) == pytest.approx(1.5, rel=1e-3)
+
+
+def test_corners_are_compared_in_any_order():
+    """Names have them in any; moved by 0.1 degrees of latitude all are off by as much."""
+    label = np.array([[10, 20.0], [11, 20.2], [11.3, 22.0], [10.1, 21.8]])
+    moved = label + [0.1, 0]
+    for each in (moved, np.roll(moved, 1, axis=0), moved[::-1], np.roll(moved[::-1], 2, axis=0)):
+        assert corners_off(label, each) == pytest.approx(0.1 * np.pi / 180 * geo.EARTH_RADIUS_KM, rel=1e-6)
+    assert corners_off(label, moved[[0, 2, 1, 3]]) > 50  # that is no outline
+
+
+def test_ranks_are_counted_before_and_after_registration():
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.0]])
+    # By likeness the second is right; registered, it comes first with a footprint of its own.
+    candidates = [square, square + [5, 0], square + [9, 0]]
+    places = [
+        SimpleNamespace(score=0.5, footprint=square + 0.5, registration="found", inliers=50),
+        SimpleNamespace(score=0.8, footprint=square + [5, 0], registration=None, inliers=9),
+        SimpleNamespace(score=0.1, footprint=square + [9, 0], registration=None, inliers=0),
+    ]
+    found = measure("x", square, places, candidates, 2.0)
+    assert found["ranks"] == [2, 1] and found["right"] and found["best"] is places[0] and found["false"] == 9
+    assert found["iou"] == pytest.approx(0.25 / 1.75, rel=1e-3)
+    elsewhere = measure("x", square + [30, 0], places, candidates, 2.0)
+    assert elsewhere["ranks"] == [None, None] and not elsewhere["right"] and elsewhere["iou"] == 0

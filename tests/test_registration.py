@@ -320,3 +320,17 @@ def test_photos_of_the_sphere_are_nearly_homographies(tilt, focal, pixels):
     fit = registration.fit_homography(here, there / pixel, np.eye(3))
     off = np.linalg.norm(project(fit.homography, here) - there / pixel, axis=1)
     assert fit.inliers >= 70 and off.max() < pixels
+
+
+def test_every_candidate_is_tried_in_all_quarters_while_none_is_sure(plane, matcher, monkeypatch):
+    """The right one may be the last, and its retrieved quarter wrong."""
+    tried = set()
+
+    def start(shown, footprint, rotation, *_):
+        tried.add((footprint[0, 0], rotation % 360))
+
+    monkeypatch.setattr(registration, "start", start)
+    candidates = [(np.full((4, 2), float(k)), 90 * (k % 4)) for k in range(10)]
+    assert register(torch.zeros(3, 64, 64, dtype=torch.uint8), candidates, plane, matcher) == [None] * 10
+    assert {(k, quarter) for k in range(10) for quarter in (0, 90, 180, 270)} <= tried
+    assert {(k, eighth) for k in range(5) for eighth in (45, 135, 225, 315)} <= tried
