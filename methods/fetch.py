@@ -23,8 +23,7 @@ def not_had(what: str, where: str, error: Exception | str) -> RuntimeError:
     """The one line for weights that can't be fetched."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return RuntimeError(
-        f"{what}: its weights could not be had from {where} ({reason}). They are fetched once and kept in "
-        f"{torch.hub.get_dir()}; without a network bring them by hand and give --weights PATH"
+        f"{what}: its weights could not be had from {where} ({reason}); bring them by hand and give --weights PATH"
     )
 
 
