@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -13,14 +16,14 @@ from models.weights import fit_
 from utils.checkpoint import load_tensors
 
 PUBLISHED, NONE = "published", "none"
+OWN_PACKAGES = {each.parent.name for each in Path(__file__).parents[1].glob("*/__init__.py")}
 
 
 def not_had(what: str, where: str, error: Exception | str) -> RuntimeError:
     """The one line for weights that can't be fetched."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return RuntimeError(
-        f"{what}: its weights could not be had from {where} ({reason}). They are fetched once and kept in "
-        f"{torch.hub.get_dir()}; without a network bring them by hand and give --weights PATH"
+        f"{what}: its weights could not be had from {where} ({reason}); bring them by hand and give --weights PATH"
     )
 
 
@@ -61,6 +64,24 @@ def fill(module: nn.Module, state: dict[str, Tensor] | None, what: str) -> None:
         fit_(module, state, f"the file of {what}")
 
 
+@contextmanager
+def own_packages_hidden() -> Iterator[None]:
+    """Inside, `import models` or `import utils` finds a hub repo's own, where it has such; after it, ours again."""
+
+    def known() -> dict[str, object]:
+        return {name: each for name, each in sys.modules.items() if name.split(".")[0] in OWN_PACKAGES}
+
+    ours = known()
+    for name in ours:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in known():
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
 def from_hub(what: str, repo: str, entry: str, weights: str | Path, **settings: object) -> nn.Module:
     """A network from a repo with a hubconf.py, "owner/name:commit"; or, as weights, a folder that holds that repo.
 
@@ -74,9 +95,10 @@ def from_hub(what: str, repo: str, entry: str, weights: str | Path, **settings: 
     place, source = (str(weights), "local") if local else (repo, "github")
     logging.info(f"{what}: torch.hub.load({place!r}, {entry!r})")
     try:
-        # A commit is neither branch nor tag, which the validation looks for.
-        return torch.hub.load(
-            place, entry, source=source, trust_repo=True, skip_validation=True, verbose=False, **settings
-        )
+        with own_packages_hidden():
+            # A commit is neither branch nor tag, which the validation looks for.
+            return torch.hub.load(
+                place, entry, source=source, trust_repo=True, skip_validation=True, verbose=False, **settings
+            )
     except Exception as error:  # whatever the network, the server or the repo's code raise
         raise not_had(what, place, error) from error
