@@ -15,7 +15,7 @@ from torch import nn
 from utils import distributed
 from utils.checkpoint import LAST, save_checkpoint
 from utils.logs import Meter, make_log_dir, own_folder, setup_logging
-from utils.precision import require_device
+from utils.precision import deterministic, require_device
 from utils.runs import how_to_go_on
 from utils.signals import EXIT_CODE, Stop, Stopped
 
@@ -34,7 +34,8 @@ def launch(train, args):
         setup_logging(own_folder(folder), args)
         torch.manual_seed(args.seed)
         try:
-            finished = train(args, folder, device, stop)
+            with deterministic(args.deterministic):
+                finished = train(args, folder, device, stop)
         except Stopped as signal:
             logging.info(f"{signal}: stopped before the first iteration, start it again")
             finished = False
