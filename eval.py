@@ -66,7 +66,7 @@ def main(args):
         precision = default_precision(device) if args.precision == "auto" else args.precision
         folder = distributed.from_first(lambda: make_log_dir(args.log_dir))
         own = folder / f"rank{distributed.rank()}" if distributed.rank() else folder
-        own.mkdir(exist_ok=True)
+        own.mkdir(parents=True, exist_ok=True)
         setup_logging(own, args)
         torch.manual_seed(args.seed)
         data = load_evaluation_data(args.dataset_path)

@@ -30,7 +30,7 @@ def launch(train, args):
     with Stop() as stop, distributed.processes(require_device(args.device), args.process_timeout) as device:
         args.processes = distributed.world()
         folder = distributed.from_first(lambda: make_log_dir(args.log_dir))
-        own_folder(folder).mkdir(exist_ok=True)
+        own_folder(folder).mkdir(parents=True, exist_ok=True)  # of another machine: nothing is there yet
         setup_logging(own_folder(folder), args)
         torch.manual_seed(args.seed)
         try:
