@@ -24,7 +24,7 @@ from retrieval.store import model_fingerprint, tidy
 from utils import distributed, figures
 from utils.arguments import make_parser, positive, run, whole
 from utils.logs import make_log_dir, setup_logging
-from utils.precision import PRECISIONS, default_precision, require_device
+from utils.precision import PRECISION_HELP, PRECISIONS, default_precision, require_device
 
 
 def parse_arguments(argv=None):
@@ -67,12 +67,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
     parser.add_argument("--num_workers", type=whole, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="of the network; auto: bf16 where the hardware multiplies in it",
-    )
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
     parser.add_argument("--seed", type=whole, default=0, help="of a fresh model, and of the queries in the picture")
     parser.add_argument(
         "--process_timeout", type=float, default=1800, help="seconds that processes wait for one that does not answer"
@@ -93,7 +88,7 @@ def main(args):
         precision = default_precision(device) if args.precision == "auto" else args.precision
         folder = distributed.from_first(lambda: make_log_dir(args.log_dir))
         own = folder / f"rank{distributed.rank()}" if distributed.rank() else folder
-        own.mkdir(exist_ok=True)
+        own.mkdir(parents=True, exist_ok=True)
         setup_logging(own, args)
         torch.manual_seed(args.seed)
         data = load_evaluation_data(args.dataset_path)

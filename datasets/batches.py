@@ -1,5 +1,9 @@
 """Batches of one cluster each (paper, sec. 4.2): which regions, what stands in for unreadable ones, and the loader."""
 
+import logging
+import math
+import os
+import shutil
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
@@ -11,6 +15,8 @@ from utils.signals import ignore_signals, iterate
 SPARES = 8  # regions that may take the place of one that cannot be read
 PREFETCH = 2  # batches that a worker is ahead
 DRAWS = ("size", "uniform")
+SHARED_MEMORY = "/dev/shm"
+SPARE_BYTES = 1_000_000  # of shared memory, for what workers send besides images
 
 
 def schedule(
@@ -122,6 +128,39 @@ class Batches(Dataset):
         return torch.tensor(found), slot, errors
 
 
+def slots_for(workers: int) -> int:
+    """Batches in memory at once: those under way, the one in use, and the one before it."""
+    return PREFETCH * workers + 2
+
+
+def pool_note(batch_size: int, shape: tuple[int, ...], workers: int, free: int | None) -> str:
+    """A line about the memory for batches of images, shape (years, H, W, 3) each. free: bytes of shared memory that
+    this process may take, None: unknown.
+
+    Raises ValueError where they do not fit, while that is an error: writing there would end the process by SIGBUS.
+    """
+    slot = batch_size * math.prod(shape)
+    needed = slots_for(workers) * slot
+    if workers and free is not None and needed + SPARE_BYTES > free:
+        fitting = max(0, (free - SPARE_BYTES) // slot - slots_for(0)) // PREFETCH
+        fewer = f"--num_workers {fitting}" + ("" if fitting else " (the main process decodes, and needs none)")
+        raise ValueError(
+            f"--num_workers {workers}: batches need {needed / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
+            f"{free / 1e6:.0f} MB for this process. Give the container more (docker run --shm-size "
+            f"{-(-2 * needed // 10**9)}g), or {fewer}, or a smaller --source_size (now {shape[1]})"
+        )
+    kind = "shared memory" if workers else "memory"
+    return f"Batches: {slots_for(workers)} of {slot / 1e6:.1f} MB each, {needed / 1e6:.0f} MB of {kind}"
+
+
+def free_shared_memory() -> int | None:
+    """Bytes for this one of the machine's processes (torchrun starts several); None where there is no such place."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except OSError:
+        return None
+
+
 class BatchLoader:
     """Serves scheduled batches with workers that live as long as the loader, whatever the schedules of one batch size.
 
@@ -173,8 +212,8 @@ class BatchLoader:
 
     def _open(self, batch_size: int) -> None:
         self.close()
-        slots = PREFETCH * self.num_workers + 2  # those under way, the one in use, and the one before it
-        self.pool = torch.empty((slots, batch_size, *self.dataset.shape), dtype=torch.uint8)
+        logging.info(pool_note(batch_size, self.dataset.shape, self.num_workers, free_shared_memory()))
+        self.pool = torch.empty((slots_for(self.num_workers), batch_size, *self.dataset.shape), dtype=torch.uint8)
         if self.num_workers:
             self.pool.share_memory_()
         self.loader = DataLoader(

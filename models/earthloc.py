@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from models.aggregators import AGGREGATORS
 from models.backbone import Backbone, imagenet_state_dict
 from models.config import ModelConfig
+from models.hub import HubMixin
 from models.normalise import l2_normalise
 from models.weights import fit_backbone_, fit_model_, is_whole_model, read_model, read_state_dict
 
 
-class EarthLoc(nn.Module):
+class EarthLoc(nn.Module, HubMixin):
     """(B, 3, H, W) float RGB in [0, 1] -> (B, descriptor_dim) float32 descriptors of unit length.
 
     Builds the architecture with random weights and freezes what `config.freeze_until` says, as it should be for a

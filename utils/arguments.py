@@ -7,7 +7,7 @@ import sys
 import torch
 
 from utils.memory import keep_freed_blocks
-from utils.precision import PRECISIONS
+from utils.precision import DETERMINISTIC_HELP, PRECISION_HELP, PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +64,8 @@ def add_run_arguments(parser, log_dir, validate_every):
     add("--keep_every", type=positive, help="iterations between weights that stay, for python -m experiments.curve")
     add("--log_every", type=positive, default=50, help="iterations between scalars")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
+    add("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
     add("--seed", type=whole, default=0)
     add("--traceback", action="store_true", help="show the traceback of an error")
     return group
