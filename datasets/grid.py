@@ -72,11 +72,18 @@ def image_name(zoom: int, row: int, col: int, year: int) -> ImageName:
     )
 
 
-def image_path(zoom: int, row: int, col: int, year: int) -> str:
-    """Region and year -> path relative to the data set: database/{year}_{zoom}/{lat10}_{lon10}/@…@.jpg."""
-    name = image_name(zoom, row, col, year)
+def image_paths(region: Sequence[int], years: Sequence[int]) -> list[str]:
+    """(zoom, row, col) -> each year's path in the data set: database/{year}_{zoom}/{lat10}_{lon10}/@…@.jpg."""
+    name = image_name(*region, years[0])
     lat10, lon10 = (round(value / 10) * 10 for value in name.nadir)
-    return f"database/{year:04d}_{zoom:02d}/{lat10}_{lon10}/{name}"
+    # Written once, which counts at 175,000 regions. The first match is the year: an area of 2021 comes later.
+    before, after = str(name).split(f"@{name.timestamp}@", 1)
+    return [f"database/{year:04d}_{region[0]:02d}/{lat10}_{lon10}/{before}@{year:04d}@{after}" for year in years]
+
+
+def image_path(zoom: int, row: int, col: int, year: int) -> str:
+    """As image_paths, of one year."""
+    return image_paths((zoom, row, col), [year])[0]
 
 
 def is_land(lat: ArrayLike, lon: ArrayLike) -> np.ndarray:

@@ -131,7 +131,9 @@ def time_of_photo(path: str | os.PathLike) -> datetime | None:
 class Table:
     """A CSV of nadirs in memory: a million rows are a few arrays. Made by `Table.read`."""
 
-    def __init__(self, path: Path, folders: list[str], keys: dict[int, int], values: pa.Table, lines: np.ndarray):
+    def __init__(
+        self, path: Path, folders: list[str], keys: dict[int, int], values: pa.Table, lines: np.ndarray
+    ) -> None:
         self.path, self.folders, self.rows, self.lines = path, folders, keys, lines
         self.points = np.stack([values["nadir_lat"], values["nadir_lon"]], axis=1)
         self.times = values["time"]

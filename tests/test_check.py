@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasets import grid
 from datasets.build import __main__ as build
-from datasets.build import area, check
+from datasets.build import check
 from datasets.build.check_names import check_queries, corner_orientations, parse_names
 from datasets.names import YEARS, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections, save_intersections, self_crossing
@@ -312,7 +312,7 @@ def test_folders_and_files_that_are_no_data_set(tmp_path):
 def test_many_names_are_checked_by_columns(tmp_path):
     """1 % of the full catalogue of 720,000 names: a few calls a name, where parsing one by one takes 33."""
     regions, calls = grid.all_regions([9])[:1800], 0
-    paths = [path for region in regions.tolist() for path in area.image_paths(tuple(region), (2018, 2019, 2020, 2021))]
+    paths = [path for region in regions.tolist() for path in grid.image_paths(tuple(region), (2018, 2019, 2020, 2021))]
     (tmp_path / "names.txt").write_text("\n".join(paths))
 
     def profile(_, event, __):

@@ -126,7 +126,7 @@ def test_flags_that_make_no_raster_are_named(tmp_path, capsys):
         (["--bbox", "0", "170", "10", "-170"], "antimeridian"),
         (["--tile_size", "100"], "--tile_size 100"),
         (["--zoom", "0"], "--zoom 0"),
-        (["--rate", "0"], "--rate 0"),
+        (["--rate", "0"], "--rate: 0"),
     ):
         assert build.main(["earth_raster", str(tmp_path / "a.tif"), *flags]) == 2
         assert said in capsys.readouterr().err

@@ -241,7 +241,7 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
                     ]
                 }
             ),
-            "feature 1, geometry: a Polygon of 3 corners",
+            "feature 1, geometry: is a Polygon of 3 corners",
         ),
         (
             "a.json",

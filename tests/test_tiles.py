@@ -21,7 +21,7 @@ from PIL import Image
 from datasets import grid
 from datasets.build import __main__ as build
 from datasets.build import tile_server, tiles
-from datasets.build.area import image_paths, in_box, select_regions
+from datasets.build.area import in_box, select_regions
 from datasets.names import Catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -568,7 +568,7 @@ def test_regions_that_only_touch_the_box_stay_outside():
 def test_paths_of_several_years_are_the_grids():
     for region in ((9, 262, 202), (10, 2, 0), (11, 700, 2044)):
         years = (2018, 2021, 2030)
-        assert image_paths(region, years) == [grid.image_path(*region, year) for year in years]
+        assert grid.image_paths(region, years) == [grid.image_path(*region, year) for year in years]
 
 
 def test_land_only_leaves_the_ocean_out():
@@ -588,7 +588,7 @@ def test_land_only_leaves_the_ocean_out():
         (["--bbox", "30", "190", "40", "10"], "west is 190"),
         (["--zooms", "30"], "from 2 to 19"),
         (["--years", "21"], "four digits"),
-        (["--rate", "0"], "--rate 0.0"),
+        (["--rate", "0"], "--rate: 0: expected more than 0"),
         (["--header", "secret"], "NAME:VALUE"),
         (["--blank_status", "404", "200"], "--blank_status 404 200: expected 201 to 599"),
         (["--error_tile", "nowhere.png"], "nowhere.png"),

@@ -51,13 +51,3 @@ def select_regions(zooms: Sequence[int], box: Sequence[float] | None = None, lan
 def check_years(years: Sequence[int]) -> None:
     if not years or min(years) < 1000 or max(years) > 9999:
         raise ValueError(f"--years {list(years)}: expected years of four digits")
-
-
-def image_paths(region: Sequence[int], years: Sequence[int]) -> list[str]:
-    """(zoom, row, col) -> grid.image_path of each year; numbers are computed once, which counts at 175,000 regions."""
-    fields = grid.image_path(*region, years[0]).split("@")  # database/{year}_{zoom}/{tens}/, 14 fields, .jpg
-    folder, _, tens, _ = fields[0].split("/")
-    return [
-        "@".join([f"{folder}/{year:04d}_{region[0]:02d}/{tens}/", *fields[1:10], f"{year:04d}", *fields[11:]])
-        for year in years
-    ]

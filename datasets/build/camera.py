@@ -33,7 +33,7 @@ class Camera:
             raise ValueError(f"{self}: altitude_km, focal_mm and sensor_mm must be positive")
 
 
-def _north_east(up):
+def _north_east(up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors up (..., 3) -> unit vectors to the north and to the east, each (..., 3)."""
     east = np.stack([-up[..., 1], up[..., 0], np.zeros_like(up[..., 0])], axis=-1)
     length = np.linalg.norm(east, axis=-1, keepdims=True)
@@ -41,7 +41,7 @@ def _north_east(up):
     return np.cross(up, east), east
 
 
-def _pose(camera):
+def _pose(camera: Camera) -> tuple[np.ndarray, ...]:
     """Position (3,) in Earth radii, and the unit vectors forward, right, up of the camera, each (3,)."""
     zenith = geo.to_unit_vectors(camera.nadir)
     north, east = _north_east(zenith)
@@ -55,7 +55,7 @@ def _pose(camera):
     return zenith * (1 + camera.altitude_km / geo.EARTH_RADIUS_KM), forward, right, up
 
 
-def _hits(camera, u, v):
+def _hits(camera: Camera, u: ArrayLike, v: ArrayLike) -> np.ndarray:
     """(...), (...), broadcast -> unit vectors (..., 3) of the points where the rays meet Earth; NaN where they miss."""
     position, forward, right, up = _pose(camera)
     x = (np.asarray(u, dtype=np.float64) - 0.5) * (camera.sensor_mm[0] / camera.focal_mm)

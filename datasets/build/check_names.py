@@ -121,7 +121,7 @@ def corner_orientations(footprints: np.ndarray) -> np.ndarray:
     return np.degrees(np.arctan2(right[:, 0], right[:, 1] * np.cos(np.radians(points[..., 0].mean(axis=1)))))
 
 
-def _no_date(dates):
+def _no_date(dates: Sequence[str]) -> np.ndarray:
     bad = {}
     for date in set(dates):
         try:
@@ -187,7 +187,7 @@ def wrong_folders(names: Names, centers: np.ndarray, zooms: np.ndarray) -> Findi
     wrong = np.abs(said[:, 2:] - centers).max(axis=1) > 5 + COORDINATE_TOLERANCE
     wrong |= (said[:, 0] != years) | (said[:, 1] != zooms) & (zooms >= 0)
 
-    def expected(row):
+    def expected(row: int) -> str:
         lat10, lon10 = (round(value / 10) * 10 for value in centers[row].tolist())
         zoom = f"{zooms[row]:02d}" if zooms[row] >= 0 else "ZOOM"
         return f"belongs into database/{years[row]}_{zoom}/{lat10}_{lon10}"

@@ -7,7 +7,7 @@ holds what the world was made from: a second run continues where the first one s
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def main(
     ] = (),
     query_mosaic: Annotated[Path, "what the queries show", {"metavar": "FILE"}] = QUERY_MOSAIC,
     photos: Annotated[
-        Literal["full", "hazy", "clear"],
+        demo_world.Photos,
         "full: queries as an astronaut would take them; hazy: without clouds; clear: without air, camera and clouds, "
         "for telling what makes them hard",
     ] = "full",
@@ -183,6 +183,6 @@ def contact_sheet(
     return sheet
 
 
-def _paste(sheet, path, place, size):
+def _paste(sheet: Image.Image, path: Path, place: tuple[int, int], size: tuple[int, int]) -> None:
     image = Image.fromarray(read_pixels(path).numpy())
     sheet.paste(image.resize(size, Image.Resampling.LANCZOS), place)

@@ -5,6 +5,7 @@ A mosaic is a uint8 tensor (3, H, 2H): 180 W to 180 E, 90 N to 90 S. All results
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from datasets.names import ImageName
 from utils import geo
 
 QUERY_SIZE = (384, 256)  # width, height: 3:2, as the station's cameras
-PHOTOS = ("full", "hazy", "clear")  # what a query goes through, see render_query
+Photos = Literal["full", "hazy", "clear"]  # what a query goes through, see render_query
 MAX_NADIR_LATITUDE = 51.6  # the station's orbit
 MAX_DISTANCE_KM = 2500  # the farthest ground that the data set's photos show (paper, sec. 3.1)
 AREAS_KM2 = (100_000, 1_500_000)
@@ -127,7 +128,7 @@ def draw_camera(
             return camera
 
 
-def _sees_database(camera, regions):
+def _sees_database(camera: Camera, regions: tuple[np.ndarray, np.ndarray]) -> bool:
     """Whether a region of (centres (N, 2), radii (N,) km) could share ground with the photo; never wrongly no."""
     corners = footprint(camera)
     center = geo.centers(corners)
@@ -166,7 +167,7 @@ def plan_query(seed: int, index: int, regions: tuple[np.ndarray, np.ndarray], is
 # ---- rendering ----
 
 
-def _resampling_weights(positions):
+def _resampling_weights(positions: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
     """positions (N,) in source pixels -> source pixels (M,) int, may lie outside, and their weights (N, M) float32.
 
     Cubic convolution, widened where the source is finer than the output so that nothing aliases.
@@ -207,7 +208,7 @@ def sample_mosaic(mosaic: torch.Tensor, latlon: np.ndarray) -> torch.Tensor:
     return sampled[0].clamp(0, 255)
 
 
-def _pixel_grid(size, factor=1):
+def _pixel_grid(size: tuple[int, int], factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
     width, height = size[0] * factor, size[1] * factor
     return np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height, sparse=True)
 
@@ -217,7 +218,7 @@ def render_ground(mosaic: torch.Tensor, camera: Camera, size: tuple[int, int] = 
     return _supersampled(mosaic, camera, ground_points(camera, *_pixel_grid(size)))
 
 
-def _supersampled(mosaic, camera, latlon):
+def _supersampled(mosaic: torch.Tensor, camera: Camera, latlon: np.ndarray) -> torch.Tensor:
     """latlon (h, w, 2) of pixel centres -> (3, h, w), each the mean of as many samples as the coarsest pixel needs."""
     across = np.linalg.norm(np.diff(geo.to_unit_vectors(latlon[::16]), axis=1), axis=-1).max()
     down = np.linalg.norm(np.diff(geo.to_unit_vectors(latlon[:, ::16]), axis=0), axis=-1).max()
@@ -231,7 +232,7 @@ def _supersampled(mosaic, camera, latlon):
     return F.avg_pool2d(sample_mosaic(mosaic, latlon)[None], factor)[0]
 
 
-def _fractal(rng, cells, size):
+def _fractal(rng: np.random.Generator, cells: float, size: int) -> torch.Tensor:
     """Smooth random field (size, size), mean 0, spread 1, power falling beyond `cells` waves across."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     amplitude = (1 + (frequency / cells) ** 2) ** -0.85
@@ -248,7 +249,9 @@ def ground_plane(camera: Camera, latlon: np.ndarray) -> np.ndarray:
     return np.stack([offsets @ east, offsets @ np.cross(up, east)], axis=-1) * geo.EARTH_RADIUS_KM
 
 
-def _clouds(rng, plane, cloud_km):
+def _clouds(
+    rng: np.random.Generator, plane: np.ndarray, cloud_km: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
     extent = np.abs(plane).max() * 1.05
     field = _fractal(rng, 2 * extent / rng.uniform(*cloud_km), max(plane.shape))
@@ -267,7 +270,7 @@ def render_query(
     camera: Camera,
     rng: np.random.Generator,
     size: tuple[int, int] = QUERY_SIZE,
-    photos: str = "full",
+    photos: Photos = "full",
 ) -> torch.Tensor:
     """A photo as an astronaut might have taken it: clouds, haze, exposure, colour, lens, noise -> (3, h, w) uint8.
 
@@ -285,7 +288,7 @@ def photograph(
     camera: Camera,
     plane: np.ndarray,
     rng: np.random.Generator,
-    photos: str = "full",
+    photos: Photos = "full",
     cloud_km: tuple[float, float] = CLOUD_KM,
 ) -> torch.Tensor:
     """What the camera sees through clear air, linear light (3, h, w) in 0...1, is overwritten -> (3, h, w) uint8 photo.

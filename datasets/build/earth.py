@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from datasets import grid
 from datasets.build import flags, jobs
-from datasets.build.area import image_paths, select_regions
+from datasets.build.area import select_regions
 from datasets.build.demo import read_mosaic
 from datasets.build.plan import fingerprint, kept_plan
 from datasets.images import encode_jpeg, resize
@@ -147,7 +147,7 @@ def sample_ratio(ratio: np.ndarray, region: Sequence[int], size: int) -> np.ndar
     return (down @ wide.reshape(len(wide), -1)).reshape(size, size, 3)
 
 
-def _linear_weights(positions):
+def _linear_weights(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N,) ascending -> the whole positions around them (M,), and (N, M) float32 weights of linear interpolation."""
     whole = np.arange(int(np.floor(positions[0])), int(np.floor(positions[-1])) + 2)
     return whole, (1 - np.abs(positions[:, None] - whole)).clip(0).astype(np.float32)
@@ -179,7 +179,7 @@ class Renderer(Opened):
     quality: int
 
     def __call__(self, region: tuple) -> int:
-        paths = [self.output / path for path in image_paths(region, YEARS)]
+        paths = [self.output / path for path in grid.image_paths(region, YEARS)]
         missing = [(path, month) for path, month in zip(paths, self.months) if not path.exists()]
         if not missing:
             return 0

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from datasets.build.demo_world import (
     ALTITUDES_KM,
     GAMMA,
     MAX_DISTANCE_KM,
+    Photos,
     Query,
     draw_nadir,
     ground_plane,
@@ -171,14 +172,14 @@ def plan_photo(
 
 
 @lru_cache(maxsize=64)
-def _interpolation(count):
+def _interpolation(count: int) -> torch.Tensor:
     """-> (count, NODES) float64: values at _nodes() -> values at the centres of `count` pixels, by a polynomial."""
     vander = np.polynomial.chebyshev.chebvander
     pixels = (np.arange(count) + 0.5) / count
     return torch.from_numpy(vander(2 * pixels - 1, NODES - 1) @ np.linalg.inv(vander(2 * _nodes() - 1, NODES - 1)))
 
 
-def _nodes():
+def _nodes() -> np.ndarray:
     """-> (NODES,) Chebyshev's in (0, 1)."""
     return 0.5 - 0.5 * np.cos(np.pi * (np.arange(NODES) + 0.5) / NODES)
 
@@ -239,7 +240,16 @@ def render_ground(
     return ground.clamp_(0, 1), latlon
 
 
-def _sampled(source, ratio, around, latlon, at_nodes, size, over, shrink):
+def _sampled(
+    source: "DatasetReader",
+    ratio: np.ndarray | None,
+    around: int,
+    latlon: np.ndarray,
+    at_nodes: tuple[np.ndarray, np.ndarray],
+    size: int,
+    over: tuple[int, int],
+    shrink: int,
+) -> torch.Tensor:
     """As render_ground's; each pixel is the mean of over (down, across) samples, of the raster made smaller."""
     x, y = at_nodes
     left, top, right, bottom = (int(np.floor(end)) for end in _bounds(x, y, margin=3 * shrink))
@@ -259,7 +269,7 @@ def _sampled(source, ratio, around, latlon, at_nodes, size, over, shrink):
     return ground
 
 
-def _bounds(x, y, margin):
+def _bounds(x: np.ndarray, y: np.ndarray, margin: float) -> tuple[float, float, float, float]:
     """Places at the nodes -> left, top, right, bottom of all pixels between, and a margin."""
     x, y = (spread(place, 64, 64).numpy() for place in (x, y))
     # The outermost of 64 lies half a 64th inside the edge: that much more.
@@ -267,7 +277,7 @@ def _bounds(x, y, margin):
     return x.min() - margin_x, y.min() - margin_y, x.max() + margin_x + 1, y.max() + margin_y + 1
 
 
-def _unwrapped(latlon):
+def _unwrapped(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, N, 2) -> lat (N, N), lon (N, N) without a jump at the antimeridian."""
     first = latlon[0, 0, 1]
     return latlon[..., 0], first + geo.wrap_longitude(latlon[..., 1] - first)
@@ -293,9 +303,9 @@ def render_photo(
     camera: Camera,
     rng: np.random.Generator | None,
     size: int,
-    photos: str = "full",
+    photos: Photos = "full",
 ) -> torch.Tensor:
-    """-> uint8 (3, size, size): a 3:2 photo squashed to a square, as the public ones are. photos: demo_world.PHOTOS."""
+    """-> uint8 (3, size, size): a 3:2 photo squashed to a square, as the public ones are."""
     ground, latlon = render_ground(source, around, ratio, camera, size)
     if photos == "clear":
         return (ground ** (1 / GAMMA) * 255).round().to(torch.uint8)
@@ -306,11 +316,11 @@ def render_photo(
 
 @dataclasses.dataclass
 class Renderer(Opened):
-    """(path, Query) -> the file. weather: demo_world.PHOTOS."""
+    """(path, Query) -> the file."""
 
     size: int
     seed: int
-    weather: str
+    weather: Photos
 
     def __call__(self, photo: tuple[str, Query]) -> None:
         path, query = photo
@@ -343,8 +353,7 @@ def main(
     ] = None,
     whole_earth: Annotated[bool, "nadirs anywhere; default: the six sets' areas and validation's"] = False,
     weather: Annotated[
-        Literal["full", "hazy", "clear"],
-        "full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone",
+        Photos, "full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone"
     ] = "full",
     num_workers: flags.Workers = 2,
 ) -> str:

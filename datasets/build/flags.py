@@ -61,6 +61,13 @@ def share(text: str) -> float:
     return float(text)
 
 
+def above_0(text: str) -> float:
+    """Type of a flag: a number of more than 0."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
+    return float(text)
+
+
 def year_and_file(text: str) -> tuple[int, Path]:
     """Type of a flag: YEAR=FILE."""
     year, _, file = text.partition("=")
@@ -81,6 +88,7 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+ABOVE_0 = {"type": above_0}
 Output = Annotated[Path, "folder of the data set, where a second run continues", {"type": _folder}]
 Quality = Annotated[int, "of the JPEGs", {"type": _quality}]
 Seed = Annotated[int, "of all that is drawn", {"type": whole}]

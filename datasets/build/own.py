@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import shapely
 from PIL import Image
 
 from datasets import grid
@@ -88,35 +89,24 @@ def rows_of_geojson(path: Path) -> Iterator[Row]:
         raise FileNotFoundError(f"{path}: no such file; give a .csv or .geojson list of images")
     try:
         features = json.loads(path.read_text(encoding="utf-8-sig"))["features"]
-        features = [
-            (feature["properties"] or {}, feature["geometry"]["type"], feature["geometry"]["coordinates"])
-            for feature in features
-        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: is no GeoJSON FeatureCollection whose features have properties and a geometry "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    for number, (properties, kind, coordinates) in enumerate(features, start=1):
+        raise ValueError(f"{path}: is no GeoJSON FeatureCollection ({type(error).__name__}: {error})") from error
+    for number, feature in enumerate(features, start=1):
         place = f"{path}, feature {number}"
-        columns = {str(name).lower(): "" if value is None else str(value) for name, value in properties.items()}
-        columns = {name: value for name, value in columns.items() if name in COLUMNS}
         try:
-            if kind == "Point":
-                corners, names = [coordinates], ("lat", "lon")
-            elif kind == "Polygon":
-                (corners, *_), names = coordinates, CORNER_FIELDS
-                corners = corners[:-1] if corners[0] == corners[-1] else corners
-            else:
-                raise ValueError(
-                    f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and size_km"
-                )
-            values = [str(value) for corner in corners for value in (corner[1], corner[0])]
-        except (TypeError, IndexError) as error:
-            raise ValueError(f"{place}, geometry: coordinates are not those of a {kind}") from error
-        if len(values) != len(names):
-            raise ValueError(f"{place}, geometry: a Polygon of {len(corners)} corners, expected 4")
-        yield Row(place, {**columns, **dict(zip(names, values))})
+            found, properties = shapely.geometry.shape(feature["geometry"]), dict(feature["properties"] or {})
+        except (KeyError, TypeError, AttributeError, ValueError, shapely.GEOSException) as error:
+            raise ValueError(f"{place}, geometry: cannot be read ({type(error).__name__}: {error})") from error
+        names = {"Point": ("lat", "lon"), "Polygon": CORNER_FIELDS}.get(found.geom_type, ())
+        points = shapely.get_coordinates(found)[: -1 if found.geom_type == "Polygon" else None].tolist()
+        if not names or 2 * len(points) != len(names):
+            raise ValueError(
+                f"{place}, geometry: is a {found.geom_type} of {len(points)} corners, expected a Polygon of 4, or a "
+                f"Point and size_km"
+            )
+        columns = {str(name).lower(): "" if value is None else str(value) for name, value in properties.items()}
+        columns |= dict(zip(names, (str(value) for lon, lat in points for value in (lat, lon))))
+        yield Row(place, {name: value for name, value in columns.items() if name in COLUMNS})
 
 
 def square_corners(center: tuple[float, float], width_km: float, height_km: float, azimuth: float) -> np.ndarray:

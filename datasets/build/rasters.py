@@ -18,7 +18,7 @@ from PIL import Image
 
 from datasets import grid
 from datasets.build import flags, jobs
-from datasets.build.area import check_years, image_paths, select_regions
+from datasets.build.area import check_years, select_regions
 from datasets.images import save_jpeg
 from utils.geo import MERCATOR_HALF
 
@@ -92,7 +92,7 @@ class Raster:
         source = self.source()
         return tuple(zip(*[self.transform * (col, row) for col in (0, source.width) for row in (0, source.height)]))
 
-    def _turns(self, region):
+    def _turns(self, region: Sequence[int]) -> Sequence[int]:
         """Whole turns by which the file's longitudes are to be moved to see the region: files can run from 0 to 360."""
         if not self.is_geographic:
             return (0,)
@@ -100,7 +100,7 @@ class Raster:
         west, east = grid.tile_longitude(region[0], region[2]), grid.tile_longitude(region[0], region[2] + grid.TILES)
         return [turn for turn in (0, -360, 360) if min(ends) + turn < east and max(ends) + turn > west]
 
-    def _scales(self, region, size):
+    def _scales(self, region: Sequence[int], size: int) -> dict[str, str]:
         """GDAL's warp options XSCALE and YSCALE, an image's pixels for one of the file's, where both are degrees.
 
         GDAL guesses them from the ground that it reads, too much of it where a region touches the file's seam at 0
@@ -112,7 +112,9 @@ class Raster:
         height, width = np.abs(corners[2] - corners[0]) / size
         return {"XSCALE": str(abs(self.transform.a) / width), "YSCALE": str(abs(self.transform.e) / height)}
 
-    def _warp(self, left, top, side, size, turn, options):
+    def _warp(
+        self, left: float, top: float, side: float, size: int, turn: int, options: dict
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Square of Web Mercator -> (bands, size, size) of the file's type, bool (size, size) where there is data."""
         from affine import Affine
         from rasterio.enums import Resampling
@@ -140,7 +142,7 @@ class Raster:
             source.close()
 
 
-def _place(path, source):
+def _place(path: str | Path, source: "DatasetReader") -> tuple:
     """-> (coordinate system, affine transform) of an open file. ValueError where nothing says where it lies."""
     from rasterio.crs import CRS
     from rasterio.transform import from_bounds
@@ -188,7 +190,7 @@ def build_rasters(
     visible = np.stack([within(rasters[year], regions) for year in years], axis=1)
     wanted = []
     for region, seen in zip(regions.tolist(), visible.tolist()):
-        paths = image_paths(region, years)
+        paths = grid.image_paths(region, years)
         wanted += [(output / path, year, region) for path, year, sees in zip(paths, years, seen) if sees]
     missing = [job for job in wanted if not job[0].exists()]
 

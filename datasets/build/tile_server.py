@@ -16,7 +16,9 @@ from typing import Annotated
 import urllib3
 from PIL import Image
 
+from datasets.build.flags import ABOVE_0
 from datasets.images import open_image, to_rgb
+from utils.arguments import positive, whole
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
@@ -118,17 +120,17 @@ class TileServer:
     """Fetches tiles, from many threads, within the rate.
 
     What has one of the blank_status comes as a black tile. After a failure that is no single tile's, `failure` is that,
-    and no further request is made. ValueError names a setting out of range.
+    and no further request is made.
     """
 
     def __init__(
         self,
         template: str,
-        tile_size: Annotated[int, "side of the server's tiles, pixels"] = 256,
-        rate: Annotated[float, "requests a second at most: ask what the server allows"] = 10.0,
-        concurrency: Annotated[int, "requests under way at a time"] = 8,
-        retries: Annotated[int, "of a tile, after errors that may pass"] = 5,
-        timeout: Annotated[float, "seconds without an answer"] = 30.0,
+        tile_size: Annotated[int, "side of the server's tiles, pixels", {"type": positive}] = 256,
+        rate: Annotated[float, "requests a second at most: ask what the server allows", ABOVE_0] = 10.0,
+        concurrency: Annotated[int, "requests under way at a time", {"type": positive}] = 8,
+        retries: Annotated[int, "of a tile, after errors that may pass", {"type": whole}] = 5,
+        timeout: Annotated[float, "seconds without an answer", ABOVE_0] = 30.0,
         blank_status: Annotated[
             list[int],
             "HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers without any at sea",
@@ -145,15 +147,6 @@ class TileServer:
             {"nargs": None, "action": "append", "metavar": "FILE"},
         ] = None,
     ) -> None:
-        for name, value, least in (
-            ("tile_size", tile_size, 1),
-            ("rate", rate, 1e-9),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("timeout", timeout, 1e-9),
-        ):
-            if value < least:
-                raise ValueError(f"--{name} {value}: expected {'0 or more' if least == 0 else 'more than 0'}")
         if any(not 201 <= status <= 599 for status in blank_status):
             raise ValueError(f"--blank_status {' '.join(map(str, blank_status))}: expected 201 to 599, such as 404")
         self.template, self.tile_size, self.retries, self.concurrency = template, tile_size, retries, concurrency
@@ -165,7 +158,7 @@ class TileServer:
         )
         self.error_tiles = {file.read_bytes() for file in error_tile or []}
         self.blank_status, self.blank = frozenset(blank_status), black_tile(tile_size)
-        self.lock, self.requests, self.received, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0, 0
+        self.lock, self.requests, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0
 
     def fetch(self, tile: tuple[int, int, int, int]) -> bytes:
         """(year, zoom, row, col) -> the bytes of a whole image of the right size.
@@ -189,7 +182,7 @@ class TileServer:
             return data
 
     @contextmanager
-    def _ends_all(self):
+    def _ends_all(self) -> Iterator[None]:
         """What is raised within it, but for one tile's TileError, is kept, and nobody asks for anything after it."""
         try:
             yield
@@ -200,7 +193,7 @@ class TileServer:
             self.stop.set()
             raise
 
-    def _try(self, url, attempt):
+    def _try(self, url: str, attempt: int) -> tuple[bytes | None, str | None, float, bool]:
         """One request -> (bytes or None, problem, seconds until the next try, whether one makes sense)."""
         delay = min(BACKOFF_SECONDS * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1)
         self.limit.wait()
@@ -213,8 +206,6 @@ class TileServer:
             response = self.http.request("GET", url, retries=REDIRECTS_ONLY)
         except urllib3.exceptions.HTTPError as error:
             return None, f"no answer ({type(getattr(error, 'reason', None) or error).__name__})", delay, True
-        with self.lock:
-            self.received += len(response.data)
         if response.status == 200:
             if response.data in self.error_tiles:
                 return None, "is the server's error tile", delay, False
@@ -234,7 +225,7 @@ class TileServer:
             delay = 0
         return None, f"HTTP {response.status}", delay, response.status in RETRIED_STATUS
 
-    def _count_failure(self, problem, answered):
+    def _count_failure(self, problem: str, answered: bool) -> None:
         with self.lock, self._ends_all():  # within the lock: no other thread counts or asks on meanwhile
             if self.stop.is_set():  # the end has a reason already
                 return
@@ -264,7 +255,7 @@ class TileServer:
         futures, window = {}, deque()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="tiles")
 
-        def finish(key, tiles):
+        def finish(key: Hashable, tiles: Sequence[tuple]) -> tuple[Hashable, dict]:
             results = {}
             for tile in tiles:
                 try:

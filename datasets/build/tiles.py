@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from datasets import grid
 from datasets.build import flags
-from datasets.build.area import check_years, image_paths, select_regions
+from datasets.build.area import check_years, select_regions
 from datasets.build.tile_server import TileError, TileServer, check_template, is_blank, open_tile
 from datasets.images import save_jpeg
 from datasets.names import YEARS
@@ -59,7 +59,7 @@ def plan(output: Path, regions: np.ndarray, years: Sequence[int]) -> tuple[list[
     """-> jobs that are missing, (path, year, region) by year, zoom, row and col; and the number of all images."""
     years = sorted(set(years))
     regions = [tuple(region) for region in regions.tolist()]
-    paths = [image_paths(region, years) for region in regions]
+    paths = [grid.image_paths(region, years) for region in regions]
     jobs = [(paths[i][k], year, region) for k, year in enumerate(years) for i, region in enumerate(regions)]
     return [job for job in jobs if not (output / job[0]).exists()], len(jobs)
 
@@ -154,7 +154,7 @@ def main(
     image_size: flags.Side = 1024,
     max_blank: Annotated[int, "one-coloured tiles of 16 that an image may have"] = 15,
     quality: flags.Quality = 90,
-    tile_kb: Annotated[float, "size of a tile that --dry_run reckons with"] = 12,
+    tile_kb: Annotated[float, "size of a tile that --dry_run reckons with", flags.ABOVE_0] = 12,
     dry_run: Annotated[bool, "say how many requests and GB, and ask for nothing"] = False,
     **server: Annotated[object, TileServer.__init__],
 ) -> str:
