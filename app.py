@@ -159,4 +159,4 @@ def as_found(places: Places, place: Place) -> Found:
 
 if __name__ == "__main__":
     arguments = parse_arguments()
-    run(main, arguments)
+    run(main, arguments, keep_memory=False)

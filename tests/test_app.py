@@ -435,6 +435,18 @@ def test_a_full_disk_is_told_and_nothing_is_kept(client, desk, monkeypatch):
     assert str(desk.folder) not in response.text and list(desk.folder.iterdir()) == []
 
 
+def test_a_photo_that_is_removed_while_it_is_exported_is_gone(client, desk, monkeypatch):
+    photo = located(client, desk)
+
+    def removed(out, kinds, *_):
+        desk.remove(photo["id"])
+        return [out / "photo.kmz"], []
+
+    monkeypatch.setattr("web.desk.export_photo", removed)
+    response = client.get(f"/api/photos/{photo['id']}/export/zip")
+    assert response.status_code == 404 and response.json()["detail"] == "no such photo"
+
+
 def test_a_browser_that_goes_away_leaves_no_part_of_a_photo(client, desk):
     """The upload's task is cancelled, as the server does; what it awaits then is given up at once."""
     scope = dict(type="http", method="POST", path="/api/photos", raw_path=b"/api/photos", query_string=b"name=a.jpg")

@@ -291,6 +291,8 @@ def test_report_needs_nothing_else_and_shows_what_there_is(photo, tmp_path):
     assert "https:" not in text and not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "&lt;b&gt;ridge&lt;/b&gt; &amp; lake" in text and "<b>ridge" not in text and "a&amp;b.jpg" in text
     assert "located" in text and text.count("<line ") == report.LINES and "0.998" in text
+    again = report.page("a", picture(), places_of(footprints), [CORNERS] * 2, pictures, [matches[0]] * 2)
+    assert again.count("<line ") == report.LINES  # a registration that two places share is drawn once
     assert len(images_in(text)) == 8  # photo, map, photo on it, two candidates, two of the matches, the world
 
 

@@ -71,9 +71,13 @@ def add_run_arguments(parser, log_dir, validate_every):
     return group
 
 
-def run(main, args):
-    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2."""
-    keep_freed_blocks()
+def run(main, args, keep_memory=True):
+    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2.
+
+    keep_memory: see `keep_freed_blocks`; not for many threads, each of which would keep its own.
+    """
+    if keep_memory:
+        keep_freed_blocks()
     try:
         return main(args)
     except (ValueError, OSError, RuntimeError) as error:

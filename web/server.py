@@ -75,6 +75,10 @@ def make_app(
     async def refused(_: Request, error: Exception):
         return JSONResponse({"detail": str(error)}, 409 if isinstance(error, Busy) else 422)
 
+    @app.exception_handler(FileNotFoundError)
+    async def gone(_: Request, error: Exception):  # removed meanwhile
+        return JSONResponse({"detail": "no such photo"}, 404)
+
     @app.exception_handler(OSError)
     async def failed(_: Request, error: Exception):  # a full disk; its path is nobody's business
         logging.error(str(error))

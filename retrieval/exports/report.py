@@ -35,7 +35,8 @@ h2 { font-size: 16px; margin: 36px 0 10px; }
 .badge { display: inline-block; padding: 1px 10px; border-radius: 99px; color: #fff; font-size: 13px; }
 .good { background: var(--good); } .doubt { background: var(--doubt); }
 .soft { color: var(--soft); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 18px; margin-top: 18px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 18px; margin-top: 18px;
+  align-items: start; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
 figure img, figure svg { display: block; width: 100%; height: auto; }
 figcaption { padding: 9px 13px; font-size: 13px; color: var(--soft); }
@@ -82,7 +83,11 @@ def page(
     pictures, matches = ([*each, *[None] * (len(places) - len(each))] for each in (pictures, matches))
     best = places[0]
     cards = "".join(_card(*each) for each in zip(places, footprints, pictures))
-    lines = "".join(_match_figure(photo, each, place) for place, each in zip(places, matches) if each is not None)
+    shown = {}  # neighbours may have led to one and the same registration
+    for place, footprint, each in zip(places, footprints, matches):
+        if each is not None:
+            shown.setdefault(np.asarray(footprint).tobytes(), (each, place))
+    lines = "".join(_match_figure(photo, *each) for each in shown.values())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(name)}</title><style>{STYLE}</style></head><body><main>
@@ -143,7 +148,7 @@ def _map_figure(photo: np.ndarray, place: dict, footprint: np.ndarray, picture: 
         return f"<figure><figcaption>Cannot be laid on the map: {escape(str(error))}</figcaption></figure>"
     laid = _image(Image.fromarray(laid), "WEBP")
     return f"""<figure><div class="stack"><img alt="the map" src="{_jpeg(ground, MAP_SIDE)}">
-<img alt="the photo on the map" src="{laid}"></div><figcaption>The photo on the map, north up
+<img alt="the photo on the map" src="{laid}"></div><figcaption>The photo on the map, north up ·
 <label>opacity <input type="range" min="0" max="100" value="100"></label></figcaption></figure>"""
 
 
