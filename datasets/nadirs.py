@@ -151,14 +151,14 @@ class Table:
         # A byte of a path that is no text comes as os.fsdecode has it.
         lines = read_csv(path, "path, nadir_lat, nadir_lon", errors="surrogateescape")
         header = _header(path, next(lines)[1])
-        others = [name for name in header if name not in COLUMNS]
-        numbers, texts = dict.fromkeys(("nadir_lat", "nadir_lon"), pa.float64()), ["time", *others]
+        texts = ["time", *(name for name in header if name not in COLUMNS)]
+        numbers = dict.fromkeys(("nadir_lat", "nadir_lon"), pa.float64())
         schema = pa.schema({**numbers, **dict.fromkeys(texts, pa.large_string())})
         keys, places, blocks = {}, [], []
         while block := list(islice(lines, BLOCK)):  # not all of a million rows as texts at once
             rows = [_row(f"{path}, line {line}", header, cells) for line, cells in block]
             for (line, _), row in zip(block, rows):
-                key = _key(os.path.normpath(row["path"]))
+                key = hash(os.path.normpath(row["path"]))  # 8 bytes in place of a path
                 if key in keys:
                     raise ValueError(
                         f"{path}, line {line}: path {row['path']} is in line {places[keys[key]]} as well; "
@@ -174,7 +174,7 @@ class Table:
         """A photo's row: by its path from the CSV's folder or one of the others, its absolute path, or its name."""
         path = os.path.abspath(path)
         for name in (*(os.path.relpath(path, folder) for folder in self.folders), path, os.path.basename(path)):
-            row = self.rows.get(_key(name))
+            row = self.rows.get(hash(name))
             if row is not None:
                 return row
         return None
@@ -226,11 +226,6 @@ class Table:
                     orbit.nadir(when)
                 except ValueError as error:
                     raise ValueError(f"{self.path}, line {self.lines[row]}: {error}") from None
-
-
-def _key(name: str) -> int:
-    """A path -> a number of 8 bytes in its place."""
-    return hash(name)
 
 
 def _header(path: Path, names: list[str]) -> list[str]:

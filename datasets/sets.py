@@ -51,6 +51,18 @@ class EvaluationSet:
     def is_empty(self) -> bool:
         return not (len(self.query_rows) and len(self.database_rows))
 
+    @property
+    def note(self) -> str:
+        """For the log: what is empty or left out."""
+        found, lost = len(self.query_rows), len(self.left_out)
+        if self.is_empty:
+            return (
+                f"{self.name}: skipped, it has {found} queries with a positive ({lost} without) "
+                f"and {len(self.database_rows)} database images"
+            )
+        without = f"{self.name}: {lost} of {found + lost} queries left out, they have no positive in the set's database"
+        return without if lost else ""
+
 
 @dataclass(frozen=True)
 class EvaluationData:
@@ -87,7 +99,7 @@ class EvaluationData:
             )
             for one in self.sets
         ]
-        notes = [_empty_note(one) for one in sets if one.is_empty]
+        notes = [one.note for one in sets if one.is_empty]
         return replace(self, sets=[one for one in sets if not one.is_empty], notes=self.notes + notes)
 
 
@@ -130,23 +142,12 @@ def make_evaluation_data(
     pairs, notes = positive_pairs(queries, database, intersections)
     wanted = [(name, center, QUERY_RADIUS_KM, DATABASE_RADIUS_KM) for name, center in POINTS_OF_INTEREST.items()]
     if validation:
-        wanted.append(
-            (VALIDATION, POINTS_OF_INTEREST["Texas"], VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM)
-        )
+        radii = VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM
+        wanted.append((VALIDATION, POINTS_OF_INTEREST["Texas"], *radii))
     centers = database.centers
-    sets = []
-    for name, center, query_radius, database_radius in wanted:
-        one = select_set(name, center, queries.nadirs, centers, pairs, query_radius, database_radius)
-        if one.is_empty:
-            notes.append(_empty_note(one))
-            continue
-        sets.append(one)
-        if len(one.left_out):
-            notes.append(
-                f"{name}: {len(one.left_out)} of {len(one.query_rows) + len(one.left_out)} queries left out, "
-                "they have no positive in the set's database"
-            )
-    return EvaluationData(queries, database, pairs, sets, notes)
+    sets = [select_set(name, center, queries.nadirs, centers, pairs, *radii) for name, center, *radii in wanted]
+    notes += [note for one in sets if (note := one.note)]
+    return EvaluationData(queries, database, pairs, [one for one in sets if not one.is_empty], notes)
 
 
 def select_set(
@@ -206,13 +207,6 @@ def positive_pairs(
             "a positive"
         )
     return pairs, notes
-
-
-def _empty_note(one: EvaluationSet) -> str:
-    return (
-        f"{one.name}: skipped, it has {len(one.query_rows)} queries with a positive ({len(one.left_out)} without) "
-        f"and {len(one.database_rows)} database images"
-    )
 
 
 def _union(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,15 @@ def image_side(text: str) -> int:
     return int(text)
 
 
-def open_raster(path: str | Path) -> tuple["DatasetReader", int]:
-    """-> open rasterio file in Web Mercator, and how many of its pixels go around the Earth. Raises ValueError."""
+class MercatorRaster(NamedTuple):
+    """An open file in Web Mercator, and how many of its pixels go around the Earth."""
+
+    source: "DatasetReader"
+    around: int
+
+
+def open_raster(path: str | Path) -> MercatorRaster:
+    """Raises FileNotFoundError or ValueError naming what is wrong with the file."""
     import rasterio  # here, not above: only this command and `raster` need GDAL
 
     if not Path(path).is_file():
@@ -70,11 +77,12 @@ def open_raster(path: str | Path) -> tuple["DatasetReader", int]:
             f"--raster {path}: {around:.2f} of its pixels go around the Earth; they must be square, and a "
             f"whole number of them"
         )
-    return source, round(around)
+    return MercatorRaster(source, round(around))
 
 
-def windows(source: "DatasetReader", around: int, regions: Sequence) -> np.ndarray:
+def windows(raster: MercatorRaster, regions: Sequence) -> np.ndarray:
     """regions (N, 3) -> (N, 3) int: left, top, side in the raster's pixels. ValueError where a region has too few."""
+    source, around = raster
     zoom, row, col = np.asarray(regions).reshape(-1, 3).T
     tile = around / 2.0**zoom
     if len(tile) and (tile.min() * grid.TILES < MIN_SIDE or (tile % 1).any()):
@@ -88,11 +96,11 @@ def windows(source: "DatasetReader", around: int, regions: Sequence) -> np.ndarr
     return np.stack([left, top, grid.TILES * tile], axis=1).astype(np.int64)
 
 
-def read_window(source: "DatasetReader", around: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-    """Open raster -> uint8 (height, width, 3). Rows end with the raster; columns go on around the Earth, if it does."""
+def read_window(raster: MercatorRaster, left: int, top: int, width: int, height: int) -> np.ndarray:
+    """-> uint8 (height, width, 3). Rows end with the raster; columns go on around the Earth, if it does."""
     from rasterio.windows import Window
 
-    parts = []
+    (source, around), parts = raster, []
     while width > 0:
         left = left % around if source.width == around else left
         here = min(width, source.width - left)
@@ -155,15 +163,15 @@ def _linear_weights(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass
 class Opened:
-    """What a worker opens once: the raster, and the months' ratios. ratios: {month: file}."""
+    """What a worker opens once: the raster, and the months' ratios. path: the raster's. ratios: {month: file}."""
 
     output: Path
-    raster: Path
+    path: Path
     ratios: dict
 
     @cached_property
-    def source(self) -> tuple["DatasetReader", int]:
-        return open_raster(self.raster)
+    def raster(self) -> MercatorRaster:
+        return open_raster(self.path)
 
     @cached_property
     def of_month(self) -> dict:
@@ -183,8 +191,8 @@ class Renderer(Opened):
         missing = [(path, month) for path, month in zip(paths, self.months) if not path.exists()]
         if not missing:
             return 0
-        left, top, side = windows(*self.source, [region])[0].tolist()
-        pixels = np.ascontiguousarray(read_window(*self.source, left, top, side, side))
+        left, top, side = windows(self.raster, [region])[0].tolist()
+        pixels = np.ascontiguousarray(read_window(self.raster, left, top, side, side))
         if self.image_size is not None and side != self.image_size:
             pixels = resize(torch.from_numpy(pixels), self.image_size).numpy()
         for path, month in missing:
@@ -242,8 +250,8 @@ def main(
         "land_only": land_only,
         "quality": quality,
     }
-    source, around = open_raster(raster)
-    places = windows(source, around, chosen)
+    opened = open_raster(raster)
+    places, source = windows(opened, chosen), opened.source
     kept_plan(output, parameters, folders=("database",))
     ends = places[:, :2] + places[:, 2:]
     inside = (places[:, :2] >= 0).all(axis=1) & (ends <= (source.width, source.height)).all(axis=1)

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -38,7 +38,16 @@ from datasets.build.demo_world import (
     planned,
     query_name,
 )
-from datasets.build.earth import MIN_SIDE, Opened, image_side, month_prints, open_raster, read_window, stored_ratios
+from datasets.build.earth import (
+    MIN_SIDE,
+    MercatorRaster,
+    Opened,
+    image_side,
+    month_prints,
+    open_raster,
+    read_window,
+    stored_ratios,
+)
 from datasets.build.plan import fingerprint, kept_plan
 from datasets.images import encode_jpeg
 from datasets.names import Catalogue
@@ -48,9 +57,6 @@ from utils import geo
 from utils.arguments import positive
 from utils.files import replacing
 from utils.geo import MERCATOR_HALF
-
-if TYPE_CHECKING:
-    from rasterio import DatasetReader
 
 VERSION = 1  # raise when the same parameters begin to give other pictures
 FILE = "photos.json"
@@ -189,11 +195,12 @@ def spread(at_nodes: np.ndarray, height: int, width: int) -> torch.Tensor:
     return _interpolation(height) @ torch.from_numpy(at_nodes) @ _interpolation(width).T
 
 
-def raster_places(latlon: np.ndarray, source: "DatasetReader", around: int) -> tuple[np.ndarray, np.ndarray]:
+def raster_places(latlon: np.ndarray, raster: MercatorRaster) -> tuple[np.ndarray, np.ndarray]:
     """(..., 2) degrees of one photo -> x (...), y (...) in the raster's pixels, of which the first covers 0 to 1.
 
     x goes on beyond the antimeridian.
     """
+    source, around = raster
     lat, lon = np.radians(latlon[..., 0]), latlon[..., 1]
     first = lon.reshape(-1)[0]
     x = (first + geo.wrap_longitude(lon - first) + 180) / 360 * around
@@ -202,14 +209,14 @@ def raster_places(latlon: np.ndarray, source: "DatasetReader", around: int) -> t
     return x - (source.transform.c + MERCATOR_HALF) / pixel, y - (MERCATOR_HALF - source.transform.f) / pixel
 
 
-def covers(camera: Camera, source: "DatasetReader", around: int, margin: int = 8) -> bool:
+def covers(camera: Camera, raster: MercatorRaster, margin: int = 8) -> bool:
     """Whether the raster holds all that the camera sees, and `margin` pixels more."""
     edge = np.linspace(0, 1, 9)
     u, v = np.concatenate([edge, edge, 0 * edge, 0 * edge + 1]), np.concatenate([0 * edge, 0 * edge + 1, edge, edge])
     latlon = ground_points(camera, u, v)
     if np.isnan(latlon).any():
         return False
-    x, y = raster_places(latlon, source, around)
+    (x, y), (source, around) = raster_places(latlon, raster), raster
     return bool(
         y.min() >= margin
         and y.max() <= source.height - margin
@@ -218,32 +225,31 @@ def covers(camera: Camera, source: "DatasetReader", around: int, margin: int = 8
 
 
 def render_ground(
-    source: "DatasetReader", around: int, ratio: np.ndarray | None, camera: Camera, size: int
+    raster: MercatorRaster, ratio: np.ndarray | None, camera: Camera, size: int
 ) -> tuple[torch.Tensor, np.ndarray]:
     """-> float32 (3, size, size) in 0…1, linear light, and latlon (NODES, NODES, 2): the ground in clear air.
 
     ratio: (H, W, 3), the month's colours; None: the raster's own.
     """
     latlon = ground_points(camera, *np.meshgrid(_nodes(), _nodes()))
-    x, y = raster_places(latlon, source, around)
+    x, y = raster_places(latlon, raster)
     # The raster's pixels from one pixel of the photo to the next, at most.
     coarse = torch.stack([spread(place, 32, 32) for place in (x, y)]) * 32 / size
     step_u, step_v = (float(coarse.diff(dim=axis).norm(dim=0).max()) for axis in (2, 1))
     if max(step_u, step_v) <= 0.5 and size % 2 == 0:
-        ground = _sampled(source, ratio, around, latlon, (x, y), size // 2, (1, 1), 1)
+        ground = _sampled(raster, ratio, latlon, (x, y), size // 2, (1, 1), 1)
         # Half the pixels hold all that the raster does; with antialias it is torch's fast filter.
         ground = F.interpolate(ground[None], (size, size), mode="bicubic", antialias=True)[0]
     else:
         shrink = max(1, int(min(step_u, step_v)))  # the mean of so many pixels first
         over = tuple(int(np.clip(np.ceil(0.8 * step / shrink), 1, 4)) for step in (step_v, step_u))
-        ground = _sampled(source, ratio, around, latlon, (x, y), size, over, shrink)
+        ground = _sampled(raster, ratio, latlon, (x, y), size, over, shrink)
     return ground.clamp_(0, 1), latlon
 
 
 def _sampled(
-    source: "DatasetReader",
+    raster: MercatorRaster,
     ratio: np.ndarray | None,
-    around: int,
     latlon: np.ndarray,
     at_nodes: tuple[np.ndarray, np.ndarray],
     size: int,
@@ -253,9 +259,9 @@ def _sampled(
     """As render_ground's; each pixel is the mean of over (down, across) samples, of the raster made smaller."""
     x, y = at_nodes
     left, top, right, bottom = (int(np.floor(end)) for end in _bounds(x, y, margin=3 * shrink))
-    top, bottom = max(top, 0), min(bottom, source.height)
+    top, bottom = max(top, 0), min(bottom, raster.source.height)
     columns, rows = (right - left) // shrink, (bottom - top) // shrink
-    pixels = torch.from_numpy(read_window(source, around, left, top, columns * shrink, rows * shrink))
+    pixels = torch.from_numpy(read_window(raster, left, top, columns * shrink, rows * shrink))
     patch = _LINEAR[pixels.int()].permute(2, 0, 1)[None]
     patch = F.avg_pool2d(patch, shrink) if shrink > 1 else patch
     at_nodes = ((x - left) / shrink / columns * 2 - 1, (y - top) / shrink / rows * 2 - 1)
@@ -297,8 +303,7 @@ def sample_colours(ratio: np.ndarray, latlon: np.ndarray) -> np.ndarray:
 
 
 def render_photo(
-    source: "DatasetReader",
-    around: int,
+    raster: MercatorRaster,
     ratio: np.ndarray | None,
     camera: Camera,
     rng: np.random.Generator | None,
@@ -306,7 +311,7 @@ def render_photo(
     photos: Photos = "full",
 ) -> torch.Tensor:
     """-> uint8 (3, size, size): a 3:2 photo squashed to a square, as the public ones are."""
-    ground, latlon = render_ground(source, around, ratio, camera, size)
+    ground, latlon = render_ground(raster, ratio, camera, size)
     if photos == "clear":
         return (ground ** (1 / GAMMA) * 255).round().to(torch.uint8)
     plane = ground_plane(camera, latlon)
@@ -327,7 +332,7 @@ class Renderer(Opened):
         rng = np.random.default_rng([self.seed, query.index, 4])
         quality = int(rng.integers(80, 96))
         ratio = self.of_month.get(int(query.date[4:6]))
-        pixels = render_photo(*self.source, ratio, query.camera, rng, self.size, self.weather)
+        pixels = render_photo(self.raster, ratio, query.camera, rng, self.size, self.weather)
         with replacing(self.output / path, sync=False) as file:
             file.write(encode_jpeg(pixels.permute(1, 2, 0).numpy(), quality))
 
@@ -363,8 +368,8 @@ def main(
     are written anew.
     """
     groups = WHOLE_EARTH if whole_earth else SETS
-    source, around = open_raster(raster)
-    smallest, (low, high) = smallest_area(around), areas or (AREAS_KM2[0], AREAS_KM2[-1])
+    opened = open_raster(raster)
+    smallest, (low, high) = smallest_area(opened.around), areas or (AREAS_KM2[0], AREAS_KM2[-1])
     if not smallest <= low < high:
         raise ValueError(
             f"--areas {low} {high}: expected LOW HIGH, and LOW at "
@@ -384,7 +389,7 @@ def main(
 
     def make() -> dict:
         queries = [
-            plan_photo(seed, index, lambda camera: covers(camera, source, around), groups, sorted(set(seasons)), areas)
+            plan_photo(seed, index, lambda camera: covers(camera, opened), groups, sorted(set(seasons)), areas)
             for index in tqdm(range(photos), desc="cameras", unit="photo", mininterval=0.5)
         ]
         return {"queries": [list(dataclasses.asdict(query).values()) for query in queries]}
