@@ -72,9 +72,9 @@ def read_columns(path: str | Path, *wanted: tuple[str, ...]) -> tuple[list[int],
     """
     rows = read_csv(path, ", ".join(names[0] for names in wanted))
     _, header = next(rows)
-    columns = []
+    upper, columns = [name.upper() for name in header], []
     for names in wanted:
-        found = [column for column, name in enumerate(header) if name.upper() in names]
+        found = [upper.index(name) for name in names if name in upper]
         if not found:
             raise ValueError(f"{path}: no column {' or '.join(names)}; its columns are {', '.join(header)}")
         columns.append(found[0])

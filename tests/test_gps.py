@@ -84,6 +84,12 @@ def test_photos_of_a_csv_count_and_list_what_is_missing(photo_folder):
     assert "1 of 4 images" in note and "lost.jpg" in note
 
 
+def test_the_best_known_column_counts_wherever_it_stands(photo_folder):
+    table = written(photo_folder / "t.csv", "FileName,Longitude,img_id,LAT,LON\nx.jpg,9,b.jpg,1,2\n")
+    photos = read_photos(table, photo_folder / "images")
+    assert [path.name for path in photos.paths] == ["b.jpg"] and photos.points.tolist() == [[1, 2]]
+
+
 def test_photos_without_any_image(photo_folder):
     table = written(photo_folder / "t.csv", "IMG_ID,LAT,LON\na.jpg,1,2\n")
     with pytest.raises(ValueError, match="none of its 1 images.*--images"):
