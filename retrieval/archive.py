@@ -53,11 +53,7 @@ class Archive:
         Raises ValueError where the folder holds results of other settings or other files, or another process writes
         there.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"--output {folder}: is a file or lies in one; give a folder") from None
+        folder = make_folder(folder)
         settings = json.loads(json.dumps(settings, default=str))
         lock = _lock(folder)
         try:
@@ -157,6 +153,15 @@ class Archive:
             self.parts, self.parted, self.pending = parts, parted, kept
         write_predictions(self.folder, lambda: read_places(self.folder))
         self._commit(True)
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder of --output, made where it is not there. ValueError where it cannot be one."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be a folder ({error.strerror}); give another one") from None
+    return Path(folder)
 
 
 def read_progress(folder: str | Path) -> dict | None:

@@ -159,6 +159,15 @@ class Index(Places):
         return render_region(self.blue_marble, *self.index.regions[row].tolist(), size)
 
 
+def require_enough(places: Places, near: tuple[float, float] | None, near_km: float, top_k: int) -> None:
+    """Raises ValueError where fewer than top_k places can be found, before anything is described."""
+    count, where = len(places.near(near, near_km)), ""
+    if near is not None:
+        where = f" within {near_km:g} km of {near[0]:g}, {near[1]:g} (--near, --near_km)"
+    if count < top_k:
+        raise ValueError(f"--top_k {top_k}: the database has {count} images{where}")
+
+
 def best_rotations(photos: np.ndarray, images: np.ndarray | Rows, rows: np.ndarray, k: int) -> FOUND:
     """photos (Q, D), images (R, N, D) in the rotations of ROTATIONS, rows to look at -> as `Places.search`."""
     turns, count, dim = images.shape

@@ -1,5 +1,6 @@
 """Describe images, search, and count: the array side of evaluation. Nothing here knows a data set's layout."""
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -254,6 +255,22 @@ def kept_descriptors(
     dim = descriptor_dim(model, image_size, device, precision)
     with descriptor_file(path, fingerprint, rotations, dim, images) as kept:
         yield kept
+
+
+def kept_photos(
+    folder: str | Path,
+    source: Sequence,
+    shard: tuple[int, int],
+    model: torch.nn.Module,
+    photos: Sequence,
+    image_size: int,
+    rotations: tuple = (0,),
+    **settings: object,
+):
+    """`kept_descriptors` of a run's photos, by what it reads and writes (source: paths) and its shard (i, n)."""
+    place = hashlib.sha256(os.fsencode("\0".join(map(os.path.abspath, source)))).hexdigest()[:8]
+    name = f"photos_{place}_{shard[0]}-of-{shard[1]}"
+    return kept_descriptors(folder, name, model, photos, image_size, rotations=rotations, **settings)
 
 
 def descriptor_dim(

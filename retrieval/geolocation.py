@@ -20,27 +20,30 @@ THRESHOLDS_KM = (2500, 750, 200, 25, 1)  # continent, country, region, city, str
 CROPS = ("one", "ten", "turns")
 
 
-def read_photo(path: str | Path, size: int, fit: str) -> torch.Tensor:
-    """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP)."""
+def read_photo(path: str | Path, size: int, fit: str, upright: bool = False) -> torch.Tensor:
+    """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP).
+    upright: as a viewer shows it (EXIF), see read_image."""
     if fit == "squash":
-        return read_image(path, size)
+        return read_image(path, size, upright)
     # Through PIL, as CLIP was trained: torchvision's resize of a tensor is off by up to 13 grey levels at edges.
-    image = transforms.resize(transforms.to_pil_image(read_image(path)), size, transforms.InterpolationMode.BICUBIC)
+    image = transforms.resize(
+        transforms.to_pil_image(read_image(path, upright=upright)), size, transforms.InterpolationMode.BICUBIC
+    )
     return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
 
 
 class PhotoFiles(Dataset):
     """Paths -> (row, uint8 (3, size, size), error). An unreadable file says so and gives no pixels to use."""
 
-    def __init__(self, paths: Sequence, size: int, fit: str) -> None:
-        self.paths, self.size, self.fit = [str(path) for path in paths], size, fit
+    def __init__(self, paths: Sequence, size: int, fit: str, upright: bool = False) -> None:
+        self.paths, self.size, self.fit, self.upright = [str(path) for path in paths], size, fit, upright
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple:
         try:
-            return row, read_photo(self.paths[row], self.size, self.fit), ""
+            return row, read_photo(self.paths[row], self.size, self.fit, self.upright), ""
         except (ValueError, OSError) as error:
             return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
 
@@ -68,17 +71,18 @@ def embed_photos(
     precision: str = "fp32",
     crops: str = "one",
     progress: bool = True,
+    upright: bool = False,
 ) -> tuple[np.ndarray, list]:
     """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures: a list of (row, what happened).
 
-    crops: see `views_of`; the views' embeddings are averaged, which averages their logits.
+    crops: see `views_of`; the views' embeddings are averaged, which averages their logits. upright: see `read_photo`.
     """
     if crops not in CROPS:
         raise ValueError(f"--crops {crops}: choose one of {', '.join(CROPS)}")
     device, size = torch.device(device), model.image_encoder.image_size
     margin = round(size * 8 / 7) if crops == "ten" else size  # 256 for crops of 224
     loader = DataLoader(
-        PhotoFiles(paths, margin, model.image_encoder.fit),
+        PhotoFiles(paths, margin, model.image_encoder.fit, upright),
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

@@ -77,6 +77,7 @@ class Registration:
     homography: np.ndarray
     photo_points: np.ndarray
     ground_points: np.ndarray
+    photo_size: tuple[int, int] = (1, 1)  # width, height: of what photo_points are pixels
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ def as_registration(shown: Photo, fit: Fit, rounds: int, moved: float, nadir: Po
         stretch=stretch(homography, np.array(shown.size) / 2 / to_photo),
         slant=slant(fit.homography, corners_of(shown.size)),
         matcher=shown.matcher.name,
+        photo_size=tuple((np.array(shown.size) / to_photo).round().astype(int).tolist()),
         homography=homography,
         photo_points=fit.here / to_photo,
         ground_points=ground,

@@ -155,7 +155,7 @@ def descriptor_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder, or none") from None
+        raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder") from None
     remark = ""
     with _locked(path.with_suffix(".marks")) as file:
         if (os.fstat(file).st_size or path.exists()) and not _is_whole(path, file, header):
@@ -195,8 +195,7 @@ def _locked(path: str | Path, wait: bool = True):
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 raise ValueError(
-                    f"{path}: cannot be locked ({error.strerror}); give --descriptors a folder on another "
-                    f"disk, or none to keep no file"
+                    f"{path}: cannot be locked ({error.strerror}); give --descriptors a folder on another disk"
                 ) from error
             if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):  # not removed while it waited
                 yield file
@@ -272,8 +271,8 @@ def _grow(path: str | Path, size: int):
         return
     free = shutil.disk_usage(path.parent).free
     remedy = (
-        f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors another folder, none to keep no"
-        f" file, or --forget_descriptors to remove those of other models"
+        f"{(size - before) / 1e9:.2f} GB for the descriptors; give --descriptors a folder on another disk, or "
+        f"--forget_descriptors to remove those of other models"
     )
     if size - before > free:
         raise ValueError(f"{path.parent}: {free / 1e9:.2f} GB are free, fewer than {remedy}")

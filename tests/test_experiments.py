@@ -1,13 +1,14 @@
 """The experiments' scripts on the tiny world."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import train
-from experiments import curve, export, plain_recall, real_photos, table3
+from experiments import curve, demo, export, plain_recall, real_photos, table3
 from models.earthloc import load_model
 
 TINY = [
@@ -36,6 +37,29 @@ TINY = [
     "--num_clusters",
     "3",
 ]
+
+
+def test_the_demo_ends_with_a_photo_on_a_map(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.args").write_text(" ".join([*TINY, "--log_dir", "demo"]))
+    monkeypatch.setattr(demo, "PRESET", tmp_path / "tiny.args")
+    monkeypatch.setattr("sys.argv", ["demo.py", "--dataset_path", str(world.path)])
+    demo.main()
+    lines = capsys.readouterr().out.splitlines()
+    (photo,) = (Path(line.split("? ")[1]) for line in lines if line.startswith("Where was this photo taken?"))
+    assert photo.is_file() and photo.parent == world.path / "queries"
+    (folder,) = (tmp_path / "logs" / "demo").iterdir()
+    (told,) = (line for line in lines if line.startswith("Map: "))
+    assert f"logs/demo/{folder.name}/located_map.jpg " in told and (folder / "located_map.jpg").is_file()
+    features = json.loads((tmp_path / told.split()[-1]).read_text())["features"]
+    (place,) = (line for line in lines if line.startswith("At "))
+    first = features[0]["properties"]
+    assert first["image"] == str(photo) and place.startswith(f"At {first['latitude']:.1f} {first['longitude']:.1f}, ")
+
+
+def test_the_surest_photo_is_the_one_with_the_highest_first_score(tmp_path):
+    (tmp_path / "table.csv").write_text("query,rank,score\na,1,0.5\nb,1,0.75\nb,2,0.7\nc,2,0.9\nd,1,0.625\n")
+    assert demo.surest(tmp_path / "table.csv") == "b"
 
 
 def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_path, monkeypatch, capsys):

@@ -220,10 +220,10 @@ def test_no_images_and_no_room(root, monkeypatch):
     values, failed = keep(root, [], Counting())
     assert values.shape == (2, 0, 6) and not failed
     (root.parent / "file").touch()
-    with pytest.raises(ValueError, match="file: is a file or lies in one; give a folder, or none"):
+    with pytest.raises(ValueError, match="file: is a file or lies in one; give a folder"):
         keep(root, paths(4), Counting(), root.parent / "file")
     monkeypatch.setattr(descriptors.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match="GB for the descriptors; give --descriptors another folder"):
+    with pytest.raises(ValueError, match="GB for the descriptors; give --descriptors a folder on another disk"):
         keep(root, paths(4), Counting())
 
 

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from utils.memory import keep_freed_blocks
-from utils.precision import PRECISIONS
+from utils.precision import DETERMINISTIC_HELP, PRECISION_HELP, PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,15 +64,20 @@ def add_run_arguments(parser, log_dir, validate_every):
     add("--keep_every", type=positive, help="iterations between weights that stay, for python -m experiments.curve")
     add("--log_every", type=positive, default=50, help="iterations between scalars")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help=PRECISION_HELP)
+    add("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
     add("--seed", type=whole, default=0)
     add("--traceback", action="store_true", help="show the traceback of an error")
     return group
 
 
-def run(main, args):
-    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2."""
-    keep_freed_blocks()
+def run(main, args, keep_memory=True):
+    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2.
+
+    keep_memory: see `keep_freed_blocks`; not for many threads, each of which would keep its own.
+    """
+    if keep_memory:
+        keep_freed_blocks()
     try:
         return main(args)
     except (ValueError, OSError, RuntimeError) as error:

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -18,7 +18,8 @@ from utils.files import printable
 
 
 def make_log_dir(log_dir, root="logs"):
-    """Name of an experiment -> a new folder logs/{log_dir}/{YYYY-mm-dd_HH-MM-SS}."""
+    """Name of an experiment -> a new folder logs/{log_dir}/{YYYY-mm-dd_HH-MM-SS}; of more in one second, _001 and so on
+    follow, so that the newest is the last by name."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, copy = Path(root) / log_dir / stamp, 1
     while True:
@@ -26,7 +27,7 @@ def make_log_dir(log_dir, root="logs"):
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:  # two runs in the same second
-            folder, copy = Path(root) / log_dir / f"{stamp}_{copy}", copy + 1
+            folder, copy = Path(root) / log_dir / f"{stamp}_{copy:03d}", copy + 1
 
 
 def own_folder(folder):
@@ -67,6 +68,22 @@ class Formatter(logging.Formatter):
 
     def format(self, record):
         return printable(super().format(record))
+
+
+class Bar(tqdm):
+    """A progress bar that tells the log, too, every so many seconds: of runs that nobody watches."""
+
+    def __init__(self, *args, every=60, **settings):
+        super().__init__(*args, **settings)
+        self.every, self.told = every, time.monotonic()
+
+    def update(self, n=1):
+        super().update(n)
+        if time.monotonic() - self.told > self.every:
+            self.told, rate = time.monotonic(), self.format_dict["rate"] or self.n / self.format_dict["elapsed"]
+            left = timedelta(seconds=round((self.total - self.n) / rate))
+            unit = self.unit.strip()
+            logging.info(f"{self.n} of {self.total} {unit}, {rate:.3g} {unit}/s, {left} left")
 
 
 class Meter:

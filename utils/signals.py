@@ -71,6 +71,16 @@ class Stop:
             self.interruptible = False
 
 
+def interruptible(batches, stop):
+    """The same batches; a signal ends the wait for one (`Stop.at_once`), never the work on it."""
+    while True:
+        with stop.at_once():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 def iterate(loader):
     """iter(loader), with workers that a signal cannot reach before they ignore it (see `ignore_signals`)."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it
