@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from datasets.names import Catalogue
 from datasets.overlap import polygons, share_ground
@@ -73,40 +72,45 @@ def measure(name, label, places, candidates, seconds):
     }
 
 
-def table(name, results):
-    """-> lines of the table: a row a photo, and the counts."""
-    lines = [f"{name}: photo            ranks     inliers/matches  rounds  moved  spread  p      IoU    km off  label"]
-    for r in results:
-        found = r["best"].registration
-        told = (
-            f"{found.inliers:7d}/{found.matches:<7d} {found.rounds:6d} {found.moved:7.3f} {found.spread:7.2f}"
-            if found
-            else f"{'-':>7}/{'-':<7} {'-':>6} {'-':>7} {'-':>7}"
-        )
-        before, after = (str(rank or "-") for rank in r["ranks"])
-        lines.append(
-            f"  {r['photo']:<22} {before:>4} {after:>4} {told}  {r['best'].probability:.3f}  {r['iou']:.3f} "
-            f"{r['off']:8.1f}  {'' if r['plausible'] else 'faulty'} (false: {r['false']})"
-        )
+HEADER = "photo                 ranks     inliers/matches  rounds  moved  spread  p      IoU     km off  label"
+
+
+def line(r):
+    """A photo's row in the table."""
+    found = r["best"].registration
+    told = (
+        f"{found.inliers:7d}/{found.matches:<7d} {found.rounds:6d} {found.moved:7.3f} {found.spread:7.2f}"
+        if found
+        else f"{'-':>7}/{'-':<7} {'-':>6} {'-':>7} {'-':>7}"
+    )
+    before, after = (str(rank or "-") for rank in r["ranks"])
+    return (
+        f"{r['photo']:<20} {before:>4} {after:>4} {told}  {r['best'].probability:.3f}  {r['iou']:.3f} {r['off']:8.1f}  "
+        f"{'' if r['plausible'] else 'faulty'} (false: {r['false']})"
+    )
+
+
+def summary(results):
+    """-> lines: what all photos come to."""
     there, verified = [r for r in results if r["ranks"][0]], [r for r in results if r["best"].verified]
     first = [sum(r["ranks"][k] == 1 for r in results) for k in (0, 1)]
     right = [r for r in verified if r["right"]]
     good = [r for r in right if r["plausible"]]
-    lines += [
-        f"  {len(there)} of {len(results)} photos have a true candidate; a right place is first for {first[0]} before, "
+    lines = [
+        f"{len(there)} of {len(results)} photos have a true candidate; a right place is first for {first[0]} before, "
         f"{first[1]} after",
-        f"  verified: {len(right)} right ones, {len(verified) - len(right)} wrong ones",
+        f"verified: {len(right)} right ones, {len(verified) - len(right)} wrong ones",
     ]
     if good:
         ious, off = [r["iou"] for r in good], np.array([r["off"] for r in good])
         share = off / [r["width"] for r in good]
         lines.append(
-            f"  right and verified, plausible labels ({len(good)}): IoU median {np.median(ious):.3f}, least "
+            f"right and verified, plausible labels ({len(good)}): IoU median {np.median(ious):.3f}, least "
             f"{min(ious):.3f}; corners off by {np.median(off):.2f} km (90 %: {np.percentile(off, 90):.2f}), "
             f"{np.median(share):.2%} of the photo's side (90 %: {np.percentile(share, 90):.2%})"
         )
     seconds = [r["seconds"] for r in results]
-    return [*lines, f"  {np.mean(seconds):.1f} s a photo (median {np.median(seconds):.1f})"]
+    return [*lines, f"{np.mean(seconds):.1f} s a photo (median {np.median(seconds):.1f})"]
 
 
 def main(args):
@@ -128,14 +132,16 @@ def main(args):
         near = [locator.places.near(tuple(nadir), locator.near_km) for nadir in photos.nadirs[rows].tolist()]
         locator.places.prepare(np.unique(np.concatenate(near)))  # once, so it is no photo's time
         results = []
-        for row in tqdm(rows, desc=name, unit="photo"):
+        print(f"{name}\n{HEADER}")
+        for row in rows:
             began = time.perf_counter()
             (found,) = locator([photos.root / photos.paths[row]], [tuple(photos.nadirs[row])], args.candidates)
             seconds = time.perf_counter() - began
             if found:
                 candidates = locator.places.footprints[[place.row for place in found]]
                 results.append(measure(photos.ids[row], photos.footprints[row], found, candidates, seconds))
-        print("\n".join(table(name, results)), flush=True)
+                print(line(results[-1]), flush=True)
+        print("\n".join(summary(results)), flush=True)
 
 
 def parse_arguments(argv=None):

@@ -75,18 +75,18 @@ class Sift(Matcher):
 def mutual_matches(similarity: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Cosine similarity (N, M) of unit descriptors, N and M at least 2 -> rows and columns of the pairs that are each
     other's nearest, and nearer than `ratio` times the next, seen from both sides; the distance is Euclidean."""
-    columns, rows = similarity.argmax(axis=1), similarity.argmax(axis=0)
-    mutual = rows[columns] == np.arange(len(columns))
-    clear = passes_ratio(similarity, ratio) & passes_ratio(similarity.T, ratio)[columns]
-    kept = np.flatnonzero(mutual & clear)
-    return kept, columns[kept]
+    seen = torch.from_numpy(similarity)
+    (along, columns), (down, rows) = (torch.topk(seen, 2, dim=axis) for axis in (1, 0))
+    columns, rows = columns[:, 0], rows[0]
+    mutual = rows[columns] == torch.arange(len(columns))
+    kept = (mutual & is_clear(*along.T, ratio) & is_clear(*down, ratio)[columns]).nonzero()[:, 0]
+    return kept.numpy(), columns[kept].numpy()
 
 
-def passes_ratio(similarity: np.ndarray, ratio: float) -> np.ndarray:
-    """(N, M) -> (N,) bool: the nearest is nearer than `ratio` times the next."""
-    best = np.partition(similarity, -2, axis=1)[:, -2:]
-    squared = np.maximum(2 - 2 * best, 0)
-    return squared[:, 1] < ratio**2 * squared[:, 0]
+def is_clear(best: torch.Tensor, next_best: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Cosine similarities (N,), (N,) -> (N,) bool: the best one's distance is less than `ratio` times the next's."""
+    near, far = ((2 - 2 * each).clamp(min=0) for each in (best, next_best))
+    return near < ratio**2 * far
 
 
 def grey(image: torch.Tensor) -> np.ndarray:
