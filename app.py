@@ -30,6 +30,7 @@ from web.apart import Apart
 from web.desk import Desk, Found, Point
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+MATCHERS = "xfeat aliked disk sift none".split()
 PICTURE_SIDE = 512  # pixels of a candidate
 
 
@@ -42,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_k", type=positive, default=5, help="places for each photo")
     add("--tle", metavar="FILE", help="two-line elements of the station: nadirs of photos with a time in their EXIF")
     add("--near_km", type=float, default=2500, help="how far a photo reaches from its nadir")
-    add("--register", choices=("xfeat", "aliked", "disk", "sift", "none"), default="none", help="of the best places")
+    add("--register", choices=("auto", *MATCHERS), default="auto", help="of the best places, see predict.py")
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
     add("--ground", metavar="FILE", help="raster in Web Mercator: what --register matches, and the page's map")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
@@ -140,7 +141,7 @@ def load(weights: str, top_k: int, tle: str | None, threads: int, **settings) ->
         [[answer]] = locator.stream([str(file)], lambda _: nadir, top_k)
         return [as_found(locator.places, place) for place in answer.places], answer.why, nadir.point
 
-    matched = "not registered" if settings["register"] == "none" else f"registered by {settings['register']}"
+    matched = "not registered" if locator.register == "none" else f"registered by {locator.register}"
     return locate, f"{len(locator.places):,} places, {matched}"
 
 

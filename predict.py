@@ -82,11 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep_photos", action="store_true", help="keep the photos' descriptors in --descriptors, too")
 
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--descriptors",
-        default="logs/descriptors",
-        help="folder where descriptors are kept, so that none is made twice",
-    )
+    add("--descriptors", default="logs/descriptors", help="folder where they are kept, so that none is made twice")
     add("--forget_descriptors", action="store_true", help="remove what was kept there for other models than this one")
     add("--shown", type=whole, help="photos in the picture, and world maps; default: 50, with --output 0")
     add("--log_dir", default="predict", help="results go to logs/LOG_DIR/date_time")
@@ -184,7 +180,7 @@ def locate_all(
     told = ", ".join(f"{number} {source}" for source, number in sources.most_common())
     logging.info(f"where the nadirs come from: {told} (none: the whole Earth is searched)")
     if locator.matcher is None:
-        logging.info("a score says what looks alike, be it sea, night or clouds; --register tells whether it is right")
+        logging.info("a score says what looks alike, be it sea or night; --register tells whether it is right")
     for answer in unknown:
         logging.info(f"without a nadir, for example {answer.image}: {answer.nadir.why}")
     if shown:

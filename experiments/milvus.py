@@ -34,9 +34,9 @@ def main(args) -> list[dict]:
     """-> a row of the table for each way."""
     vectors, centers = source(args)
     rng = np.random.default_rng(0)
-    asked = rng.permutation(len(vectors))[: args.queries]
+    asked, rest = np.split(rng.permutation(len(vectors)), [args.queries])
     queries, points = np.asarray(vectors[asked], np.float32), centers[asked]
-    rest = np.setdiff1d(np.arange(len(vectors)), asked)
+    rest = np.sort(rest[: args.rows])
     real, centers = np.asarray(vectors[rest], np.float32), centers[rest]
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "database.npy"
@@ -44,14 +44,13 @@ def main(args) -> list[dict]:
             made, around = spread(real, args.rows, file)
             centers = centers[around]
         else:
-            np.save(file, real[: args.rows].astype(np.float16))
-            centers = centers[: args.rows]
+            np.save(file, real.astype(np.float16))
         made = np.load(file, mmap_mode="c")
         uri = args.uri or str(Path(temporary) / "earth.db")
         print(f"{len(made):,} vectors of {made.shape[1]} values, {len(queries)} queries; Milvus at {uri}")
         right = search(made, queries, K)[1]
         near_rows = [np.flatnonzero(geo.distance_km(centers, point) <= args.near_km) for point in points[:SINGLES]]
-        near_right = [near_rows[q][search(made, queries[q : q + 1], K, near_rows[q])[1]] for q in range(SINGLES)]
+        near_right = [nearest(made, queries[q : q + 1], rows) for q, rows in enumerate(near_rows)]
         ways = ["faiss flat", "faiss IVF, SQ8", "compressed", *(f"milvus {key}" for key in args.keys)]
         print(
             "| | recall@1 | recall@10 | memory, bytes/vector | disk | build s | ms, 100 at a time | ms, one | "
@@ -66,6 +65,12 @@ def main(args) -> list[dict]:
             table.append(found | recalls(found, right, near_right) | {"way": way, "build": build or found["build"]})
             print(line(table[-1]), flush=True)
     return table
+
+
+def nearest(made, query, rows, engine=None):
+    """The K best of rows, at most, in order, by an engine or exactly."""
+    _, found = search(made, query, K, rows) if engine is None else engine.search(query, K, rows)
+    return rows[found[0][found[0] >= 0]]
 
 
 def source(args):
@@ -135,9 +140,7 @@ def measure(way, file, queries, points, near_rows, place, near_km):
     def one_near(q):
         if milvus:
             return engine.search(queries[q : q + 1], K, near=points[q], km=near_km)[1][0]
-        rows = near_rows[q]
-        own = search(made, queries[q : q + 1], K, rows) if way.startswith("faiss") else None
-        return rows[(own or engine.search(queries[q : q + 1], K, rows))[1][0]]
+        return nearest(made, queries[q : q + 1], near_rows[q], None if way.startswith("faiss") else engine)
 
     near = [one_near(q) for q in range(SINGLES)]
     seconds = clock(lambda: [one_near(q) for q in range(SINGLES)]) / SINGLES
@@ -199,11 +202,11 @@ def folder_bytes(uri) -> int:
 
 def recalls(found, right, near_right) -> dict:
     """Shares in percent of the true first and of the true first ten that were found."""
-    share = lambda some, true: 100 * np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(some, true)])
+    share = lambda some, true: 100 * np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(some, true) if len(b)])
     return {
         "recall1": share(found["found"][:, :1], right[:, :1]),
         "recall10": share(found["found"], right),
-        "near_recall": share(found["near"], [each[0] for each in near_right]),
+        "near_recall": share(found["near"], near_right),
     }
 
 

@@ -182,8 +182,10 @@ def connect(uri: str | Path, token: str = "") -> object:
         from pymilvus.exceptions import MilvusException
     except ImportError as error:
         raise RuntimeError(f"Milvus needs {error.name}: pip install pymilvus milvus-lite") from error
+    # A file's server takes pings every ten seconds, pymilvus's habit, for an attack while an index is built.
+    options = {"grpc_options": {"grpc.keepalive_time_ms": 600_000}} if is_lite(uri) else {}
     try:
-        return MilvusClient(str(uri), token=token)
+        return MilvusClient(str(uri), token=token, **options)
     except MilvusException as error:
         raise ValueError(f"{uri}: {error.message}; give a file ending in .db, or http://HOST:PORT") from error
 

@@ -171,3 +171,28 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     assert len(near.split()) == len(world_wide.split()) == (photos.areas >= 2000).sum()
     assert all(1 <= int(rank) <= 24 for rank in near.split())
     assert all(int(a) <= int(b) for a, b in zip(near.split(), world_wide.split()))
+
+
+def test_milvus_beside_faiss_and_a_file_into_it_and_back(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("milvus_lite")
+    import numpy as np
+
+    from datasets import grid
+    from experiments import milvus
+    from retrieval.earth_index import compress
+
+    monkeypatch.setattr(milvus, "alone", lambda work, *values: work(*values))  # processes would take minutes to start
+    regions = np.array([(8, row, col) for row in range(60, 140, 2) for col in range(0, 60, 2)])
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(regions), 12)) @ rng.normal(size=(12, 16)) + 0.3 * rng.normal(
+        size=(len(regions), 16)
+    )
+    compress(regions, vectors.astype(np.float32), 16, "x").save(tmp_path / "i.safetensors")
+    argv = ["--index", str(tmp_path / "i.safetensors"), "--rows", "600", "--queries", "40", "--keys", "flat", "sq8"]
+    table = milvus.main(milvus.parse_arguments([*argv, "--near_km", "1500"]))
+    assert len(grid.footprints(regions)) == 1200 and [row["way"] for row in table][3:] == ["milvus flat", "milvus sq8"]
+    flat, exact, sq8 = table[0], table[3], table[4]
+    assert flat["recall1"] == flat["recall10"] == exact["recall1"] == exact["recall10"] == exact["near_recall"] == 100
+    assert sq8["recall10"] > 50 and flat["memory"] == pytest.approx(4 * 16, abs=1) and exact["disk"] > 2 * 16
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 7 and all(line.count("|") == 12 for line in lines)

@@ -130,31 +130,43 @@ def test_fastap_takes_neutral_pairs_as_negatives():
     assert math.isclose(LOSSES["fastap"]()(descriptors, labels, neutral).item(), expected, rel_tol=1e-9)
 
 
-def own_cosine(name, cosine):
+def own_cosine(name, cosine, margin):
     """The cosine to the own region, with the margin."""
     angle = math.acos(cosine)
     if name == "arcface":
-        margin = math.radians(28.6)
+        margin = math.radians(margin)
         return math.cos(angle + margin) if angle <= math.pi - margin else cosine - margin * math.sin(margin)
     if name == "cosface":
-        return cosine - 0.35
-    steps = math.floor(angle / (math.pi / 4))
-    return (-1) ** steps * math.cos(4 * angle) - 2 * steps
+        return cosine - margin
+    steps = math.floor(angle / (math.pi / margin))
+    return (-1) ** steps * math.cos(margin * angle) - 2 * steps
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_losses_over_regions(name):
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("arcface", {}),
+        ("arcface", {"margin": 20.0, "scale": 5.0}),
+        ("cosface", {}),
+        ("cosface", {"margin": 0.2, "scale": 5.0}),
+        ("sphereface", {}),
+        ("sphereface", {"margin": 3.0, "scale": 5.0}),
+    ],
+)
+def test_losses_over_regions(name, settings):
     torch.manual_seed(0)
     descriptors, _, neutral = batch()
     labels = torch.tensor([5, 5, 5, 0, 0, 0, 8, 8, 8, 3, 3, 3])  # rows in the data set, which has 9 regions
-    loss_fn = LOSSES[name](num_regions=9, descriptor_dim=5).double()
+    loss_fn = LOSSES[name](num_regions=9, descriptor_dim=5, **settings).double()
+    margin = settings.get("margin", {"arcface": 28.6, "cosface": 0.35, "sphereface": 4.0}[name])
+    scale = settings.get("scale", 64.0)
     (weights,) = loss_fn.parameters()
     assert weights.shape == (5, 9)
     directions, total = F.normalize(weights.detach(), dim=0).T.tolist(), 0
     for point, label in zip(descriptors.tolist(), labels.tolist()):
         cosines = [sum(x * y for x, y in zip(point, each)) for each in directions]
-        cosines[label] = own_cosine(name, cosines[label])
-        total += math.log(sum(math.exp(64 * (each - cosines[label])) for each in cosines))
+        cosines[label] = own_cosine(name, cosines[label], margin)
+        total += math.log(sum(math.exp(scale * (each - cosines[label])) for each in cosines))
     assert math.isclose(loss_fn(descriptors, labels, neutral).item(), total / len(labels), rel_tol=1e-6)
 
 
