@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 NICE = 5  # the browser goes first
+GRACE = 3  # seconds to leave by itself
 
 
 class Apart:
@@ -30,7 +31,9 @@ class Apart:
 
     def __exit__(self, *_) -> None:
         if self.process is not None:
-            self.process.kill()
+            self.pipe.close()
+            self.process.join(GRACE)
+            self.process.kill()  # it was at work
             self.process.join()
 
     def __call__(self) -> tuple[Callable, str]:
