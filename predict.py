@@ -26,7 +26,7 @@ from datasets.gps import check_points, each_image
 from datasets.images import read_image
 from datasets.nadirs import read_nadirs
 from retrieval.archive import Archive, merge, parse_shard, read_places, shard_folder, shard_rows
-from retrieval.describe import kept_descriptors, rotate
+from retrieval.describe import Describer, rotate
 from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
 from retrieval.store import model_fingerprint, tidy
 from utils import figures
@@ -201,7 +201,8 @@ def archive_descriptors(locator, photos, args):
     shard = "-of-".join(map(str, parse_shard(args.shard) if args.output else (0, 1)))
     name = f"photos_{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}_{shard}"
     settings = {name: locator.settings[name] for name in ("image_size", "device", "precision")}
-    return kept_descriptors(args.descriptors, name, locator.model, photos, rotations=locator.places.turns, **settings)
+    describer = Describer(locator.model, rotations=locator.places.turns, **settings)
+    return describer.file(args.descriptors, name, Strings(map(os.path.abspath, photos)))
 
 
 def tell(answers, folder, each_photo, room, first):

@@ -4,20 +4,18 @@ python -m experiments.demo --dataset_path data/demo_world. What is done is skipp
 """
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import train
 from experiments.runs import evaluated, finished
-from utils.arguments import make_parser
+from utils.arguments import add_shared, make_parser, run
 
 PRESET = "presets/demo.args"
 SHIPPED = Path("weights/demo_world.safetensors")
 
 
-def main():
-    parser = make_parser(__doc__)
-    parser.add_argument("--dataset_path", default="data/demo_world")
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     folder = finished("demo") or train.main(train.parse_arguments([f"@{PRESET}", "--dataset_path", args.dataset_path]))
     rows = [("before training", folder / "initial.pt"), ("after training", folder / "last.pt")]
     if SHIPPED.exists():
@@ -35,5 +33,11 @@ def main():
     print(f"\nLogs, checkpoints and pictures: {folder}")
 
 
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__)
+    add_shared(parser, dataset_path="data/demo_world")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main()
+    run(main, parse_arguments())

@@ -18,7 +18,7 @@ from datasets.overlap import polygons, share_ground
 from datasets.sets import read_database
 from models.earthloc import load_model
 from retrieval.confidence import VERIFIED, probability
-from retrieval.describe import ROTATIONS, describe
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.ground import DatabaseGround
 from retrieval.matching import MATCHERS, make_matcher
 from retrieval.registration import FARTHEST_KM, register
@@ -127,7 +127,7 @@ def main(args):
     queries, database = Catalogue.read(args.dataset_path, "queries"), read_database(args.dataset_path)
     model = load_model(args.resume).eval()
     described = [
-        describe(model, [each.root / path for path in each.paths], model.config.image_size, rotations=turns)[0]
+        Describer(model, model.config.image_size, rotations=turns)([each.root / path for path in each.paths])[0]
         for each, turns in ((queries, (0,)), (database, ROTATIONS))
     ]
     near = geo.distance_km(queries.nadirs[:, None], database.centers[None]) <= FARTHEST_KM

@@ -6,7 +6,9 @@ import torch
 from retrieval.search import low_precision
 
 
-def cluster(descriptors, count, min_size, seed, device="cpu"):
+def cluster(
+    descriptors: np.ndarray, count: int, min_size: int, seed: int, device: str | torch.device = "cpu"
+) -> list[np.ndarray]:
     """descriptors (N, D) -> list of at most `count` arrays of rows, each at least min_size long; together all rows.
 
     faiss's k-means on the CPU, `kmeans` below on a GPU. Clusters that cannot fill a batch join the nearest.
@@ -20,23 +22,26 @@ def cluster(descriptors, count, min_size, seed, device="cpu"):
     return merge_small([np.flatnonzero(labels == k) for k in range(count)], descriptors, min_size)
 
 
-def faiss_kmeans(descriptors, count, seed, iterations=20):
+def faiss_kmeans(descriptors: np.ndarray, count: int, seed: int, iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
     """descriptors (N, D) float32 -> labels (N,), centers (count, D). Splits large clusters to reseed empty ones."""
     import faiss
 
-    means = faiss.Kmeans(
-        descriptors.shape[1],
-        count,
-        niter=iterations,
-        seed=int(seed),
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(descriptors),
-    )
+    points = {"min_points_per_centroid": 1, "max_points_per_centroid": len(descriptors)}
+    means = faiss.Kmeans(descriptors.shape[1], count, niter=iterations, seed=int(seed), **points)
     means.train(descriptors)
     return means.index.search(descriptors, 1)[1][:, 0], means.centroids
 
 
-def kmeans(descriptors, count, seed, iterations=20, device="cpu", dtype=None, centers=None, block=16384):
+def kmeans(
+    descriptors: np.ndarray,
+    count: int,
+    seed: int,
+    iterations: int = 20,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    centers: np.ndarray | None = None,
+    block: int = 16384,
+) -> tuple[np.ndarray, np.ndarray]:
     """Lloyd's algorithm on a device: descriptors (N, D) -> labels (N,), centers (count, D) float32.
 
     Rows are compared with centers in low precision where the device multiplies in it (dtype overrides), means are
@@ -86,7 +91,7 @@ def _assign(points, squares, centers, block):
     return labels, distances
 
 
-def merge_small(clusters, descriptors, min_size):
+def merge_small(clusters: list[np.ndarray], descriptors: np.ndarray, min_size: int) -> list[np.ndarray]:
     """Smallest first, a cluster with fewer than min_size rows joins the one whose centre is nearest to its own."""
     clusters = [rows for rows in clusters if len(rows)]
     while len(clusters) > 1 and min(map(len, clusters)) < min_size:

@@ -1,42 +1,45 @@
 """Clusters of look-alike regions for the batches of one period (paper, sec. 4.2)."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from datasets.batches import random_clusters
 from datasets.images import read_image
 from datasets.names import DATABASE_YEAR
+from datasets.regions import Regions
 from retrieval.clustering import cluster
-from retrieval.describe import describe
+from retrieval.describe import Describer, Failures
 from utils import distributed, figures
 
 
-def make_clusters(model, regions, period, count, batch_size, seed, image_size, num_workers, device, precision, note):
+def make_clusters(
+    describer: Describer,
+    regions: Regions,
+    period: int,
+    count: int,
+    batch_size: int,
+    seed: int,
+    note: Callable[[Failures], None],
+) -> list[np.ndarray]:
     """Rows of regions in up to `count` clusters: random ones in period 0, then k-means of one year's descriptors.
 
-    Regions whose image cannot be read are told to note([(row, what went wrong)]), and are in no cluster.
+    Regions whose image cannot be read are told to `note`, and are in no cluster.
     """
     if period == 0:
         return random_clusters(len(regions), count, batch_size, [seed, 4])
-    descriptors, failures = describe(
-        model,
-        regions.files(DATABASE_YEAR),
-        image_size,
-        4 * batch_size,
-        num_workers,
-        device,
-        precision,
-        label="describing regions",
-    )
+    descriptors, failures = describer(regions.files(DATABASE_YEAR), "regions")
     note(failures)
     rows = np.setdiff1d(np.arange(len(regions)), [row for row, _ in failures])
-    return distributed.from_first(
-        lambda: [rows[each] for each in cluster(descriptors[0][rows], count, batch_size, seed + period, device)]
-    )
+    clustered = lambda: cluster(descriptors[0][rows], count, batch_size, seed + period, describer.device)
+    return distributed.from_first(lambda: [rows[each] for each in clustered()])
 
 
-def save_clusters_figure(folder, regions, clusters, shown=8, images=12):
+def save_clusters_figure(
+    folder: Path, regions: Regions, clusters: list[np.ndarray], shown: int = 8, images: int = 12
+) -> None:
     """Fig. 14: a row a cluster."""
     files = regions.files(DATABASE_YEAR)
     try:

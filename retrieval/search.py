@@ -5,14 +5,18 @@ precision, as fast as the hardware multiplies, and comes to the same result. Com
 looks at a part of the database only: it may miss some neighbours.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
+Found = tuple[np.ndarray, np.ndarray]  # scores (Q, k), indices (Q, k)
 SEARCHES = ("exact", "flat", "compressed")
 MIN_COMPRESSED = 5_000  # rows: below that there is nothing to gain, and too little to learn a compression from
 
 
-def make_search(kind, database, device="cpu"):
+def make_search(kind: str, database: np.ndarray, device: str | torch.device = "cpu") -> Search:
     """One of SEARCHES, database (M, D) float32 or float16, may be a memory map -> an object to search with.
 
     Its search(queries (Q, D), k, rows=None) gives scores (Q, k) and indices (Q, k), best first. rows (m,) restricts it
@@ -28,7 +32,7 @@ def make_search(kind, database, device="cpu"):
     return FlatSearch(database) if kind == "flat" or dtype is None else ExactSearch(database, device, dtype)
 
 
-def low_precision(device):
+def low_precision(device: str | torch.device) -> torch.dtype | None:
     """The type in which the device multiplies matrices faster than in float32, or None."""
     if torch.device(device).type == "cuda":
         return torch.float16  # as exact as the stored descriptors; sums are in float32
@@ -36,7 +40,9 @@ def low_precision(device):
     return torch.bfloat16 if any(check is not None and check() for check in supported) else None
 
 
-def search(database, queries, k, rows=None, block=65536):
+def search(
+    database: np.ndarray, queries: np.ndarray, k: int, rows: ArrayLike | None = None, block: int = 65536
+) -> Found:
     """Exact nearest neighbours in float32: database (M, D), queries (Q, D) -> scores (Q, k), indices (Q, k).
 
     Results, rows and errors as `make_search` says. Works in blocks of database rows, so that a float16 or
@@ -66,10 +72,10 @@ def search(database, queries, k, rows=None, block=65536):
 class FlatSearch:
     """The plain way, `search` above; keeps nothing but the database."""
 
-    def __init__(self, database):
+    def __init__(self, database: np.ndarray) -> None:
         self.database = database
 
-    def search(self, queries, k, rows=None):
+    def search(self, queries: np.ndarray, k: int, rows: ArrayLike | None = None) -> Found:
         return search(self.database, queries, k, rows)
 
 
@@ -81,7 +87,13 @@ class ExactSearch:
     Keeps a copy in low precision, 2 bytes a value, on the device.
     """
 
-    def __init__(self, database, device="cpu", dtype=torch.bfloat16, block=16384):
+    def __init__(
+        self,
+        database: np.ndarray,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        block: int = 16384,
+    ) -> None:
         self.database, self.block, self.fallbacks = database, block, 0
         try:
             self.vectors = torch.empty(database.shape, dtype=dtype, device=device)
@@ -99,7 +111,7 @@ class ExactSearch:
             self.longest = max(self.longest, float(norms[np.isfinite(norms)].max(initial=0)))
             self.vectors[start : start + block] = torch.from_numpy(part).to(device, dtype)
 
-    def search(self, queries, k, rows=None):
+    def search(self, queries: np.ndarray, k: int, rows: ArrayLike | None = None) -> Found:
         """As `make_search` says."""
         queries = _as_queries(queries, self.database.shape[1])
         rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
@@ -169,7 +181,16 @@ class CompressedSearch:
     database (rows) is searched exactly. Learned and built on the CPU, the same way for the same database.
     """
 
-    def __init__(self, database, dim=256, lists=None, probes=None, rescored=200, exact_below=20_000, block=8192):
+    def __init__(
+        self,
+        database: np.ndarray,
+        dim: int = 256,
+        lists: int | None = None,
+        probes: int | None = None,
+        rescored: int = 200,
+        exact_below: int = 20_000,
+        block: int = 8192,
+    ) -> None:
         import faiss
 
         self.database, self.rescored, self.exact_below = database, rescored, exact_below
@@ -201,12 +222,12 @@ class CompressedSearch:
             self.index.add(((part - self.mean) @ self.axes).numpy())
 
     @property
-    def bytes_in_memory(self):
+    def bytes_in_memory(self) -> int:
         import faiss
 
         return faiss.serialize_index(self.index).nbytes + 4 * (self.axes.numel() + self.mean.numel())
 
-    def search(self, queries, k, rows=None):
+    def search(self, queries: np.ndarray, k: int, rows: ArrayLike | None = None) -> Found:
         """As `make_search` says, but that neighbours may be missed."""
         import faiss
 
@@ -236,16 +257,19 @@ class CompressedSearch:
         return _best(scores, found, k)
 
 
+Search = FlatSearch | ExactSearch | CompressedSearch
+
+
 class _Rescore:
     """Inner products in float32 with some rows of the database. The buffers are used again for each query: fresh
     memory for each costs many times the arithmetic, and torch widens float16 several times as fast as numpy."""
 
-    def __init__(self, database, rows):
+    def __init__(self, database: np.ndarray, rows: int) -> None:
         self.database = database
         self.stored = np.empty((rows, database.shape[1]), database.dtype)
         self.wide = torch.empty(rows, database.shape[1])
 
-    def __call__(self, rows, query):
+    def __call__(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
         """rows (n,), query (D,) -> scores (n,)."""
         count = len(rows)
         np.take(self.database, rows, axis=0, out=self.stored[:count], mode="clip")

@@ -211,9 +211,7 @@ def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggr
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
         neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), labels)
         for _ in range(2):
-            loss, norm, descriptors = train.update(
-                run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, GPU, precision
-            )
+            loss, norm, descriptors = train.update(run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, precision)
     handle.remove()
     assert set(kinds) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert run.iteration == 2 and loss.device == norm.device == descriptors.device == GPU

@@ -86,9 +86,9 @@ def recorded(world, folder, flags):
         seen.updates.append(SimpleNamespace(views=views, labels=labels, fc=run.model.fc.weight.detach().clone()))
         return update(run, views, labels, neutral, *rest)
 
-    def recording_clusters(model, regions, *args):
-        descriptors = describe(model, regions)
-        seen.clusters.append(SimpleNamespace(descriptors=descriptors, rows=make_clusters(model, regions, *args)))
+    def recording_clusters(describer, regions, *args):
+        descriptors = describe(describer.model, regions)
+        seen.clusters.append(SimpleNamespace(descriptors=descriptors, rows=make_clusters(describer, regions, *args)))
         return seen.clusters[-1].rows
 
     whiten, update, make_clusters = (train.whiten, train.update, train.make_clusters)
@@ -248,8 +248,8 @@ def geoclip(world, tmp_path_factory):
             run.model.logit_scale.fill_(math.log(100) + 1)
         return run
 
-    def recording_update(run, views, points, candidates, *rest):
-        result = update(run, views, points, candidates, *rest)
+    def recording_update(run, lr, views, points, candidates, *rest):
+        result = update(run, lr, views, points, candidates, *rest)
         scale = run.model.logit_scale.item()
         seen.updates.append(SimpleNamespace(points=points, candidates=candidates, scale=scale))
         return result
