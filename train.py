@@ -28,13 +28,13 @@ from losses import LOSSES
 from models.config import ModelConfig, add_model_arguments, model_config
 from models.earthloc import EarthLoc, build_model
 from models.whitening import whiten
-from retrieval.describe import ROTATIONS, Describer
+from retrieval.describe import ROTATIONS, Describer, Failures
 from retrieval.evaluation import describe_sets, score_sets
 from retrieval.reclustering import make_clusters, save_clusters_figure
 from utils import distributed, figures
 from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
-from utils.logs import own_folder
+from utils.logs import Meter, own_folder
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
 from utils.precision import autocast, chosen_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
@@ -180,10 +180,10 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
     period_of = args.recluster_every, args.iterations, args.seed
     served, unreadable = None, {}
 
-    def left_out(errors):
+    def left_out(errors: Failures):
         note_unreadable(errors, unreadable, len(regions), args.max_unreadable)
 
-    def step(meter):
+    def step(meter: Meter):
         nonlocal served
         # Clusters of look-alike regions, random ones first: each batch comes from one of them (sec. 4.2).
         period, since = divmod(run.iteration, args.recluster_every)
@@ -229,7 +229,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         batch = lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]}
         return Outcome(run.iteration - 1, loss, norm, len(labels), logged, batch)
 
-    def validating(writer):
+    def validating(writer: SummaryWriter):
         return validate(run, validation, writer, Describer(run.model, *describing, ROTATIONS, progress=False))
 
     with closing(loader):

@@ -32,6 +32,7 @@ from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_pho
 from utils import distributed, figures, geo
 from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
+from utils.logs import Meter
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
 from utils.precision import autocast, chosen_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
@@ -227,7 +228,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
     served = iterate(DataLoader(photos, batch_sampler=schedule, **workers))
     unreadable = set()
 
-    def step(meter):
+    def step(meter: Meter):
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
         note_unreadable(rows, errors, unreadable, len(training))
@@ -248,7 +249,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         batch = lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]}
         return Outcome(run.iteration - 1, loss, norm, args.batch_size, logged, batch)
 
-    def validating(writer):
+    def validating(writer: SummaryWriter):
         sizes = args.batch_size, args.num_workers
         return validate(run, validation, gallery, writer, *sizes, device, precision)
 

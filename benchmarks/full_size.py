@@ -31,7 +31,7 @@ from utils.arguments import add_shared, make_parser, run
 def made_up_queries(regions: np.ndarray) -> list[str]:
     """One query name a region: its footprint, north up."""
 
-    def name(number, corners):
+    def name(number: int, corners: np.ndarray):
         nadir, area = tuple(corners.mean(axis=0).round(1).tolist()), int(grid.quadrilateral_area(corners))
         places = tuple(map(tuple, corners.tolist()))
         return str(ImageName(places, f"MADE00-E-{number}", "20200101", nadir, area, 0.0))
@@ -77,7 +77,7 @@ def measured(function: Callable, *args: object) -> tuple[object, float, float, f
         return pool.apply(_measure, (function, *args))
 
 
-def _measure(function, *args):
+def _measure(function: Callable, *args):
     before = _peak_gb()
     return *timed_twice(lambda: function(*args)), before, _peak_gb()
 

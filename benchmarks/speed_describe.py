@@ -23,6 +23,7 @@ from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from benchmarks.timing import show, timed_twice
+from datasets.names import Catalogue
 from datasets.sets import EvaluationData, load_evaluation_data
 from models.earthloc import load_model
 from retrieval.describe import ROTATIONS, Describer
@@ -55,7 +56,7 @@ def plain(model: nn.Module, data: EvaluationData, args: Namespace, device: torch
     results = {}
     with tqdm(total=views_of(data.sets), desc="plain", unit="img", leave=False) as bar:
 
-        def described(catalogue, rows, turn):
+        def described(catalogue: Catalogue, rows: np.ndarray, turn: int):
             paths, found = [catalogue.root / catalogue.paths[row] for row in rows], []
             images = PlainImages(paths, model.config.image_size, turn)
             for batch in DataLoader(images, args.batch_size, num_workers=args.num_workers):

@@ -57,11 +57,11 @@ def baseline(args: Namespace, root: str, regions: Regions, labels: Tensor, devic
         read = lambda path: TF.to_tensor(pil(Path(root, path).read_bytes(), round(RESIZED * args.image_size)))
         return torch.stack([torch.stack([read(path) for path in paths]) for paths in regions.paths]).to(device)
 
-    def augment(images):
+    def augment(images: Tensor):
         views = [chain(images[:, year], draw_chain(args.image_size, generator)) for year in range(YEARS)]
         return torch.stack(views, dim=1).flatten(0, 1)
 
-    def step(views):
+    def step(views: Tensor):
         loss = loss_fn(model(views), labels)
         if not np.isfinite(loss.item()):
             raise RuntimeError("the loss is nan")
@@ -100,10 +100,10 @@ def ours(
         ((_, images, _),) = loader.serve(np.arange(len(regions))[None])
         return images.to(device)
 
-    def augment(images):
+    def augment(images: Tensor):
         return augmentation(images, generator).flatten(0, 1)
 
-    def step(views):
+    def step(views: Tensor):
         update(run, views, labels, None, loss_fn, 1e-4, precision)
 
     return load, augment, step

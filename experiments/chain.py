@@ -63,7 +63,7 @@ def draw_chain(
     the last one is the middle of the upright rectangle that the perspective leaves.
     """
 
-    def uniform(low, high):
+    def uniform(low: float, high: float):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     resized = round(RESIZED * size)

@@ -10,6 +10,7 @@ chosen on the validation queries (Texas), the table is over all other queries.
 import json
 import logging
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def methods(
     km = geo.distance_km(nadirs[:, None], centers[None])
     far = np.where(km > NADIR_KM, -1e6, 0)
 
-    def best(candidates, combine):
+    def best(candidates: Sequence[float], combine: Callable[[float], np.ndarray]):
         return min(candidates, key=lambda value: median_km(combine(value)[validation], truth[validation], centers))
 
     scale = best(SCALES_KM, lambda value: geoclip - km / value)

@@ -39,7 +39,7 @@ class PlainDataset(RegionDataset):
 def year_wise(size: int, colours: Sequence[float], one_draw: Callable[[Tensor, ChainDraw], Tensor]) -> Callable:
     """-> augmentation of (B, Y, 3, H, W) uint8 by one chain draw a year, which one_draw(images, draw) applies."""
 
-    def augment(images, generator, part=None, batch=None):
+    def augment(images: Tensor, generator: torch.Generator, part: slice | None = None, batch: int | None = None):
         draws = [draw_chain(size, generator, colours=colours) for _ in range(images.shape[1])]
         return torch.stack([one_draw(images[:, year], draw) for year, draw in enumerate(draws)], dim=1)
 

@@ -80,7 +80,7 @@ def kmeans(
     return labels.cpu().numpy(), centers.cpu().numpy()
 
 
-def _assign(points, squares, centers, block):
+def _assign(points: torch.Tensor, squares: torch.Tensor, centers: torch.Tensor, block: int):
     """-> the nearest center of each point (N,), and the squared distance to it (N,)."""
     labels = torch.empty(len(points), dtype=torch.long, device=points.device)
     distances = torch.empty(len(points), device=points.device)

@@ -172,7 +172,7 @@ class Describer:
         """Of each batch of rows of paths, yields rows (B,), descriptors (len(rotations), B, D) float32, NaN for
         failures, and these. label: of the progress bar, "" for none."""
 
-        def forward(images):
+        def forward(images: Tensor):
             # Channels last is faster in both precisions: 139 for 61 images/s in fp32, 293 for 203 in bf16 (ResNet-18
             # at 128 px, 2 cores).
             views = (rotate(images, turn).contiguous(memory_format=torch.channels_last) for turn in self.rotations)
@@ -185,7 +185,7 @@ class Describer:
             yield from through(forward, files, batches, self.num_workers, self.device, title)
 
 
-def _from_all(descriptors, failures, shares, shape):
+def _from_all(descriptors: np.ndarray | None, failures: Failures, shares: list[list[np.ndarray]], shape: tuple):
     """This rank's rows of descriptors (R, N, D), None without any -> the same with those of all ranks."""
     failures = sorted(sum(distributed.gather_objects(failures), []))
     dim = max(distributed.gather_objects(0 if descriptors is None else descriptors.shape[2]))

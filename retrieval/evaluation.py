@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from datasets.images import read_image
+from datasets.names import Catalogue
 from datasets.sets import VALIDATION, EvaluationData, EvaluationSet
 from retrieval.describe import Describer, rotate
 from retrieval.recall import (
@@ -184,7 +185,7 @@ def describe_sets(
     """
     still = replace(describer, rotations=(0,))
 
-    def described(label, catalogue, rows):
+    def described(label: str, catalogue: Catalogue, rows: np.ndarray):
         describe, paths = describer if rotate == label else still, [catalogue.paths[row] for row in rows]
         if keep is None:
             found, failures = describe([catalogue.root / path for path in paths], label)
@@ -328,7 +329,7 @@ def evaluation_figure(
     """
     data, generator, rows = evaluation.data, np.random.default_rng(seed), []
 
-    def picture(catalogue, row):
+    def picture(catalogue: Catalogue, row: int):
         return read_image(catalogue.root / catalogue.paths[row], size)
 
     for result in evaluation.test_results:

@@ -75,7 +75,7 @@ def embed_photos(
     size = model.image_encoder.image_size
     margin = round(size * 8 / 7) if crops == "ten" else size  # 256 for crops of 224
 
-    def forward(images):
+    def forward(images: Tensor):
         views = views_of(images, size, crops)
         with autocast(device, precision):
             return sum(model.embed_images(view) for view in views) / len(views)
@@ -185,7 +185,7 @@ def nadir_bias(nadirs: np.ndarray, points: np.ndarray, radius_km: float) -> Call
     nadir_vectors, vectors = geo.to_unit_vectors(nadirs), geo.to_unit_vectors(points)
     limit = np.cos(min(radius_km / geo.EARTH_RADIUS_KM, np.pi))
 
-    def bias(part):
+    def bias(part: slice):
         far = nadir_vectors[part] @ vectors.T < limit
         far[far.all(axis=1)] = False
         return np.where(far, -np.inf, 0)

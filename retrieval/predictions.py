@@ -51,7 +51,7 @@ def write_predictions(folder: Path, places: Callable[[], Iterable[tuple[dict, np
             writer.writerow(properties)
 
 
-def _listed(begin, items, end):
+def _listed(begin: str, items: Iterable[str], end: str):
     """Texts -> pieces of a JSON list, an item a line."""
     yield begin
     for number, item in enumerate(items):
@@ -59,7 +59,7 @@ def _listed(begin, items, end):
     yield end
 
 
-def _features(places, block=1000):
+def _features(places: Iterable[tuple], block: int = 1000):
     """Places -> each one's Feature as JSON. Outlines are made for a block at once: one by one they take ten times as
     long as all else."""
     places = iter(places)

@@ -119,7 +119,7 @@ class ExactSearch:
         results = [self._search(queries[start : start + 1024], k, rows) for start in range(0, len(queries), 1024)]
         return tuple(map(np.concatenate, zip(*results))) if results else _nothing(0, k)
 
-    def _search(self, queries, k, rows):
+    def _search(self, queries: np.ndarray, k: int, rows: np.ndarray | None):
         count = len(self.database) if rows is None else len(rows)
         kept = min(count, 2 * k + 64)
         if kept * 8 >= count:  # a small database: to re-score that many is no less work than to search it
@@ -139,7 +139,7 @@ class ExactSearch:
             scores[cut], indices[cut] = search(self.database, queries[cut], k, rows)
         return scores, indices
 
-    def _candidates(self, queries, kept, rows):
+    def _candidates(self, queries: np.ndarray, kept: int, rows: np.ndarray | None):
         """The `kept` best in low precision -> scores (Q, kept) float32, best first, and positions in rows."""
         device = self.vectors.device
         turned = torch.from_numpy(queries).to(device, self.vectors.dtype)
@@ -158,7 +158,7 @@ class ExactSearch:
             where = where.gather(1, order)
         return best.cpu().numpy(), where.cpu().numpy()
 
-    def _error(self, queries, low):
+    def _error(self, queries: np.ndarray, low: np.ndarray):
         """How far a low-precision score can be off -> (Q,).
 
         Rounding the score: half a unit in its last place. Rounding the factors: each product is off by a relative
@@ -277,11 +277,11 @@ class _Rescore:
         return torch.mv(self.wide[:count], torch.from_numpy(query)).numpy()
 
 
-def _nothing(count, k):
+def _nothing(count: int, k: int):
     return np.full((count, k), -np.inf, dtype=np.float32), np.full((count, k), -1, dtype=np.int64)
 
 
-def _best(scores, indices, k):
+def _best(scores: np.ndarray, indices: np.ndarray, k: int):
     """Candidates (Q, K) in any order, -inf for none -> the k best, ties by index, filled up with -inf and -1."""
     order = np.lexsort((indices, -scores), axis=1)[:, :k]
     scores, indices = np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
@@ -290,7 +290,7 @@ def _best(scores, indices, k):
     return np.pad(scores, fill, constant_values=-np.inf), np.pad(indices, fill, constant_values=-1)
 
 
-def _as_queries(queries, dim):
+def _as_queries(queries: np.ndarray, dim: int):
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ValueError(f"queries of shape {queries.shape}: the database's descriptors have {dim} values")
@@ -298,7 +298,7 @@ def _as_queries(queries, dim):
     return queries
 
 
-def _require_finite(bad, kind, rows):
+def _require_finite(bad: np.ndarray, kind: str, rows: np.ndarray | None):
     """bad (n,) bool of these rows (None: all)."""
     if bad.any():
         first = int(np.argmax(bad)) if rows is None else rows[np.argmax(bad)]

@@ -90,7 +90,7 @@ def image_fingerprints(root: str | Path, paths: Sequence[str]) -> np.ndarray:
     return marks
 
 
-def _digest(text):
+def _digest(text: str):
     return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little", signed=True) or 1
 
 
@@ -170,7 +170,7 @@ def descriptor_file(path: str | Path, layers: int, dim: int, images: np.ndarray)
 
 
 @contextmanager
-def _locked(path, wait=True):
+def _locked(path: Path, wait: bool = True):
     """Yields the connection to a table of images, made where there is none or a broken file, that no other process
     has; None if wait is False and one has. The lock goes with the connection, or with the process."""
     while True:
@@ -197,7 +197,7 @@ def _locked(path, wait=True):
             return
 
 
-def _lock(marks, path, wait):
+def _lock(marks: sqlite3.Connection, path: Path, wait: bool):
     """-> whether the table is this process's, to the connection's end. Not by SQLite's own timeout: signals are heard
     between the tries."""
     marks.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -217,7 +217,7 @@ def _lock(marks, path, wait):
         time.sleep(0.1)
 
 
-def _reserve(marks, paths, layers):
+def _reserve(marks: sqlite3.Connection, paths: np.ndarray, layers: int):
     """Room for each of the paths (N,) -> (N, 4) first, step, image and checksum, 0 for none; and the vectors in all."""
     query = "SELECT first, step, image, checksum FROM images WHERE path = ?"
     (end,) = marks.execute("SELECT COALESCE(MAX(first + ? * step) + 1, 0) FROM images", (layers - 1,)).fetchone()
@@ -230,7 +230,7 @@ def _reserve(marks, paths, layers):
     return np.array(known, dtype=np.int64).reshape(-1, 4), end + layers * new
 
 
-def _grow(path, size):
+def _grow(path: Path, size: int):
     """The file to at least this size. The space is reserved: a full disk is an error here, not a crash in the map."""
     with open(path, "ab") as file:
         before = file.tell()
@@ -249,7 +249,7 @@ def _grow(path, size):
             ) from error
 
 
-def _checksums(values, rows):
+def _checksums(values: Rows, rows: np.ndarray):
     """values (layers, N, D) at rows (B,) -> (B,) int64, of all layers of an image together."""
     blocks = np.ascontiguousarray(values[:, rows].transpose(1, 0, 2))
     return np.array([zlib.crc32(block) for block in blocks], dtype=np.int64)

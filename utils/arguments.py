@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but for None, which says nothing."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -35,7 +35,7 @@ def positive(text: str) -> int:
     return _at_least(1, text)
 
 
-def _at_least(low, text):
+def _at_least(low: int, text: str):
     try:
         value = int(text)
     except ValueError:

@@ -162,11 +162,11 @@ def run_loop(
     every = [each for each in (validate_every, save_every, keep_every, pause_every) if each]
     due = lambda number: run.iteration % number == 0 or run.iteration == iterations
 
-    def settle_all_but(count):
+    def settle_all_but(count: int):
         while len(outcomes) > count:
             settle(run, outcomes.pop(0), own, max_skips)
 
-    def before_an_iteration(meter):
+    def before_an_iteration(meter: Meter):
         """What is due: weights to keep, validation with best.pt and last.pt, or last.pt alone."""
         if keep_every and run.iteration and run.iteration % keep_every == 0:
             run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
