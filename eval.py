@@ -69,8 +69,7 @@ def main(args: Namespace) -> Evaluation | None:
         # A checkpoint says its own shape; the model flags are for a fresh model.
         model = load_model(args.resume) if args.resume else build_model(model_config(args), args.weights)
         model = model.to(device, memory_format=torch.channels_last).eval()
-        note = cache_note(args.dataset_path, model.config.image_size)
-        if note:
+        if note := cache_note(args.dataset_path, model.config.image_size):
             logging.info(note)
         how = args.batch_size, args.num_workers, device, chosen_precision(args.precision, device)
         describer = Describer(model, model.config.image_size, *how, ROTATIONS if args.tta == "4x90" else (0,))

@@ -12,7 +12,6 @@ from argparse import Namespace
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -30,7 +29,7 @@ from models.earthloc import EarthLoc, build_model
 from models.whitening import whiten
 from retrieval.describe import ROTATIONS, Describer, Failures
 from retrieval.evaluation import describe_sets, score_sets
-from retrieval.reclustering import make_clusters, save_clusters_figure
+from retrieval.reclustering import make_clusters, save_clusters_figure, sizes_of
 from utils import distributed, figures
 from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
@@ -85,6 +84,8 @@ def make_loss(args: Namespace, num_regions: int) -> nn.Module:
 
 def prepare(args: Namespace) -> tuple[Regions, BatchLoader, Augmentation, EvaluationData | None]:
     """-> regions, loader, augmentation and validation data, as the flags have them."""
+    if note := cache_note(args.dataset_path, args.source_size):
+        logging.info(note)
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
     loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
@@ -169,15 +170,10 @@ def validate(run: Run, validation: EvaluationData | None, writer: SummaryWriter,
 
 def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bool:
     """The paper's method, from where the run stands -> whether it came to the last iteration: see utils.loop."""
-    precision = chosen_precision(args.precision, device)
-    mine = distributed.part(args.batch_size)
-    note = cache_note(args.dataset_path, args.source_size)
-    if note:
-        logging.info(note)
+    precision, mine = chosen_precision(args.precision, device), distributed.part(args.batch_size)
     with stop.at_once():
         regions, loader, augment, validation = prepare(args)
     describing = args.image_size, 4 * args.batch_size, args.num_workers, device, precision
-    period_of = args.recluster_every, args.iterations, args.seed
     served, unreadable = None, {}
 
     def left_out(errors: Failures):
@@ -189,26 +185,21 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         period, since = divmod(run.iteration, args.recluster_every)
         if since == 0:
             with stop.at_once():
-                if args.batches == "random":
-                    clusters = [np.arange(len(regions))]
-                else:
-                    how = args.num_clusters, args.batch_size, args.seed, left_out
-                    clusters = make_clusters(Describer(run.model, *describing), regions, period, *how)
+                clustering = args.batches, args.num_clusters, args.batch_size, args.seed, left_out
+                clusters = make_clusters(Describer(run.model, *describing), regions, period, *clustering)
             run.memory["clusters"] = clusters
-            sizes = [len(each) for each in clusters]
-            logging.info(f"Iteration {run.iteration}: {len(sizes)} clusters of {min(sizes)} to {max(sizes)} regions")
+            logging.info(f"Iteration {run.iteration}: {sizes_of(clusters)}")
             if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
                 save_clusters_figure(folder, regions, clusters)
         if since == 0 or served is None:
             with stop.at_once():
-                own = run.memory["clusters"], args.batch_size, run.iteration
-                served = serve_period(loader, *own, *period_of, mine, args.cluster_draw)
+                own = run.memory["clusters"], args.batch_size, run.iteration, args.recluster_every, args.iterations
+                served = serve_period(loader, *own, args.seed, mine, args.cluster_draw)
             meter.restart()
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
         rows, errors = distributed.gather(rows), sum(distributed.gather_objects_if(errors), [])
-        if errors:
-            left_out(errors)
+        left_out(errors)
         if (rows < 0).any():
             raise ValueError(f"{errors[0][1]}. No other region of {len(regions)} can take its place in the batch")
 

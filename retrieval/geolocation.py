@@ -23,24 +23,26 @@ THRESHOLDS_KM = (2500, 750, 200, 25, 1)  # continent, country, region, city, str
 CROPS = ("one", "ten", "turns")
 
 
-def read_photo(path: str | Path, size: int, fit: str) -> Tensor:
-    """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP)."""
+def read_photo(path: str | Path, size: int, fit: str, upright: bool = False) -> Tensor:
+    """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP).
+    upright: as a viewer shows it (EXIF), see read_image."""
     if fit == "squash":
-        return read_image(path, size)
+        return read_image(path, size, upright)
     # Through PIL, as CLIP was trained: torchvision's resize of a tensor is off by up to 13 grey levels at edges.
-    image = transforms.resize(transforms.to_pil_image(read_image(path)), size, transforms.InterpolationMode.BICUBIC)
+    image = transforms.to_pil_image(read_image(path, upright=upright))
+    image = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC)
     return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
 
 
 class PhotoFiles(ImageFiles):
     """As ImageFiles, each photo made to fit: see `read_photo`."""
 
-    def __init__(self, paths: Sequence[str | Path], size: int, fit: str) -> None:
-        super().__init__(paths, size)
+    def __init__(self, paths: Sequence[str | Path], size: int, fit: str, upright: bool = False) -> None:
+        super().__init__(paths, size, upright)
         self.fit = fit
 
     def read(self, path: str) -> Tensor:
-        return read_photo(path, self.size, self.fit)
+        return read_photo(path, self.size, self.fit, self.upright)
 
 
 def views_of(images: Tensor, size: int, crops: str) -> list[Tensor]:
@@ -65,10 +67,11 @@ def embed_photos(
     precision: str = "fp32",
     crops: str = "one",
     progress: bool = True,
+    upright: bool = False,
 ) -> tuple[np.ndarray, Failures]:
     """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures.
 
-    crops: see `views_of`; the views' embeddings are averaged, which averages their logits.
+    crops: see `views_of`; the views' embeddings are averaged, which averages their logits. upright: see `read_photo`.
     """
     if crops not in CROPS:
         raise ValueError(f"--crops {crops}: choose one of {', '.join(CROPS)}")
@@ -80,7 +83,8 @@ def embed_photos(
         with autocast(device, precision):
             return sum(model.embed_images(view) for view in views) / len(views)
 
-    files, batches = PhotoFiles(paths, margin, model.image_encoder.fit), batches_of(np.arange(len(paths)), batch_size)
+    files = PhotoFiles(paths, margin, model.image_encoder.fit, upright)
+    batches = batches_of(np.arange(len(paths)), batch_size)
     embeddings, failures = np.full((len(paths), 512), np.nan, dtype=np.float32), []
     with evaluating(model):
         for rows, found, failed in through(

@@ -19,15 +19,19 @@ def make_clusters(
     describer: Describer,
     regions: Regions,
     period: int,
+    batches: str,
     count: int,
     batch_size: int,
     seed: int,
     note: Callable[[Failures], None],
 ) -> list[np.ndarray]:
-    """Rows of regions in up to `count` clusters: random ones in period 0, then k-means of one year's descriptors.
+    """Rows of regions in up to `count` clusters: random ones in period 0, then k-means of one year's descriptors. With
+    batches "random" instead of "clustered", all regions in one.
 
     Regions whose image cannot be read are told to `note`, and are in no cluster.
     """
+    if batches == "random":
+        return [np.arange(len(regions))]
     if period == 0:
         return random_clusters(len(regions), count, batch_size, [seed, 4])
     descriptors, failures = describer(regions.files(DATABASE_YEAR), "regions")
@@ -35,6 +39,12 @@ def make_clusters(
     rows = np.setdiff1d(np.arange(len(regions)), [row for row, _ in failures])
     clustered = lambda: cluster(descriptors[0][rows], count, batch_size, seed + period, describer.device)
     return distributed.from_first(lambda: [rows[each] for each in clustered()])
+
+
+def sizes_of(clusters: list[np.ndarray]) -> str:
+    """For the log."""
+    sizes = [len(each) for each in clusters]
+    return f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} regions"
 
 
 def save_clusters_figure(
