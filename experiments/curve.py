@@ -16,6 +16,7 @@ from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import evaluate
 from utils import figures
 from utils.arguments import add_shared, make_parser, run
+from utils.files import replacing_text
 from utils.precision import default_precision, require_device
 
 
@@ -39,7 +40,8 @@ def main(args: Namespace) -> None:
             result = evaluate(Describer(model, model.config.image_size, *how), data)
             recalls[str(iteration)] = {each.set.name: each.recalls for each in result.results}
             recalls[str(iteration)]["average"] = result.average()
-            table.write_text(json.dumps(recalls, indent=1))
+            with replacing_text(table) as file:
+                file.write(json.dumps(recalls, indent=1))
     rows = sorted((int(iteration), sets) for iteration, sets in json.loads(table.read_text()).items())
     names = [name for name in rows[0][1] if name not in (VALIDATION, "average")]
     print("\n| iteration | " + " | ".join(names) + " | average R@1 | R@10 | R@100 |")

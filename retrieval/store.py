@@ -219,15 +219,13 @@ def _lock(marks: sqlite3.Connection, path: Path, wait: bool):
 
 def _reserve(marks: sqlite3.Connection, paths: np.ndarray, layers: int):
     """Room for each of the paths (N,) -> (N, 4) first, step, image and checksum, 0 for none; and the vectors in all."""
-    query = "SELECT first, step, image, checksum FROM images WHERE path = ?"
-    (end,) = marks.execute("SELECT COALESCE(MAX(first + ? * step) + 1, 0) FROM images", (layers - 1,)).fetchone()
-    lacking = [path for path in dict.fromkeys(paths.tolist()) if marks.execute(query, (path,)).fetchone() is None]
-    new = len(lacking)
-    marks.executemany(
-        "INSERT INTO images VALUES (?, ?, ?, 0, 0)", [(path, end + row, new) for row, path in enumerate(lacking)]
-    )
-    known = [marks.execute(query, (path,)).fetchone() for path in paths.tolist()]
-    return np.array(known, dtype=np.int64).reshape(-1, 4), end + layers * new
+    table = {path: rest for path, *rest in marks.execute("SELECT * FROM images")}
+    end = max((first + (layers - 1) * step + 1 for first, step, *_ in table.values()), default=0)
+    new = [path for path in dict.fromkeys(paths.tolist()) if path not in table]
+    table |= {path: (end + row, len(new), 0, 0) for row, path in enumerate(new)}
+    marks.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?)", [(path, *table[path]) for path in new])
+    known = np.array([table[path] for path in paths.tolist()], dtype=np.int64).reshape(-1, 4)
+    return known, end + layers * len(new)
 
 
 def _grow(path: Path, size: int):

@@ -87,9 +87,10 @@ def recorded(world, folder, flags):
         return update(run, views, labels, neutral, *rest)
 
     def recording_clusters(describer, regions, *args):
-        descriptors = describe(describer.model, regions)
-        seen.clusters.append(SimpleNamespace(descriptors=descriptors, rows=make_clusters(describer, regions, *args)))
-        return seen.clusters[-1].rows
+        rows = make_clusters(describer, regions, *args)
+        if len(rows) > 1:
+            seen.clusters.append(SimpleNamespace(descriptors=describe(describer.model, regions), rows=rows))
+        return rows
 
     whiten, update, make_clusters = (train.whiten, train.update, train.make_clusters)
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.groups.append(optimizer.param_groups[0]["lr"]))
