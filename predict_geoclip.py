@@ -4,7 +4,9 @@ Leaves predictions.json, .csv and .geojson and world maps. Without --resume the 
 PyPI package are used (pip install --no-deps geoclip), with its gallery of 100,000 places.
 """
 
+import argparse
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from utils.precision import default_precision, require_device
 from utils.world_map import candidates_map
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
     add_model_flags(parser)
@@ -38,7 +40,8 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> list[dict]:
+    """-> the predictions, a place each, in the order of the photos."""
     device = require_device(args.device)
     precision = default_precision(device) if args.precision == "auto" else args.precision
     paths = find_images(args.inputs)
@@ -47,7 +50,9 @@ def main(args):
     setup_logging(folder, args)
     model, points, gallery, _ = load_model_and_gallery(args, device)
     check_top_k(args.top_k, len(points))
-    embeddings, failures = embed_photos(model, paths, args.batch_size, args.num_workers, device, precision, args.crops)
+    embeddings, failures = embed_photos(
+        model, paths, args.batch_size, args.num_workers, device, precision, args.crops, upright=True
+    )
     readable = readable_rows(paths, failures)
     paths = [paths[row] for row in readable]
     bias = None if near is None else nadir_bias(np.repeat(near, len(paths), axis=0), points, args.near_km)
@@ -64,7 +69,7 @@ def main(args):
     return predictions
 
 
-def as_predictions(paths, found, probabilities):
+def as_predictions(paths: Sequence, found: np.ndarray, probabilities: np.ndarray) -> list[dict]:
     """Paths (N), points (N, k, 2) degrees, probabilities (N, k) -> a list of dicts, one a place, best first."""
     return [
         {

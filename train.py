@@ -68,7 +68,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=float, default=1e-4)
     add("--lr_schedule", choices=("constant", "cosine"), default="constant")
     add("--warmup", type=whole, default=0, help="iterations over which lr rises from 0")
-    add("--fc_init", choices=("random", "whitening"), default="random", help="of the last layer (docs/decisions.md)")
+    whitened = "of the last layer (docs/decisions.md), and of netvlad's centres"
+    add("--fc_init", choices=("random", "whitening"), default="random", help=whitened)
     add("--fc_std", type=float, default=1.0, help="scale of the whitening: larger moves slower")
     add("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
     add = add_run_arguments(parser, "default", validate_every="recluster_every").add_argument
@@ -114,7 +115,7 @@ def start(
     else:
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
-            batches = serve_sample(loader, len(regions), args.batch_size, args.seed)
+            batches = lambda: serve_sample(loader, len(regions), args.batch_size, args.seed)
             how = args.fc_std, args.fc_regulariser, device, chosen_precision(args.precision, device)
             whiten(model, batches, augment, args.seed, *how)
     run.network = distributed.wrap(model)

@@ -1,5 +1,11 @@
 """Batches of one cluster each (paper, sec. 4.2): which regions, what stands in for unreadable ones, and the loader."""
 
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -9,9 +15,13 @@ from utils.signals import ignore_signals, iterate
 SPARES = 8  # regions that may take the place of one that cannot be read
 PREFETCH = 2  # batches that a worker is ahead
 DRAWS = ("size", "uniform")
+SHARED_MEMORY = "/dev/shm"
+SPARE_BYTES = 1_000_000  # of shared memory, for what workers send besides images
 
 
-def schedule(clusters, batch_size, count, seed, draw="size"):
+def schedule(
+    clusters: Sequence[np.ndarray], batch_size: int, count: int, seed: int | Sequence[int], draw: str = "size"
+) -> np.ndarray:
     """The region rows of `count` batches, each from one cluster -> (count, batch_size) int. Paper, sec. 4.2.
 
     clusters: list of arrays of rows, each at least batch_size long. seed: anything numpy.random.default_rng takes; the
@@ -42,11 +52,11 @@ def schedule(clusters, batch_size, count, seed, draw="size"):
     return np.array(batches[:count], dtype=np.int64)
 
 
-def _cut(rows, size):
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
 
 
-def spread(labels, rng, last=-1):
+def spread(labels: Sequence[Hashable], rng: np.random.Generator, last: Hashable = -1) -> list[int]:
     """A random order of positions in which no two neighbours have one label, nor the first and `last`, if there is one.
 
     Labels are drawn in proportion to how many of them are left, except when one would otherwise be left over.
@@ -69,13 +79,13 @@ def spread(labels, rng, last=-1):
     return order
 
 
-def random_clusters(regions, count, batch_size, seed):
+def random_clusters(regions: int, count: int, batch_size: int, seed: int | Sequence[int]) -> list[np.ndarray]:
     """The first clusters: `regions` rows in `count` random groups, fewer if a group would not fill a batch."""
     count = max(1, min(count, regions // batch_size))
     return [np.sort(rows) for rows in np.array_split(np.random.default_rng(seed).permutation(regions), count)]
 
 
-def spares(batch, clusters, seed):
+def spares(batch: np.ndarray, clusters: Sequence[np.ndarray], seed: int | Sequence[int]) -> np.ndarray:
     """batch (B,) of rows from one of the clusters -> (B, SPARES) rows to take in place of each, in order; -1: none.
 
     First from the batch's own cluster, then from anywhere. No row comes up twice or is in the batch, so places are
@@ -99,10 +109,10 @@ class Batches(Dataset):
     A place whose region and spares all cannot be read has row -1. pool: uint8 (slots, B, *dataset.shape).
     """
 
-    def __init__(self, dataset, pool):
+    def __init__(self, dataset: Dataset, pool: torch.Tensor) -> None:
         self.dataset, self.pool = dataset, pool
 
-    def __getitem__(self, batch):
+    def __getitem__(self, batch: tuple) -> tuple[torch.Tensor, int, list[tuple[int, str]]]:
         slot, rows, spares_of = batch
         found, errors = [], []
         for places, row, others in zip(self.pool[slot], rows, spares_of):
@@ -118,6 +128,39 @@ class Batches(Dataset):
         return torch.tensor(found), slot, errors
 
 
+def slots_for(workers: int) -> int:
+    """Batches in memory at once: those under way, the one in use, and the one before it."""
+    return PREFETCH * workers + 2
+
+
+def pool_note(batch_size: int, shape: tuple[int, ...], workers: int, free: int | None) -> str:
+    """A line about the memory for batches of images, shape (years, H, W, 3) each. free: bytes of shared memory that
+    this process may take, None: unknown.
+
+    Raises ValueError where they do not fit, while that is an error: writing there would end the process by SIGBUS.
+    """
+    slot = batch_size * math.prod(shape)
+    needed = slots_for(workers) * slot
+    if workers and free is not None and needed + SPARE_BYTES > free:
+        fitting = max(0, (free - SPARE_BYTES) // slot - slots_for(0)) // PREFETCH
+        fewer = f"--num_workers {fitting}" + ("" if fitting else " (the main process decodes, and needs none)")
+        raise ValueError(
+            f"--num_workers {workers}: batches need {needed / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
+            f"{free / 1e6:.0f} MB for this process. Give the container more (docker run --shm-size "
+            f"{-(-2 * needed // 10**9)}g), or {fewer}, or a smaller --source_size (now {shape[1]})"
+        )
+    kind = "shared memory" if workers else "memory"
+    return f"Batches: {slots_for(workers)} of {slot / 1e6:.1f} MB each, {needed / 1e6:.0f} MB of {kind}"
+
+
+def free_shared_memory() -> int | None:
+    """Bytes for this one of the machine's processes (torchrun starts several); None where there is no such place."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except OSError:
+        return None
+
+
 class BatchLoader:
     """Serves scheduled batches with workers that live as long as the loader, whatever the schedules of one batch size.
 
@@ -125,22 +168,22 @@ class BatchLoader:
     a quarter of the time (benchmarks/speed_input.py).
     """
 
-    def __init__(self, dataset, num_workers):
+    def __init__(self, dataset: Dataset, num_workers: int) -> None:
         self.dataset, self.num_workers = dataset, num_workers
         self.batches, self.spares = np.empty((0, 0), dtype=np.int64), None
         self.pool, self.loader = None, None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple]:
         none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
         return (
             (number % len(self.pool), rows, self.spares(number) if self.spares else none)
             for number, rows in enumerate(self.batches)
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def serve(self, batches, spares=None):
+    def serve(self, batches: np.ndarray, spares: Callable[[int], np.ndarray] | None = None) -> Iterator[tuple]:
         """batches (count, B) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W), errors), see `Batches`.
 
         Images are valid until the next batch but one is asked for: then their memory is written to again.
@@ -154,7 +197,7 @@ class BatchLoader:
             page_lock(self.pool)
         return map(self._place, served)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the workers and frees the pool."""
         if self.loader is not None:
             # The one place where a DataLoader holds workers that live on. They ignore signals, so whoever still holds
@@ -167,10 +210,10 @@ class BatchLoader:
                 torch.cuda.cudart().cudaHostUnregister(self.pool.data_ptr())
         self.pool, self.loader = None, None
 
-    def _open(self, batch_size):
+    def _open(self, batch_size: int) -> None:
         self.close()
-        slots = PREFETCH * self.num_workers + 2  # those under way, the one in use, and the one before it
-        self.pool = torch.empty((slots, batch_size, *self.dataset.shape), dtype=torch.uint8)
+        logging.info(pool_note(batch_size, self.dataset.shape, self.num_workers, free_shared_memory()))
+        self.pool = torch.empty((slots_for(self.num_workers), batch_size, *self.dataset.shape), dtype=torch.uint8)
         if self.num_workers:
             self.pool.share_memory_()
         self.loader = DataLoader(
@@ -183,12 +226,12 @@ class BatchLoader:
             worker_init_fn=ignore_signals,
         )
 
-    def _place(self, item):
+    def _place(self, item: tuple) -> tuple[torch.Tensor, torch.Tensor, list]:
         rows, slot, errors = item
         return rows, self.pool[slot].permute(0, 1, 4, 2, 3), errors
 
 
-def page_lock(tensor):
+def page_lock(tensor: torch.Tensor) -> None:
     """Pins memory that is there already, so that copies to a GPU are fast and run beside the host. RuntimeError where
     the driver refuses."""
     code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))  # 1: for every device

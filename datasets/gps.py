@@ -1,11 +1,15 @@
 """Photos with GPS, and galleries of GPS: CSV files, EarthLoc data sets, grids; and noise in metres on the sphere."""
 
-import csv
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from datasets.csv_rows import read_csv
+from datasets.grid import is_land
 from datasets.listing import SUFFIXES, list_files
 from datasets.names import Catalogue
 from utils import geo
@@ -27,10 +31,10 @@ class Photos:
     nadirs: np.ndarray | None = None
     notes: list = field(default_factory=list)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def select(self, rows):
+    def select(self, rows: np.ndarray) -> Photos:
         """Rows by integer or boolean index -> Photos."""
         rows = np.arange(len(self))[rows]
         return Photos(
@@ -41,7 +45,7 @@ class Photos:
         )
 
 
-def check_points(points, source, first_row=1):
+def check_points(points: np.ndarray, source: str | Path, first_row: int = 1) -> np.ndarray:
     """(N, 2) latitude, longitude in degrees -> the same as float64, longitude 180 and -180 both allowed.
 
     Raises ValueError that shows the first bad row: not a number, out of range, or swapped. Rows count from first_row.
@@ -61,59 +65,42 @@ def check_points(points, source, first_row=1):
     raise ValueError(f"{shown}: latitude must be within ±90 and longitude within ±180 degrees{more}")
 
 
-def read_columns(path, *wanted):
-    """CSV with a header -> one list of strings for each group of accepted column names, and the line of the first row.
+def read_columns(path: str | Path, *wanted: tuple[str, ...]) -> tuple[list[int], list[list[str]]]:
+    """CSV with a header -> the lines (N,) of its rows, and the cells (N,) of each group of accepted column names.
 
-    Names are matched in upper case. Raises FileNotFoundError or ValueError: no file, empty, no such column, a short
-    row, no text file.
+    Names are matched in upper case. FileNotFoundError or ValueError as read_csv, and where a column is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such CSV file")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: no CSV text file ({error})") from None
-    if not rows:
-        raise ValueError(f"{path}: the file is empty; expected a header with {_listed(wanted)}, and rows")
-    header = [cell.strip().upper() for cell in rows[0]]
-    columns = []
+    rows = read_csv(path, ", ".join(names[0] for names in wanted))
+    _, header = next(rows)
+    upper, columns = [name.upper() for name in header], []
     for names in wanted:
-        found = [header.index(name) for name in names if name in header]
+        found = [upper.index(name) for name in names if name in upper]
         if not found:
-            raise ValueError(f"{path}: no column {' or '.join(names)}; its columns are {', '.join(rows[0])}")
+            raise ValueError(f"{path}: no column {' or '.join(names)}; its columns are {', '.join(header)}")
         columns.append(found[0])
-    if len(rows) == 1:
-        raise ValueError(f"{path}: a header and no rows")
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) <= max(columns):
-            raise ValueError(f"{path}, row {number}: {len(row)} cells, the header has {len(header)}: {','.join(row)}")
-    return [[row[column].strip() for row in rows[1:]] for column in columns]
+    lines, cells = zip(*rows)
+    return list(lines), [[row[column] for row in cells] for column in columns]
 
 
-def _listed(wanted):
-    return ", ".join(names[0] for names in wanted)
+def read_points(path: str | Path) -> np.ndarray:
+    """CSV with LAT,LON (or latitude,longitude) -> (N, 2) degrees, float64. ValueError names the file and the line."""
+    return _points(path, *read_columns(path, LATITUDE_COLUMNS, LONGITUDE_COLUMNS))
 
 
-def _numbers(path, name, cells):
-    values = np.empty(len(cells))
-    for i, cell in enumerate(cells):
-        try:
-            values[i] = float(cell)
-        except ValueError:
-            raise ValueError(f"{path}, row {i + 2}: {name} is {cell!r}, expected a number of degrees") from None
-    return values
-
-
-def read_points(path):
-    """CSV with LAT,LON (or latitude,longitude) -> (N, 2) degrees, float64. Row 1 is the header. ValueError as above."""
-    lat, lon = read_columns(path, LATITUDE_COLUMNS, LONGITUDE_COLUMNS)
-    points = np.stack([_numbers(path, "latitude", lat), _numbers(path, "longitude", lon)], axis=1)
+def _points(path: str | Path, lines: list[int], texts: list[list[str]]) -> np.ndarray:
+    points = np.empty((len(lines), 2))
+    for column, (name, cells) in enumerate(zip(("latitude", "longitude"), texts)):
+        for row, cell in enumerate(cells):
+            try:
+                points[row, column] = float(cell)
+            except ValueError:
+                raise ValueError(
+                    f"{path}, line {lines[row]}: {name} is {cell!r}, expected a number of degrees"
+                ) from None
     return check_points(points, path, first_row=2)
 
 
-def read_photos(path, folder=None):
+def read_photos(path: str | Path, folder: str | Path | None = None) -> Photos:
     """CSV of IMG_ID,LAT,LON beside a folder of images -> Photos; MP-16, YFCC4k, Im2GPS3k and GWS15k have that form.
 
     folder: default, the CSV's own. An IMG_ID is a file's path in it, with or without .jpg. Rows without a file are
@@ -122,36 +109,29 @@ def read_photos(path, folder=None):
     folder = Path(folder or Path(path).parent)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of images")
-    names, lat, lon = read_columns(path, IMAGE_COLUMNS, LATITUDE_COLUMNS, LONGITUDE_COLUMNS)
-    points = np.stack([_numbers(path, "latitude", lat), _numbers(path, "longitude", lon)], axis=1)
-    points = check_points(points, path, first_row=2)
+    lines, (names, *degrees) = read_columns(path, IMAGE_COLUMNS, LATITUDE_COLUMNS, LONGITUDE_COLUMNS)
+    points = _points(path, lines, degrees)
     paths = [_image_file(folder, name) for name in names]
+    found = [row for row, file in enumerate(paths) if file is not None]
     missing = [name for name, file in zip(names, paths) if file is None]
-    if len(missing) == len(paths):
+    if not found:
         raise ValueError(
             f"{path}: none of its {len(paths)} images is in {folder} (the first is {names[0]}); give the "
             "folder of the images with --images"
         )
-    notes = (
-        [
-            f"{path}: {len(missing)} of {len(paths)} images are not in {folder}: {', '.join(missing[:20])}"
-            + (" …" if len(missing) > 20 else "")
-        ]
-        if missing
-        else []
-    )
-    found = [i for i, file in enumerate(paths) if file is not None]
-    return Photos([paths[i] for i in found], points[found], notes=notes)
+    shown = ", ".join(missing[:20]) + (" …" if len(missing) > 20 else "")
+    notes = [f"{path}: {len(missing)} of {len(paths)} images are not in {folder}: {shown}"] if missing else []
+    return Photos([paths[row] for row in found], points[found], notes=notes)
 
 
-def _image_file(folder, name):
+def _image_file(folder: Path, name: str) -> Path | None:
     for candidate in (folder / name, folder / f"{name}.jpg"):
         if name and candidate.is_file():
             return candidate
     return None
 
 
-def photos_of_dataset(root, part="database"):
+def photos_of_dataset(root: str | Path, part: str = "database") -> Photos:
     """EarthLoc's layout, "database" (all years) or "queries" -> Photos at their footprints' centres, with nadirs."""
     catalogue = Catalogue.read(root, part)
     if not len(catalogue):
@@ -159,12 +139,12 @@ def photos_of_dataset(root, part="database"):
     return Photos([catalogue.root / path for path in catalogue.paths], catalogue.centers, catalogue.nadirs)
 
 
-def find_images(paths):
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Files and folders (searched through) -> image files, those of a folder sorted. ValueError where there is none."""
     return [Path(path) for path in each_image(paths)]
 
 
-def each_image(paths):
+def each_image(paths: Iterable[str | Path]) -> Iterator[str]:
     """As find_images, one at a time, as str."""
     for path in map(Path, paths):
         if path.is_dir():
@@ -178,12 +158,12 @@ def each_image(paths):
             raise FileNotFoundError(f"{path}: no such image or folder")
 
 
-def package_gallery():
+def package_gallery() -> np.ndarray:
     """The published gallery -> (100000, 2) degrees. RuntimeError without the package."""
     return read_points(package_files(GALLERY_PACKAGE, "model", "gps_gallery", "coordinates_100K.csv")[0])
 
 
-def grid_points(spacing_km, land_only=False):
+def grid_points(spacing_km: float, land_only: bool = False) -> np.ndarray:
     """Points about spacing_km apart over the whole Earth, on parallels with as many points as fit -> (N, 2) degrees.
 
     land_only keeps those on land. Raises ValueError where the spacing leaves no or too many points.
@@ -199,14 +179,10 @@ def grid_points(spacing_km, land_only=False):
             for lat, count in zip(lats, counts)
         ]
     )
-    if land_only:
-        from global_land_mask import globe  # loads a mask of 1 GB, so only where it is used
-
-        points = points[globe.is_land(points[:, 0], points[:, 1])]
-    return points
+    return points[is_land(*points.T)] if land_only else points
 
 
-def gallery_points(spec, training=None):
+def gallery_points(spec: str, training: np.ndarray | None = None) -> np.ndarray:
     """--gallery -> (N, 2) degrees: "package", "train" (the given training coordinates), "grid:KM", "land:KM", or CSV.
 
     Raises ValueError, FileNotFoundError or RuntimeError that says what to give instead.
@@ -229,7 +205,7 @@ def gallery_points(spec, training=None):
     return read_points(spec)
 
 
-def distinct_points(points, limit, seed=0):
+def distinct_points(points: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
     """(N, 2) -> its distinct rows, sorted, as float32; a random `limit` of them where there are more."""
     distinct = np.unique(np.asarray(points, dtype=np.float32), axis=0)
     if len(distinct) > limit:
@@ -237,7 +213,7 @@ def distinct_points(points, limit, seed=0):
     return distinct
 
 
-def add_noise(points, sigma_m, rng):
+def add_noise(points: np.ndarray, sigma_m: float, rng: np.random.Generator) -> np.ndarray:
     """Moves each point (N, 2) by a Gaussian step of sigma_m metres a direction on the sphere -> (N, 2) degrees.
 
     In the tangent plane, so that it is the same near a pole and across the antimeridian.

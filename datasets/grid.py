@@ -4,7 +4,10 @@ A region is TILES × TILES map tiles; rows and columns step by STEP tiles, so ne
 sec. 3.2).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from datasets.names import ImageName
 from utils import geo
@@ -14,17 +17,17 @@ STEP = 2
 AREA_RADIUS_KM = 6378.137  # the equatorial radius: the one with which the public names' areas were computed
 
 
-def tile_latitude(zoom, row):
+def tile_latitude(zoom: ArrayLike, row: ArrayLike) -> np.ndarray:
     """Latitude in degrees of the upper edge of a row of tiles; broadcasts."""
     return np.degrees(np.arctan(np.sinh(np.pi * (1 - 2 * np.asarray(row) / 2.0 ** np.asarray(zoom)))))
 
 
-def tile_longitude(zoom, col):
+def tile_longitude(zoom: ArrayLike, col: ArrayLike) -> np.ndarray:
     """Longitude in degrees of the left edge of a column of tiles; broadcasts."""
     return np.asarray(col) / 2.0 ** np.asarray(zoom) * 360 - 180
 
 
-def footprints(regions):
+def footprints(regions: ArrayLike) -> np.ndarray:
     """(N, 3) int rows of zoom, row, col -> (N, 4, 2) corners BL, TL, TR, BR, rounded to the names' five decimals."""
     zoom, row, col = np.asarray(regions).reshape(-1, 3).T
     top, bottom = tile_latitude(zoom, row), tile_latitude(zoom, row + TILES)
@@ -33,7 +36,7 @@ def footprints(regions):
     return np.round(np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1), 5)
 
 
-def quadrilateral_area(footprint):
+def quadrilateral_area(footprint: ArrayLike) -> np.ndarray:
     """(..., 4, 2) degrees -> (...) km², on a sphere of the equatorial radius, edges straight in (lon, sin lat).
 
     Exact for map-aligned rectangles; this is the area that the public names hold.
@@ -43,7 +46,7 @@ def quadrilateral_area(footprint):
     return np.abs((span * np.sin(lat)).sum(axis=-1)) * AREA_RADIUS_KM**2 / 2
 
 
-def name_area(footprints):
+def name_area(footprints: ArrayLike) -> np.ndarray:
     """(..., 4, 2) corners as the names write them -> (...) int km², the area that the public names hold.
 
     Those were computed from corners in single precision and cut, not rounded: with it all 4,238 known names come out,
@@ -52,7 +55,7 @@ def name_area(footprints):
     return np.trunc(quadrilateral_area(np.asarray(footprints, dtype=np.float32))).astype(np.int64)
 
 
-def image_name(zoom, row, col, year):
+def image_name(zoom: int, row: int, col: int, year: int) -> ImageName:
     """Region and year -> ImageName, as the public data set names it."""
     footprint = footprints([(zoom, row, col)])[0]
     center = (
@@ -69,14 +72,21 @@ def image_name(zoom, row, col, year):
     )
 
 
-def image_path(zoom, row, col, year):
-    """Region and year -> path relative to the data set: database/{year}_{zoom}/{lat10}_{lon10}/@…@.jpg."""
-    name = image_name(zoom, row, col, year)
+def image_paths(region: Sequence[int], years: Sequence[int]) -> list[str]:
+    """(zoom, row, col) -> each year's path in the data set: database/{year}_{zoom}/{lat10}_{lon10}/@…@.jpg."""
+    name = image_name(*region, years[0])
     lat10, lon10 = (round(value / 10) * 10 for value in name.nadir)
-    return f"database/{year:04d}_{zoom:02d}/{lat10}_{lon10}/{name}"
+    # Written once, which counts at 175,000 regions. The first match is the year: an area of 2021 comes later.
+    before, after = str(name).split(f"@{name.timestamp}@", 1)
+    return [f"database/{year:04d}_{region[0]:02d}/{lat10}_{lon10}/{before}@{year:04d}@{after}" for year in years]
 
 
-def is_land(lat, lon):
+def image_path(zoom: int, row: int, col: int, year: int) -> str:
+    """As image_paths, of one year."""
+    return image_paths((zoom, row, col), [year])[0]
+
+
+def is_land(lat: ArrayLike, lon: ArrayLike) -> np.ndarray:
     """Degrees, broadcast -> bool: the one land rule (global-land-mask, a grid of 1 km; lakes count as land).
 
     Any longitude will do. It knows no islands smaller than its cells, so some atolls of the public data set are sea.
@@ -87,24 +97,34 @@ def is_land(lat, lon):
     return globe.is_land(lat, np.where(np.abs(lon) > 180, geo.wrap_longitude(lon), lon))
 
 
-def land_regions(zooms, max_latitude=60.0, min_land=0.0, samples=16):
-    """All regions of the zooms that hold land and whose centre is within ±max_latitude -> (N, 3) int, sorted.
+def all_regions(zooms: Sequence[int], max_latitude: float = 60.0) -> np.ndarray:
+    """Every region of the zooms with its centre within ±max_latitude, land or sea -> (N, 3) int, sorted."""
+    found = [np.zeros((0, 3), dtype=np.int64)]
+    for zoom in sorted(set(zooms)):
+        start = np.arange(0, 2**zoom - TILES + 1, STEP)
+        center = (tile_latitude(zoom, start) + tile_latitude(zoom, start + TILES)) / 2
+        rows, cols = np.meshgrid(start[np.abs(center) <= max_latitude], start, indexing="ij")
+        found.append(np.stack([np.full(rows.size, zoom), rows.ravel(), cols.ravel()], axis=1))
+    return np.concatenate(found)
+
+
+def land_regions(
+    zooms: Sequence[int], max_latitude: float = 60.0, min_land: float = 0.0, samples: int = 16
+) -> np.ndarray:
+    """Those of all_regions that hold land -> (N, 3) int, sorted.
 
     A region counts when more than min_land of samples × samples points spread over it are land. Zooms 9, 10, 11 give
     179,985 regions (paper: "roughly 175k"); all but 4 of the 4,238 known ones are among them. Of the 4, three show
     atolls.
     """
-    found = []
-    for zoom in zooms:
-        count = 2**zoom
-        rows = np.arange(0, count - TILES + 1, STEP)
-        center = (tile_latitude(zoom, rows) + tile_latitude(zoom, rows + TILES)) / 2
-        rows = rows[np.abs(center) <= max_latitude]
-        cols = np.arange(0, count - TILES + 1, STEP)
-        offsets = (np.arange(samples) + 0.5) / samples * TILES
-        lons = tile_longitude(zoom, cols[:, None] + offsets).ravel()
-        for row in rows:
-            lats = tile_latitude(zoom, row + offsets)
-            land = is_land(lats[:, None], lons[None]).reshape(samples, len(cols), samples)
-            found += [(zoom, row, col) for col in cols[land.mean(axis=(0, 2)) > min_land]]
-    return np.array(sorted(found), dtype=np.int64).reshape(-1, 3)
+    regions = all_regions(zooms, max_latitude)
+    offsets = (np.arange(samples) + 0.5) / samples * TILES
+    share = np.zeros(len(regions))
+    # A row of the grid at a time: its points share their latitudes.
+    _, starts = np.unique(regions[:, :2], axis=0, return_index=True)
+    for start, end in zip(starts, [*starts[1:], len(regions)]):
+        zoom, row, _ = regions[start]
+        lats = tile_latitude(zoom, row + offsets)
+        lons = tile_longitude(zoom, regions[start:end, 2, None] + offsets).ravel()
+        share[start:end] = is_land(lats[:, None], lons[None]).reshape(samples, -1, samples).mean(axis=(0, 2))
+    return regions[share > min_land]

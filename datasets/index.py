@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -35,7 +36,9 @@ VERSION = 2  # raise when the columns change
 MIN_IMAGES = 20_000  # below, listing takes less than a second and no index is written
 
 
-def read_table(root, folder, parse, prefix="", min_images=None):
+def read_table(
+    root: str | Path, folder: str, parse: Callable, prefix: str = "", min_images: int | None = None
+) -> pa.Table:
     """The images under root/folder -> table of "path" and what `parse` gives, sorted by folder, then name.
 
     parse: Arrow array of paths relative to root, bytes -> table with the column "path"; it sees the names in folders
@@ -47,7 +50,9 @@ def read_table(root, folder, parse, prefix="", min_images=None):
     return or_anew(lambda trusted: _read(root, folder, parse, prefix, min_images, file, trusted), file)
 
 
-def _read(root, folder, parse, prefix, min_images, file, trusted):
+def _read(
+    root: Path, folder: str, parse: Callable, prefix: str, min_images: int, file: Path, trusted: bool
+) -> pa.Table:
     began = time.perf_counter()
     old = opened(file) if trusted else None
     if old and old[1]["version"] != VERSION:
@@ -82,7 +87,7 @@ def _read(root, folder, parse, prefix, min_images, file, trusted):
     return table.slice(first, count)
 
 
-def _joined(found, known, read_old, parse):
+def _joined(found: list[tuple], known: dict, read_old: Callable, parse: Callable) -> pa.Table:
     """[(folder, times, paths or None for those of the index)], sorted -> the table of all."""
     starts = dict(zip(known, np.cumsum([0, *(count for _, count in known.values())]).tolist()))
     old = read_old() if any(images is None for *_, images in found) else None
@@ -95,7 +100,7 @@ def _joined(found, known, read_old, parse):
     return pa.concat_tables(parts)
 
 
-def _checked(table, folder):
+def _checked(table: pa.Table, folder: str) -> pa.Table:
     """Table -> itself. Raises Damaged where a path leads out of the folder."""
     paths = in_one(table["path"])
     leaves = re.search(rb"/\.\./", paths.buffers()[2] or b"")  # all texts at once: a false alarm needs a path of ".."
@@ -104,11 +109,10 @@ def _checked(table, folder):
     return table
 
 
-def _for_others(table):
+def _for_others(table: pa.Table) -> Iterator[pa.Table]:
     """Table -> tables of a row group each, with text as text and the geometry."""
     texts = {name: as_text(table[name]) for name in table.column_names if table[name].type == pa.binary()}
-    for name, column in texts.items():
-        table = table.set_column(table.column_names.index(name), name, column)
+    table = pa.table({name: texts.get(name, table[name]) for name in table.column_names})
     for start in range(0, max(len(table), 1), ROW_GROUP):
         part = table.slice(start, ROW_GROUP)
         corners = np.stack([part[f"{axis}{corner}"] for corner in range(1, 5) for axis in ("lat", "lon")], axis=-1)

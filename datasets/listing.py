@@ -7,13 +7,17 @@ passes through, and os.fsdecode makes the str with which Python opens it.
 
 import os
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 RACY_SECONDS = 2  # the coarsest time stamps of file systems in use
 UNSETTLED = (-1, -1)  # in place of the times of a folder that could change again without new ones
 
 
-def walk(root, folder="", subfolders_of=lambda folder, times: None):
+def walk(
+    root: str | Path, folder: str = "", subfolders_of: Callable = lambda folder, times: None
+) -> Iterator[tuple[bytes, tuple[int, int], list[bytes] | None, list[bytes] | None]]:
     """Yields (folder, times, images, others) of root/folder and what is in it, sorted by folder + "/"; names are bytes.
 
     folder: relative to root. times: modification and change, ns; both move when a name in it comes, goes or changes.
@@ -40,7 +44,7 @@ def walk(root, folder="", subfolders_of=lambda folder, times: None):
         waiting += [os.path.join(folder, name) for name in sorted(inside, key=lambda name: name + b"/", reverse=True)]
 
 
-def list_folder(place):
+def list_folder(place: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
     """Bytes path -> names of the folders in it, of the image files and of the other files, bytes, files sorted."""
     folders, images, others = [], [], []
     with os.scandir(place) as entries:
@@ -54,7 +58,7 @@ def list_folder(place):
     return folders, sorted(images), sorted(others)
 
 
-def list_files(root, folder=""):
+def list_files(root: str | Path, folder: str = "") -> tuple[list[str], list[str]]:
     """-> paths relative to root, as str, of the image files under root/folder, and of the other files."""
     images, others = [], []
     for place, _, *names in walk(root, folder):
@@ -63,7 +67,7 @@ def list_files(root, folder=""):
     return images, others
 
 
-def as_known(known):
+def as_known(known: dict[bytes, tuple[int, int]]) -> Callable:
     """{folder: times} of an earlier walk, bytes -> subfolders_of for the next: what has those times is not listed."""
     inside = {}
     for folder in known:

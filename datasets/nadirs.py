@@ -6,20 +6,22 @@ In this order, the first that tells: a row of the table (nadir_lat, nadir_lon), 
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image
 
+from datasets.csv_rows import read_csv
 from datasets.images import FORMATS
 from datasets.names import ImageName
 from datasets.orbit import Orbit, in_utc
+from utils.files import printable
 
 COLUMNS = ("path", "nadir_lat", "nadir_lon", "time")
 SOURCES = ("table", "near", "name", "orbit", "none")
@@ -36,11 +38,13 @@ class Nadir:
     why: str = ""
 
 
+@dataclass
 class Nadirs:
     """`of` a photo -> its Nadir; `check` looks at all photos before the work begins."""
 
-    def __init__(self, table: Table | None = None, near: tuple[float, float] | None = None, orbit: Orbit | None = None):
-        self.table, self.near, self.orbit = table, near, orbit
+    table: Table | None = None
+    near: tuple[float, float] | None = None
+    orbit: Orbit | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -127,7 +131,9 @@ def time_of_photo(path: str | os.PathLike) -> datetime | None:
 class Table:
     """A CSV of nadirs in memory: a million rows are a few arrays. Made by `Table.read`."""
 
-    def __init__(self, path: Path, folders: list[str], keys: dict[int, int], values: pa.Table, lines: np.ndarray):
+    def __init__(
+        self, path: Path, folders: list[str], keys: dict[int, int], values: pa.Table, lines: np.ndarray
+    ) -> None:
         self.path, self.folders, self.rows, self.lines = path, folders, keys, lines
         self.points = np.stack([values["nadir_lat"], values["nadir_lon"]], axis=1)
         self.times = values["time"]
@@ -142,43 +148,33 @@ class Table:
         the nadir or the time empty. Raises FileNotFoundError or ValueError that names line, field and remedy.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file of nadirs (--nadirs)")
-        keys, lines, blocks, block = {}, [], [], []
-        try:
-            # A byte of a path that is no text comes as os.fsdecode has it.
-            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                reader = csv.reader(file)
-                header = _header(path, next(reader, None))
-                for cells in reader:
-                    if not any(cell.strip() for cell in cells):
-                        continue
-                    row = _row(f"{path}, line {reader.line_num}", header, cells)
-                    key = _key(os.path.normpath(row["path"]))
-                    if key in keys:
-                        raise ValueError(
-                            f"{path}, line {reader.line_num}: path {row['path']} is in line {lines[keys[key]]} as well;"
-                            " keep one of them"
-                        )
-                    keys[key] = len(lines)
-                    lines.append(reader.line_num)
-                    block.append(row)
-                    if len(block) == BLOCK:
-                        blocks.append(_arrow(header, block))
-                        block = []
-        except csv.Error as error:
-            raise ValueError(f"{path}: no CSV text file ({error})") from None
-        if not lines:
-            raise ValueError(f"{path}: no rows; expected a header with path, nadir_lat, nadir_lon, and a row a photo")
-        values = pa.concat_tables([*blocks, _arrow(header, block)])
-        places = dict.fromkeys(os.path.abspath(each) for each in (path.parent, *folders))
-        return cls(path, list(places), keys, values, np.array(lines))
+        # A byte of a path that is no text comes as os.fsdecode has it.
+        lines = read_csv(path, "path, nadir_lat, nadir_lon", errors="surrogateescape")
+        header = _header(path, next(lines)[1])
+        texts = ["time", *(name for name in header if name not in COLUMNS)]
+        numbers = dict.fromkeys(("nadir_lat", "nadir_lon"), pa.float64())
+        schema = pa.schema({**numbers, **dict.fromkeys(texts, pa.large_string())})
+        keys, places, blocks = {}, [], []
+        while block := list(islice(lines, BLOCK)):  # not all of a million rows as texts at once
+            rows = [_row(f"{path}, line {line}", header, cells) for line, cells in block]
+            for (line, _), row in zip(block, rows):
+                key = hash(os.path.normpath(row["path"]))  # 8 bytes in place of a path
+                if key in keys:
+                    raise ValueError(
+                        f"{path}, line {line}: path {row['path']} is in line {places[keys[key]]} as well; "
+                        f"keep one of them"
+                    )
+                keys[key] = len(places)
+                places.append(line)
+            blocks.append(pa.Table.from_pylist(rows, schema))
+        folders = dict.fromkeys(os.path.abspath(each) for each in (path.parent, *folders))
+        return cls(path, list(folders), keys, pa.concat_tables(blocks), np.array(places))
 
     def row_of(self, path: str | os.PathLike) -> int | None:
         """A photo's row: by its path from the CSV's folder or one of the others, its absolute path, or its name."""
         path = os.path.abspath(path)
         for name in (*(os.path.relpath(path, folder) for folder in self.folders), path, os.path.basename(path)):
-            row = self.rows.get(_key(name))
+            row = self.rows.get(hash(name))
             if row is not None:
                 return row
         return None
@@ -232,15 +228,9 @@ class Table:
                     raise ValueError(f"{self.path}, line {self.lines[row]}: {error}") from None
 
 
-def _key(name: str) -> int:
-    """A path -> a number of 8 bytes in its place."""
-    return hash(name)
-
-
-def _header(path: Path, cells: list[str] | None) -> list[str]:
-    if not cells:
-        raise ValueError(f"{path}: the file is empty; expected a header with path, nadir_lat, nadir_lon, and rows")
-    names = [cell.strip() for cell in cells]
+def _header(path: Path, names: list[str]) -> list[str]:
+    if any("\0" in name for name in names):
+        raise ValueError(f"{path}: no CSV text file; expected a header with path, nadir_lat, nadir_lon, and rows")
     names = [name.lower() if name.lower() in COLUMNS else name for name in names]
     needed = "--nadirs takes a table with path, nadir_lat and nadir_lon (or time, with --tle)"
     shown = f"its columns are {', '.join(names)}"
@@ -255,46 +245,29 @@ def _header(path: Path, cells: list[str] | None) -> list[str]:
 
 
 def _row(where: str, header: list[str], cells: list[str]) -> dict:
-    """Cells -> {column: text}, nadir_lat and nadir_lon as numbers, NaN where empty. ValueError names the field."""
-    if len(cells) != len(header):
-        raise ValueError(f"{where}: {len(cells)} cells, the header has {len(header)}; a comma in a cell needs quotes")
-    row = {"time": "", **{name: cell.strip() for name, cell in zip(header, cells)}}
-    if not row["path"]:
+    """Cells -> {column: text}, nadir_lat and nadir_lon as numbers, None where empty. ValueError names the field."""
+    path = dict(zip(header, cells))["path"]
+    row = {"time": "", **{name: printable(cell) for name, cell in zip(header, cells)}, "path": path}
+    if not path:
         raise ValueError(f"{where}: path is empty; name the photo, or remove the line")
-    values = {}
-    for name, limit in (("nadir_lat", 90), ("nadir_lon", 180)):
-        text = row.get(name, "")
-        try:
-            values[name] = float(text) if text else np.nan
-        except ValueError:
-            raise ValueError(f"{where}: {name} is {text!r}, expected degrees, such as -12.5") from None
-        if text and not abs(values[name]) <= limit:
-            other = row.get("nadir_lon", "") if name == "nadir_lat" else ""
-            swapped = name == "nadir_lat" and abs(values[name]) <= 180 and _is_latitude(other)
+    lat, lon = (_degrees(where, name, row.get(name, "")) for name in ("nadir_lat", "nadir_lon"))
+    for name, value, limit in (("nadir_lat", lat, 90), ("nadir_lon", lon, 180)):
+        if value is not None and not abs(value) <= limit:
+            swapped = limit == 90 and abs(value) <= 180 and lon is not None and abs(lon) <= 90
             remedy = "are nadir_lat and nadir_lon swapped?" if swapped else "correct it, or leave both cells empty"
-            raise ValueError(f"{where}: {name} is {text}, expected within ±{limit} degrees; {remedy}")
-    if np.isnan(values["nadir_lat"]) != np.isnan(values["nadir_lon"]):
-        empty = min(values, key=lambda name: not np.isnan(values[name]))
+            raise ValueError(f"{where}: {name} is {row[name]}, expected within ±{limit} degrees; {remedy}")
+    if (lat is None) != (lon is None):
+        empty = "nadir_lat" if lat is None else "nadir_lon"
         raise ValueError(f"{where}: {empty} is empty and the other is not; fill in or empty both")
     try:
         datetime.fromisoformat(row["time"] or "2000-01-01")
     except ValueError:
         raise ValueError(f"{where}: time is {row['time']!r}, expected ISO 8601, such as 2021-03-04T05:06:07Z") from None
-    return {**row, **values}
+    return {**row, "nadir_lat": lat, "nadir_lon": lon}
 
 
-def _is_latitude(text: str) -> bool:
+def _degrees(where: str, name: str, text: str) -> float | None:
     try:
-        return abs(float(text)) <= 90
+        return float(text) if text else None
     except ValueError:
-        return False
-
-
-def _arrow(header: list[str], rows: list[dict]) -> pa.Table:
-    """Rows -> table of what is needed of them later: numbers, times and the further columns."""
-    kept = ["nadir_lat", "nadir_lon", "time", *(name for name in header if name not in COLUMNS)]
-    kinds = [pa.float64()] * 2 + [pa.large_string()] * (len(kept) - 2)
-    columns = [[row[name] for row in rows] for name in kept]
-    for column in columns[2:]:
-        column[:] = [text.encode("utf-8", "backslashreplace").decode() for text in column]
-    return pa.table([pa.array(column, kind) for column, kind in zip(columns, kinds)], kept)
+        raise ValueError(f"{where}: {name} is {text!r}, expected degrees, such as -12.5") from None

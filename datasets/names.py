@@ -1,7 +1,10 @@
 """What a file name says: one name <-> ImageName, many names <-> Catalogue (columns)."""
 
+from __future__ import annotations
+
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,6 +22,9 @@ DATABASE_YEAR = 2021  # the year that evaluation searches and clustering describ
 CORNER_FIELDS = tuple(f"{axis}{corner}" for corner in range(1, 5) for axis in ("lat", "lon"))
 FIELDS = CORNER_FIELDS + ("image_id", "timestamp", "nadir_lat", "nadir_lon", "sq_km_area", "orientation")
 NUMBERS = tuple(field for field in FIELDS if field not in ("image_id", "timestamp"))
+SCHEMA = pa.schema(
+    {"path": pa.binary(), **{field: pa.float64() if field in NUMBERS else pa.binary() for field in FIELDS}}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class ImageName:
     suffix: str = ".jpg"
 
     @classmethod
-    def parse(cls, name):
+    def parse(cls, name: str) -> ImageName:
         """File name or path -> ImageName. Raises ValueError that names the file and the field that does not fit."""
         base = PurePosixPath(name).name
         parts = base.split("@")
@@ -48,9 +54,7 @@ class ImageName:
                 f"(@{'@'.join(FIELDS)}@.jpg), found {max(len(parts) - 2, 0)}"
             )
         text = dict(zip(FIELDS, parts[1:-1]))
-        number = {}
-        for field in NUMBERS:
-            number[field] = _number(name, field, text[field])
+        number = {field: _number(name, field, text[field]) for field in NUMBERS}
         if not text["image_id"]:
             raise ValueError(f"{name}: field image_id is empty")
         if not (text["timestamp"].isdigit() and len(text["timestamp"]) in (4, 8)):
@@ -66,40 +70,36 @@ class ImageName:
             suffix=parts[-1],
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         """The file name. Queries and database images are written with the decimals of the public data set."""
         corner, nadir, orientation = (".5f", ".5f", ".0f") if self.is_database else (".6f", ".1f", ".1f")
         fields = [format(value, corner) for point in self.footprint for value in point]
-        fields += [self.image_id, self.timestamp, *(format(value, nadir) for value in self.nadir)]
+        fields += [self.image_id, self.timestamp, *(format(value, nadir) for value in self.nadir), str(self.area)]
+        turn = format(self.orientation, orientation)
         # The public names write an orientation of 0.0 as ".0" and of -0.9 as "-.9".
-        fields += [
-            str(self.area),
-            format(self.orientation, orientation).replace("0.", ".")
-            if abs(self.orientation) < 1
-            else format(self.orientation, orientation),
-        ]
-        return "@" + "@".join(fields) + "@" + self.suffix
+        fields.append(turn.replace("0.", ".") if abs(self.orientation) < 1 else turn)
+        return "@".join(["", *fields, self.suffix])
 
     @property
-    def is_database(self):
+    def is_database(self) -> bool:
         return len(self.timestamp) == 4
 
     @property
-    def year(self):
+    def year(self) -> int:
         return int(self.timestamp[:4])
 
-    def in_year(self, year):
+    def in_year(self, year: int) -> ImageName:
         """The same region's image of another year. Only the timestamp changes, never a folder or an area of '2021'."""
         if not self.is_database:
             raise ValueError(f"{self}: a query has no other year")
         return replace(self, timestamp=f"{year:04d}")
 
 
-def _limit(field):
+def _limit(field: str) -> float:
     return 90 if "lat" in field else 180 if "lon" in field else np.inf
 
 
-def _number(name, field, text):
+def _number(name: str, field: str, text: str) -> float:
     limit = _limit(field)
     try:
         value = float(text)
@@ -110,7 +110,7 @@ def _number(name, field, text):
     return value
 
 
-def parse_paths(paths, wrong=None, block=20_000):
+def parse_paths(paths: pa.Array, wrong: list[str] | None = None, block: int = 20_000) -> pa.Table:
     """Arrow array of names or paths, bytes -> table of "path" and FIELDS, texts as bytes.
 
     The same values and errors as ImageName.parse gives, one by one, at a tenth of the time. wrong: a list that takes
@@ -120,7 +120,7 @@ def parse_paths(paths, wrong=None, block=20_000):
     return pa.concat_tables([_parse_block(paths.slice(start, block), wrong) for start in starts])
 
 
-def _parse_block(paths, wrong):
+def _parse_block(paths: pa.Array, wrong: list | None) -> pa.Table:
     parts = pc.split_pattern(base_names(paths), "@")
     width = len(FIELDS) + 2
     texts = parts.flatten()
@@ -130,20 +130,18 @@ def _parse_block(paths, wrong):
             columns.update({field: columns[field].cast(pa.string()).cast(pa.float64()) for field in NUMBERS})
         except pa.ArrowInvalid:  # no number, or one that only Python's float reads
             return _parse_each(paths, wrong)
-        if (
-            all(
-                (np.abs(columns[field]) <= _limit(field)).all() and np.isfinite(columns[field]).all()
-                for field in NUMBERS
-            )
-            and pc.all(pc.match_substring_regex(columns["timestamp"], r"^(\d{4}|\d{8})$")).as_py()
-            and pc.all(pc.not_equal(columns["image_id"], b"")).as_py()
-            and pc.all(pc.equal(texts.take(pa.array(np.arange(0, len(texts), width))), b"")).as_py()
-        ):
+        good = [
+            pc.match_substring_regex(columns["timestamp"], r"^(\d{4}|\d{8})$"),
+            pc.not_equal(columns["image_id"], b""),
+            pc.equal(texts.take(pa.array(np.arange(0, len(texts), width))), b""),
+        ]
+        within = ((np.abs(columns[field]) <= _limit(field)) & np.isfinite(columns[field]) for field in NUMBERS)
+        if all(pc.all(each).as_py() for each in good) and all(each.all() for each in within):
             return pa.table({"path": paths, **columns})
     return _parse_each(paths, wrong)
 
 
-def _parse_each(paths, wrong):
+def _parse_each(paths: pa.Array, wrong: list | None) -> pa.Table:
     rows = []
     for path in paths.to_pylist():
         try:
@@ -153,22 +151,11 @@ def _parse_each(paths, wrong):
                 raise
             wrong.append(str(error))
             continue
-        rows.append(
-            [
-                path,
-                *(corner for point in name.footprint for corner in point),
-                os.fsencode(name.image_id),
-                os.fsencode(name.timestamp),
-                *name.nadir,
-                float(name.area),
-                name.orientation,
-            ]
-        )
-    columns = ("path", *FIELDS)
-    kinds = [pa.float64() if column in NUMBERS else pa.binary() for column in columns]
-    return pa.table(
-        [pa.array(column, kind) for column, kind in zip(zip(*rows) if rows else [[]] * len(kinds), kinds)], columns
-    )
+        corners = [value for point in name.footprint for value in point]
+        texts = (os.fsencode(text) for text in (name.image_id, name.timestamp))
+        values = [path, *corners, *texts, *name.nadir, float(name.area), name.orientation]
+        rows.append(dict(zip(SCHEMA.names, values)))
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -189,17 +176,17 @@ class Catalogue:
     ids: Strings
 
     @classmethod
-    def from_paths(cls, root, paths):
+    def from_paths(cls, root: str | Path, paths: Iterable[str]) -> Catalogue:
         """Paths relative to root -> Catalogue. Raises ValueError naming the first name that does not parse."""
         return cls.from_table(root, parse_paths(Strings(paths).array))
 
     @classmethod
-    def from_table(cls, root, table):
+    def from_table(cls, root: str | Path, table: pa.Table) -> Catalogue:
         """Arrow table as parse_paths gives it -> Catalogue."""
         columns = dict(zip(table.column_names, table.columns))
         del table  # where nobody else holds it, a column is let go once it is taken
 
-        def points(fields):
+        def points(fields: tuple) -> np.ndarray:
             out = np.empty((len(columns["path"]), len(fields)))
             for k, field in enumerate(fields):
                 out[:, k] = columns.pop(field)
@@ -220,7 +207,7 @@ class Catalogue:
         )
 
     @classmethod
-    def read(cls, root, folder, year=None):
+    def read(cls, root: str | Path, folder: str, year: int | None = None) -> Catalogue:
         """All images under root/folder ("queries" or "database"), sorted by folder, then name; year picks folders.
 
         Large folders are listed once and kept in an index file beside them, see datasets/index.py. Raises
@@ -236,13 +223,12 @@ class Catalogue:
         return cls.from_table(root, index.read_table(root, folder, parse_paths, prefix))
 
     @classmethod
-    def read_source(cls, source, folder):
+    def read_source(cls, source: str | Path, folder: str) -> Catalogue:
         """A data set's folder, or a text file with one name or path a line -> Catalogue of "queries" or "database".
 
         Of a database, the images of 2021. Raises FileNotFoundError or ValueError saying what is needed.
         """
-        source = Path(source)
-        year = DATABASE_YEAR if folder == "database" else None
+        source, year = Path(source), DATABASE_YEAR if folder == "database" else None
         needed = (
             f"give the folder of a data set (with {folder}/ in it), or a text file with one name of {folder} a line"
         )
@@ -269,29 +255,21 @@ class Catalogue:
             raise ValueError(f"{source}: holds no name of {folder}{f' of {year}' if year else ''}; {needed}")
         return catalogue
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def select(self, indices):
+    def select(self, indices: np.ndarray) -> Catalogue:
         """Rows by integer or boolean index -> Catalogue."""
         rows = np.arange(len(self))[indices]
-        return Catalogue(
-            self.root,
-            self.paths[rows],
-            self.footprints[rows],
-            self.nadirs[rows],
-            self.areas[rows],
-            self.orientations[rows],
-            self.years[rows],
-            self.ids[rows],
-        )
+        columns = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "root"}
+        return replace(self, **columns)
 
     @property
-    def names(self):
+    def names(self) -> Strings:
         """File names without their folders: the keys of the intersections file."""
         return Strings(base_names(self.paths.column))
 
     @property
-    def centers(self):
+    def centers(self) -> np.ndarray:
         """(N, 2) centre of each footprint, degrees."""
         return geo.centers(self.footprints) if len(self) else np.zeros((0, 2))

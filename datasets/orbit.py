@@ -6,8 +6,12 @@ from bisect import bisect
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from sgp4.api import Satrec
 
 MAX_AGE = timedelta(days=30)  # beyond, drag and reboosts have moved the station by more than a photo can reach
 WGS84_RADIUS_KM, WGS84_FLATTENING = 6378.137, 1 / 298.257223563
@@ -16,7 +20,7 @@ WGS84_RADIUS_KM, WGS84_FLATTENING = 6378.137, 1 / 298.257223563
 class Orbit:
     """A satellite's elements at one or more epochs; `nadir` takes those of the nearest. Made by `Orbit.read`."""
 
-    def __init__(self, satellites: Sequence, source: str | Path):
+    def __init__(self, satellites: Sequence, source: str | Path) -> None:
         """satellites: sgp4's Satrec, at least one."""
         dated = sorted(((_epoch(each), number) for number, each in enumerate(satellites)))
         self.epochs = [epoch for epoch, _ in dated]
@@ -69,6 +73,7 @@ class Orbit:
         Raises ValueError where no epoch lies within MAX_AGE of it, or SGP4 says that the satellite has come down.
         """
         from sgp4.api import jday
+        from sgp4.propagation import gstime
 
         when = in_utc(when)
         place = bisect(self.epochs, when)
@@ -86,14 +91,7 @@ class Orbit:
         error, position, _ = self.satellites[nearest].sgp4(day, fraction)
         if error:
             raise ValueError(f"{self.source}: SGP4 error {error} at {when:%Y-%m-%d %H:%M}; add elements of that day")
-        return subpoint(np.array(position), sidereal_angle(day, fraction))
-
-
-def sidereal_angle(day: float, fraction: float) -> float:
-    """Julian date (UT1) in two parts -> Greenwich mean sidereal time, radians (IAU 1982; Vallado et al. 2006, C-5)."""
-    centuries = (day - 2451545.0 + fraction) / 36525
-    seconds = 67310.54841 + (876600 * 3600 + 8640184.812866 + (0.093104 - 6.2e-6 * centuries) * centuries) * centuries
-    return float(np.radians(seconds / 240 % 360))
+        return subpoint(np.array(position), gstime(day + fraction))  # to 0.3 km: UT1 is taken for UTC
 
 
 def subpoint(position: np.ndarray, angle: float) -> tuple[float, float]:
@@ -115,6 +113,6 @@ def in_utc(when: datetime) -> datetime:
     return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
 
 
-def _epoch(satellite) -> datetime:
+def _epoch(satellite: Satrec) -> datetime:
     year = satellite.epochyr + (2000 if satellite.epochyr < 57 else 1900)  # as the format has it
     return datetime(year, 1, 1, tzinfo=UTC) + timedelta(days=satellite.epochdays - 1)

@@ -1,4 +1,4 @@
-"""Which footprints share ground: a dense test for a batch, a tree of polygons for a data set, and the public file.
+"""Which footprints share ground: a tree of polygons, and the public file.
 
 Command: python -m datasets.overlap DATASET_PATH writes queries_intersections_with_db_2021.pt.
 
@@ -10,7 +10,11 @@ by less than 0.015; one pair in a thousand, with an IoU below 0.0001, shares not
 experiments.positives).
 """
 
+from __future__ import annotations
+
+import argparse
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +36,7 @@ INTERSECTIONS_FILE = f"queries_intersections_with_db_{DATABASE_YEAR}.pt"
 TOUCHING_DEGREES = 2e-5  # names are rounded to five decimals: less than this is a shared edge, not shared ground
 
 
-def degenerate(footprints):
+def degenerate(footprints: np.ndarray) -> np.ndarray:
     """(N, 4, 2) -> (N,) bool: these share ground with nothing. Not finite, latitudes beyond a pole, (nearly) without
     area, or half the globe wide, as when a pole lies inside: then four corners do not say what they enclose."""
     points = ring(np.nan_to_num(footprints))
@@ -45,51 +49,20 @@ def degenerate(footprints):
     )
 
 
-def self_crossing(footprints):
+def self_crossing(footprints: np.ndarray) -> np.ndarray:
     """(N, 4, 2) -> (N,) bool: the corners, as they are listed, make a bow tie. `ring` puts such corners in order."""
     listed, ordered = unwrap_footprints(np.nan_to_num(footprints)), ring(np.nan_to_num(footprints))
     # In order, forwards or backwards, the area is that of the ring; a bow tie's halves cancel.
     return ~degenerate(footprints) & (np.abs(_area(listed)) < np.abs(_area(ordered)) * (1 - 1e-9))
 
 
-def _area(points):
+def _area(points: np.ndarray) -> np.ndarray:
     lat, lon = points[..., 0], points[..., 1]
     lon = lon - lon[..., :1]
     return (np.roll(lon, -1, -1) * lat - np.roll(lat, -1, -1) * lon).sum(-1) / 2
 
 
-def share_ground(a, b):
-    """a (N, 4, 2), b (M, 4, 2) degrees -> (N, M) bool, dense: for batches, not for a whole data set.
-
-    The separating-axis test on convex quadrilaterals in (lat, lon). Touching edges share nothing; degenerate footprints
-    share nothing. Safe at the antimeridian.
-    """
-    bad = degenerate(a)[:, None] | degenerate(b)[None, :]
-    a, b = ring(np.nan_to_num(a)), ring(np.nan_to_num(b))
-    turns = np.round((a[:, None, :, 1].mean(-1) - b[None, :, :, 1].mean(-1)) / 360)  # bring b to the turn of a
-    separated = np.zeros((len(a), len(b)), dtype=bool)
-    for axes, from_a in ((_normals(a), True), (_normals(b), False)):
-        for k in range(4):
-            axis = axes[:, k, :]  # (N or M, 2), over lat, lon
-            if from_a:
-                own, other = np.einsum("nki,ni->nk", a, axis)[:, None], np.einsum("mki,ni->nmk", b, axis)
-                shift = turns * 360 * axis[:, None, 1]
-            else:
-                own, other = np.einsum("mki,mi->mk", b, axis)[None, :], np.einsum("nki,mi->nmk", a, axis)
-                shift = -turns * 360 * axis[None, :, 1]
-            other = other + shift[..., None]
-            overlap = np.minimum(own.max(-1), other.max(-1)) - np.maximum(own.min(-1), other.min(-1))
-            separated |= overlap <= TOUCHING_DEGREES
-    return ~separated & ~bad
-
-
-def _normals(points):
-    edges = np.roll(points, -1, axis=-2) - points
-    normals = np.stack([-edges[..., 1], edges[..., 0]], axis=-1)
-    return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
-
-
-def polygons(footprints):
+def polygons(footprints: np.ndarray) -> np.ndarray:
     """(N, 4, 2) -> (N,) shapely polygons in the equal-area projection, in degrees on both axes."""
     points = ring(footprints)
     flat = np.stack([points[..., 1], np.degrees(np.sin(np.radians(points[..., 0])))], axis=-1)
@@ -97,7 +70,9 @@ def polygons(footprints):
     return shapely.convex_hull(shapely.polygons(flat))
 
 
-def intersections(queries, database, block=512, num_threads=2):
+def intersections(
+    queries: np.ndarray, database: np.ndarray, block: int = 512, num_threads: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
     """queries (Q, 4, 2), database (D, 4, 2) degrees -> pairs (P, 2) int rows of both, IoU (P,); sorted by query, row.
 
     Only pairs that share ground; touching edges do not. Degenerate footprints have no pairs (see `degenerate`).
@@ -110,7 +85,7 @@ def intersections(queries, database, block=512, num_threads=2):
     tree = shapely.STRtree(database_polygons)
     tree.query(shapely.Point(0, 0))  # the tree is built at its first query, which has to be alone
 
-    def of_block(start):
+    def of_block(start: int) -> list[tuple]:
         parts = []
         for turn in (-360, 0, 360):  # unwrapped longitudes run from -360 to 360, so one ground has three addresses
             moved = shapely.transform(query_polygons[start : start + block], lambda xy: xy + [turn, 0])
@@ -131,6 +106,13 @@ def intersections(queries, database, block=512, num_threads=2):
     return pairs[order], iou[order]
 
 
+def share_ground(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a (N, 4, 2), b (M, 4, 2) degrees -> (N, M) bool, the pairs of `intersections`: for batches, not a data set."""
+    shared = np.zeros((len(a), len(b)), dtype=bool)
+    shared[tuple(intersections(a, b, num_threads=1)[0].T)] = True
+    return shared
+
+
 @dataclass(frozen=True)
 class Positives:
     """The public table as columns: queries' file names, database paths, pairs (P, 2) rows of both, iou (P,).
@@ -144,7 +126,7 @@ class Positives:
     iou: np.ndarray
 
     @classmethod
-    def from_table(cls, table):
+    def from_table(cls, table: dict) -> Positives:
         """{query name: [(database path, IoU), …]} -> Positives."""
         row_of = {}
         images = [row_of.setdefault(path, len(row_of)) for found in table.values() for path, _ in found]
@@ -154,7 +136,7 @@ class Positives:
         return cls(Strings(list(table)), Strings(list(row_of)), pairs, iou)
 
     @classmethod
-    def from_rows(cls, table):
+    def from_rows(cls, table: pa.Table) -> Positives:
         """Arrow table as `rows` gives it -> Positives."""
         query, image = (in_one(table[name]) for name in ("query", "image"))
         found = image.is_valid().to_numpy(zero_copy_only=False)
@@ -162,7 +144,7 @@ class Positives:
         queries, images = (Strings(column.dictionary.cast(pa.binary())) for column in (query, image))
         return cls(queries, images, pairs, table["iou"].to_numpy()[found])
 
-    def rows(self):
+    def rows(self) -> pa.Table:
         """-> Arrow table: query, image, iou; a query without a positive has one row, where these are null."""
         counts = np.bincount(self.pairs[:, 0], minlength=len(self.queries))
         query = np.repeat(np.arange(len(counts), dtype=np.int32), np.maximum(counts, 1))
@@ -176,7 +158,7 @@ class Positives:
         return pa.table({**texts, "iou": pa.array(iou, mask=~found)})
 
 
-def intersections_table(queries, database):
+def intersections_table(queries: Catalogue, database: Catalogue) -> dict[str, list[tuple[str, float]]]:
     """Two Catalogues -> the public table: query file name -> [(database path relative to the data set, IoU), …].
 
     Queries without a positive have an empty list.
@@ -189,13 +171,23 @@ def intersections_table(queries, database):
     return table
 
 
-def save_intersections(path, table):
+def save_intersections(path: str | Path, table: dict) -> None:
     """Written whole or not at all, also by several processes at once."""
     with replacing(path) as file:
         torch.save(table, file)
 
 
-def load_intersections(path):
+def write_positives(path: str | Path, queries: Catalogue | None = None, database: Catalogue | None = None) -> dict:
+    """Makes the public table and writes it -> the table. The catalogues are those of its folder where not given."""
+    root = Path(path).parent
+    queries = Catalogue.read(root, "queries") if queries is None else queries
+    database = Catalogue.read(root, "database", DATABASE_YEAR) if database is None else database
+    table = intersections_table(queries, database)
+    save_intersections(path, table)
+    return table
+
+
+def load_intersections(path: str | Path) -> dict:
     """-> the table. Raises FileNotFoundError or ValueError naming the file and the command that makes it."""
     path = Path(path)
     if path.is_dir():
@@ -213,23 +205,20 @@ def load_intersections(path):
         raise ValueError(f"{path}: expected a dict, query name -> list of (database path, IoU); {remedy}")
     for name, found in table.items():
         for entry in found:
-            if not (
-                isinstance(entry, (list, tuple))
-                and len(entry) == 2
-                and isinstance(entry[0], str)
-                and _is_number(entry[1])
-            ):
+            if not _is_positive(entry):
                 raise ValueError(
                     f"{path}: query {name} has the entry {str(entry)[:80]}, expected (database path, IoU); {remedy}"
                 )
     return table
 
 
-def _is_number(value):
-    return isinstance(value, (int, float)) or isinstance(value, torch.Tensor) and value.ndim == 0
+def _is_positive(entry: object) -> bool:
+    if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)):
+        return False
+    return isinstance(entry[1], (int, float)) or isinstance(entry[1], torch.Tensor) and entry[1].ndim == 0
 
 
-def load_positives(path, min_pairs=100_000):
+def load_positives(path: str | Path, min_pairs: int = 100_000) -> Positives:
     """The same file -> Positives. Errors as load_intersections.
 
     A large table takes 12 s to read, so its rows are kept in index_positives.parquet beside it, for as long as the
@@ -240,7 +229,7 @@ def load_positives(path, min_pairs=100_000):
     return or_anew(lambda trusted: _load_positives(path, min_pairs, file, trusted), file)
 
 
-def _load_positives(path, min_pairs, file, trusted):
+def _load_positives(path: Path, min_pairs: int, file: Path, trusted: bool) -> Positives:
     began = time.time()
     state = path.stat() if path.is_file() else None
     mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] if state else []
@@ -254,24 +243,19 @@ def _load_positives(path, min_pairs, file, trusted):
     return positives
 
 
-def report(catalogue, kind, shown=10):
+def report(catalogue: Catalogue, kind: str, shown: int = 10) -> list[str]:
     """-> lines on footprints that cannot be used as they are: degenerate ones by name, the number of bow ties."""
-    lines = []
-    rows = np.flatnonzero(degenerate(catalogue.footprints))
-    if len(rows):
-        lines.append(
-            f"{len(rows)} {kind} have a degenerate footprint (no area, or half the globe wide) and share "
-            f"ground with nothing:"
-        )
-        lines += [f"    {catalogue.paths[row]}" for row in rows[:shown].tolist()]
-        lines += [f"    and {len(rows) - shown} more"] if len(rows) > shown else []
-    crossing = int(self_crossing(catalogue.footprints).sum())
-    if crossing:
+    bad, lines = np.flatnonzero(degenerate(catalogue.footprints)), []
+    if len(bad):
+        lines = [f"{len(bad)} {kind} have a degenerate footprint (no area, or half the globe wide), without positives:"]
+        lines += [f"    {path}" for path in catalogue.paths[bad[:shown]]]
+        lines += [f"    and {len(bad) - shown} more"] if len(bad) > shown else []
+    if crossing := int(self_crossing(catalogue.footprints).sum()):
         lines.append(f"{crossing} {kind} list their corners crosswise; they were put in order")
     return lines
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     """The command: positives of a data set's queries among its 2021 images."""
     began = time.perf_counter()
     output = Path(args.output or Path(args.dataset_path) / INTERSECTIONS_FILE)
@@ -283,8 +267,7 @@ def main(args):
     database = Catalogue.read_source(args.database or args.dataset_path, "database")
     for line in report(queries, "queries") + report(database, "database images"):
         print(line)
-    table = intersections_table(queries, database)
-    save_intersections(output, table)
+    table = write_positives(output, queries, database)
     found = sum(bool(positives) for positives in table.values())
     print(
         f"{output}: {found} of {len(table)} queries have a positive among {len(database)} images, "
@@ -292,7 +275,7 @@ def main(args):
     )
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__.split("\n", 1)[0])
     parser.add_argument("dataset_path", help="folder with queries/ and database/; the file goes into it")
     parser.add_argument("--queries", help="take the queries from another data set, or a text file of names")
@@ -303,5 +286,4 @@ def parse_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    run(main, parse_arguments())

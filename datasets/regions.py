@@ -1,5 +1,8 @@
 """Regions with their four years, and the data set of quadruplets (paper, sec. 4.1)."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +29,7 @@ class Regions:
     years: tuple
 
     @classmethod
-    def read(cls, root, years=YEARS):
+    def read(cls, root: str | Path, years: Sequence[int] = YEARS) -> tuple[Regions, list[str]]:
         """Data set folder -> Regions, and the ids of those left out because a year is missing.
 
         Raises ValueError where none is whole.
@@ -51,21 +54,21 @@ class Regions:
             Path(root), catalogue.paths[rows], catalogue.footprints[rows[:, -1]], Strings(ids[whole]), tuple(years)
         ), missing
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def files(self, year):
+    def files(self, year: int) -> list[Path]:
         """Each region's image of one year."""
         column = self.years.index(year)
         return [self.root / paths[column] for paths in self.paths]
 
-    def views_of(self, year):
+    def views_of(self, year: int) -> Regions:
         """The same regions with one year's image in every place: no regional quadruplets (Table 3, first row)."""
         column = self.years.index(year)
         return replace(self, paths=self.paths[:, [column] * len(self.years)])
 
 
-def source_size(image_size):
+def source_size(image_size: int) -> int:
     """Pixels a side at which images are loaded for augmented views of image_size: at least 1.6 times as many, and a
     power of two, because JPEG decoders halve for nothing and what is left to resize costs. Not above the public 1,024.
     A view shows 0.71 of a side (experiments/chain.py), so few are upsampled: 3.5 % at 320 px from 512.
@@ -80,17 +83,17 @@ class RegionDataset(Dataset):
     In memory they lie as they were decoded, shape = (years, H, W, 3): channels last.
     """
 
-    def __init__(self, regions, size):
+    def __init__(self, regions: Regions, size: int) -> None:
         self.regions, self.size = regions, size
         self.shape = (len(regions.years), size, size, 3)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.regions)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> tuple[int, torch.Tensor]:
         return row, self.fill(torch.empty(self.shape, dtype=torch.uint8), row).permute(0, 3, 1, 2)
 
-    def fill(self, places, row):
+    def fill(self, places: torch.Tensor, row: int) -> torch.Tensor:
         """Reads a region's images into places, contiguous uint8 of self.shape, and returns it."""
         paths = list(self.regions.paths[row])
         for year, path in enumerate(paths):

@@ -1,5 +1,8 @@
 """The six evaluation sets and the validation set: who is in them, and which images are right (paper, sec. 3.3)."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,12 +44,24 @@ class EvaluationSet:
     positives: list
     left_out: np.ndarray
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"< {self.name} - #q: {len(self.query_rows)}; #db: {len(self.database_rows)} >"
 
     @property
-    def is_empty(self):
+    def is_empty(self) -> bool:
         return not (len(self.query_rows) and len(self.database_rows))
+
+    @property
+    def note(self) -> str:
+        """For the log: what is empty or left out."""
+        found, lost = len(self.query_rows), len(self.left_out)
+        if self.is_empty:
+            return (
+                f"{self.name}: skipped, it has {found} queries with a positive ({lost} without) "
+                f"and {len(self.database_rows)} database images"
+            )
+        without = f"{self.name}: {lost} of {found + lost} queries left out, they have no positive in the set's database"
+        return without if lost else ""
 
 
 @dataclass(frozen=True)
@@ -60,20 +75,20 @@ class EvaluationData:
     notes: list  # sentences for the log: what is missing, empty or left out
 
     @property
-    def query_rows(self):
+    def query_rows(self) -> np.ndarray:
         """Union over the sets, sorted: each query is described once."""
         return _union([one.query_rows for one in self.sets])
 
     @property
-    def database_rows(self):
+    def database_rows(self) -> np.ndarray:
         """Union over the sets, sorted: each database image is described once."""
         return _union([one.database_rows for one in self.sets])
 
-    def only(self, *names):
+    def only(self, *names: str) -> EvaluationData:
         """The same data with just these sets; unknown or skipped names leave nothing behind."""
         return replace(self, sets=[one for one in self.sets if one.name in names])
 
-    def without(self, query_rows, database_rows):
+    def without(self, query_rows: np.ndarray, database_rows: np.ndarray) -> EvaluationData:
         """Leaves images out (unreadable ones) of every set; queries that lose their last positive go too."""
         sets = [
             build_set(
@@ -84,11 +99,11 @@ class EvaluationData:
             )
             for one in self.sets
         ]
-        notes = [_empty_note(one) for one in sets if one.is_empty]
+        notes = [one.note for one in sets if one.is_empty]
         return replace(self, sets=[one for one in sets if not one.is_empty], notes=self.notes + notes)
 
 
-def read_database(root):
+def read_database(root: str | Path) -> Catalogue:
     """The images that are searched, those of 2021 -> Catalogue. Raises FileNotFoundError where there is none."""
     database = Catalogue.read(root, "database", year=DATABASE_YEAR)
     if not len(database):
@@ -99,7 +114,7 @@ def read_database(root):
     return database
 
 
-def load_evaluation_data(dataset_path, validation=True):
+def load_evaluation_data(dataset_path: str | Path, validation: bool = True) -> EvaluationData:
     """Queries, the database of 2021 and their positives, read once -> EvaluationData with every set that is not empty.
 
     validation=True appends the validation set. Raises FileNotFoundError where the data set or a part of it is missing.
@@ -112,7 +127,7 @@ def load_evaluation_data(dataset_path, validation=True):
     return make_evaluation_data(queries, database, load_positives(root / INTERSECTIONS_FILE), validation)
 
 
-def load_validation_data(dataset_path):
+def load_validation_data(dataset_path: str | Path) -> EvaluationData | None:
     """As `load_evaluation_data`, of the validation set alone; None where the data set has no folder of queries, so that
     one can train on satellite images only."""
     if not (Path(dataset_path) / "queries").exists():
@@ -120,46 +135,37 @@ def load_validation_data(dataset_path):
     return load_evaluation_data(dataset_path).only(VALIDATION)
 
 
-def make_evaluation_data(queries, database, intersections, validation=True):
+def make_evaluation_data(
+    queries: Catalogue, database: Catalogue, intersections: Positives | dict, validation: bool = True
+) -> EvaluationData:
     """Catalogues and Positives, or {query name: [(database path, IoU)]} -> EvaluationData."""
     pairs, notes = positive_pairs(queries, database, intersections)
     wanted = [(name, center, QUERY_RADIUS_KM, DATABASE_RADIUS_KM) for name, center in POINTS_OF_INTEREST.items()]
     if validation:
-        wanted.append(
-            (VALIDATION, POINTS_OF_INTEREST["Texas"], VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM)
-        )
+        radii = VALIDATION_QUERY_RADIUS_KM, VALIDATION_DATABASE_RADIUS_KM
+        wanted.append((VALIDATION, POINTS_OF_INTEREST["Texas"], *radii))
     centers = database.centers
-    sets = []
-    for name, center, query_radius, database_radius in wanted:
-        one = select_set(name, center, queries.nadirs, centers, pairs, query_radius, database_radius)
-        if one.is_empty:
-            notes.append(_empty_note(one))
-            continue
-        sets.append(one)
-        if len(one.left_out):
-            notes.append(
-                f"{name}: {len(one.left_out)} of {len(one.query_rows) + len(one.left_out)} queries left out, "
-                "they have no positive in the set's database"
-            )
-    return EvaluationData(queries, database, pairs, sets, notes)
+    sets = [select_set(name, center, queries.nadirs, centers, pairs, *radii) for name, center, *radii in wanted]
+    notes += [note for one in sets if (note := one.note)]
+    return EvaluationData(queries, database, pairs, [one for one in sets if not one.is_empty], notes)
 
 
 def select_set(
-    name,
-    center,
-    nadirs,
-    database_centers,
-    pairs,
-    query_radius_km=QUERY_RADIUS_KM,
-    database_radius_km=DATABASE_RADIUS_KM,
-):
+    name: str,
+    center: tuple[float, float],
+    nadirs: np.ndarray,
+    database_centers: np.ndarray,
+    pairs: np.ndarray,
+    query_radius_km: float = QUERY_RADIUS_KM,
+    database_radius_km: float = DATABASE_RADIUS_KM,
+) -> EvaluationSet:
     """Queries by nadir (N, 2), database images by centre (M, 2), great-circle distance to center (lat, lon)."""
     query_rows = np.flatnonzero(geo.distance_km(nadirs, center) <= query_radius_km)
     database_rows = np.flatnonzero(geo.distance_km(database_centers, center) <= database_radius_km)
     return build_set(name, query_rows, database_rows, pairs)
 
 
-def build_set(name, query_rows, database_rows, pairs):
+def build_set(name: str, query_rows: np.ndarray, database_rows: np.ndarray, pairs: np.ndarray) -> EvaluationSet:
     """Sorted rows and the positive pairs (P, 2) -> EvaluationSet. Queries without a positive go to left_out."""
     inside = np.isin(pairs[:, 0], query_rows) & np.isin(pairs[:, 1], database_rows)
     of_query, of_database = pairs[inside].T
@@ -169,7 +175,9 @@ def build_set(name, query_rows, database_rows, pairs):
     return EvaluationSet(name, found, database_rows, positives, np.setdiff1d(query_rows, found))
 
 
-def positive_pairs(queries, database, intersections):
+def positive_pairs(
+    queries: Catalogue, database: Catalogue, intersections: Positives | dict
+) -> tuple[np.ndarray, list[str]]:
     """Positives, or {query name: [(database path, IoU)]} -> pairs (P, 2) of catalogue rows, sorted, and notes on what
     is missing.
 
@@ -201,12 +209,5 @@ def positive_pairs(queries, database, intersections):
     return pairs, notes
 
 
-def _empty_note(one):
-    return (
-        f"{one.name}: skipped, it has {len(one.query_rows)} queries with a positive ({len(one.left_out)} without) "
-        f"and {len(one.database_rows)} database images"
-    )
-
-
-def _union(rows):
+def _union(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)

@@ -1,16 +1,17 @@
 """What training asks of its regions: enough of them, what to do about unreadable ones, which pairs are neutral."""
 
 import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from datasets.batches import schedule, spares
+from datasets.batches import BatchLoader, schedule, spares
 from datasets.overlap import share_ground
 from datasets.regions import Regions
 
 
-def read_regions(dataset_path, batch_size):
+def read_regions(dataset_path: str, batch_size: int) -> Regions:
     """-> Regions with all years; those without are logged. Raises ValueError where a batch cannot be filled."""
     if batch_size < 1:
         raise ValueError(f"--batch_size {batch_size}: a batch has at least one region")
@@ -26,7 +27,7 @@ def read_regions(dataset_path, batch_size):
     return regions
 
 
-def note_unreadable(errors, unreadable, regions, share):
+def note_unreadable(errors: Sequence[tuple[int, str]], unreadable: dict[int, str], regions: int, share: float) -> None:
     """errors [(row, what went wrong)] are logged and added to the dict `unreadable`, each region once.
 
     Raises ValueError where a region had no substitute, or where more than this share of all `regions` is unreadable.
@@ -42,7 +43,17 @@ def note_unreadable(errors, unreadable, regions, share):
         )
 
 
-def serve_period(loader, clusters, batch_size, iteration, every, iterations, seed, part, draw="size"):
+def serve_period(
+    loader: BatchLoader,
+    clusters: Sequence[np.ndarray],
+    batch_size: int,
+    iteration: int,
+    every: int,
+    iterations: int,
+    seed: int,
+    part: slice,
+    draw: str = "size",
+) -> Iterator[tuple]:
     """-> The loader's batches from this iteration to the next clusters, which come `every` so many; of each the `part`.
     draw: see `schedule`.
 
@@ -55,7 +66,7 @@ def serve_period(loader, clusters, batch_size, iteration, every, iterations, see
     )
 
 
-def serve_sample(loader, regions, batch_size, seed, count=512):
+def serve_sample(loader: BatchLoader, regions: int, batch_size: int, seed: int, count: int = 512) -> Iterator[tuple]:
     """-> The loader's batches of `count` of so many regions, drawn by seed, in whole batches."""
     rows = np.random.default_rng([seed, 1]).permutation(regions)[:count]
     batches = rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
@@ -63,12 +74,12 @@ def serve_sample(loader, regions, batch_size, seed, count=512):
     return loader.serve(batches, substitutes.__getitem__)
 
 
-def iteration_seed(seed, iteration):
+def iteration_seed(seed: int, iteration: int) -> int:
     """The seed of all that is random in one iteration, whatever came before it."""
     return int(np.random.SeedSequence([seed, 3, iteration]).generate_state(1)[0])
 
 
-def neutral_pairs(footprints, places):
+def neutral_pairs(footprints: np.ndarray, places: torch.Tensor) -> torch.Tensor:
     """footprints (B, 4, 2) of the batch's regions, places (N,) in them -> (N, N) bool: other regions, same ground."""
     shared = torch.from_numpy(share_ground(footprints, footprints)).to(places.device, non_blocking=True)
     return shared[places][:, places] & (places[:, None] != places)

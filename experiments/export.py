@@ -1,25 +1,56 @@
-"""A checkpoint -> the small file to share: python -m experiments.export logs/…/last.pt model.safetensors
+"""Weights -> files to share: python -m experiments.export logs/…/last.pt model.safetensors
 
-Half precision, shape and preprocessing inside; eval.py --resume and train.py --weights read it as it is.
+Several at once: python -m experiments.export WEIGHTS OUT --format safetensors onnx torch_export writes OUT.safetensors
+(half precision; eval.py --resume and train.py --weights read it as it is), OUT.onnx and OUT.pt2. --format hub makes OUT
+a folder as the Hugging Face hub has them, with a card. WEIGHTS are any that eval.py --resume takes. docs/hub.md has
+more.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from models.earthloc import load_model
-from models.weights import save_safetensors
+from models.earthloc import EarthLoc
+from models.exporting import FORMATS, export
+from models.weights import interface
 from utils.arguments import add_shared, make_parser, run
 
 
-def main(args: Namespace) -> None:
-    save_safetensors(load_model(args.checkpoint), args.output)
-    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
+def main(args: Namespace) -> list[Path]:
+    """-> what was written."""
+    model = EarthLoc.from_pretrained(args.weights)
+    output, written = Path(args.output), []
+    for kind, path in targets(output, args.format).items():
+        if kind == "hub":
+            model.save_pretrained(path, model_card_kwargs={"run": args.run, "results": args.results})
+        else:
+            export(model, path, kind)
+        files = [path] if path.is_file() else sorted(path.iterdir())
+        print(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+        written.append(path)
+    told = interface(model)
+    print(f"{told['input']} -> {told['output']}; {told['normalisation']} (mean {told['mean']}, std {told['std']})")
+    return written
+
+
+def targets(output: Path, formats: list[str] | None) -> dict[str, Path]:
+    """OUT and --format -> {format: file or folder}; without --format its ending says it. ValueError if not."""
+    by_suffix = {suffix: kind for kind, suffix in FORMATS.items()}
+    if formats is None:
+        if output.suffix not in by_suffix:
+            raise ValueError(f"{output}: say --format, or give a name that ends in {', '.join(by_suffix)}")
+        formats = [by_suffix[output.suffix]]
+    stem = output.with_suffix("") if output.suffix in by_suffix else output
+    return {kind: stem if kind == "hub" else stem.with_name(stem.name + FORMATS[kind]) for kind in formats}
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoint")
-    parser.add_argument("output", help="file to write, .safetensors")
+    add = parser.add_argument
+    add("weights", help="checkpoint, weights, or a folder with some")
+    add("output", help="file to write; of several formats the name without its ending; of hub the folder")
+    add("--format", nargs="+", choices=(*FORMATS, "hub"), help="default: by the output's ending")
+    add("--run", help="folder of the training run, for the card of --format hub")
+    add("--results", help="folder of an evaluation with results.json, for that card; default: the run's")
     add_shared(parser)
     return parser.parse_args(argv)
 

@@ -1,10 +1,13 @@
-"""From photos to footprints: what registration finds on a data set whose photos have footprints.
+"""From photos to footprints: what registration adds, on a data set whose photos have footprints.
 
-python -m experiments.registration DATASET_PATH --resume weights/demo_world.safetensors --register xfeat sift
+python -m experiments.registration DATASET_PATH --register xfeat sift
+python -m experiments.registration DATASET_PATH --index weights/earth_index.safetensors --ground RASTER --candidates 50
 
-Candidates of a photo are the --top_k images that look most alike, of those within 2,500 km of its nadir, as predict.py
-finds them. A photo has a true image where one of its candidates shares ground with it. Labels whose sides are longer
-than 2.2:1 are faulty (3.5 % of the public names), and are left out where IoU is measured.
+Photos are located as predict.py does it, near their nadirs; candidates are the data set's images, or an index's
+regions. Told for each are the ranks of the first right place: among the candidates, by how much they look alike, and
+after registration. A right one shares ground with the photo. Labels whose sides are longer than 2.2:1 are faulty (3.5 %
+of the public names), and are left out where footprints are compared; corners are compared in whatever order fits best,
+as names have them in any.
 """
 
 import time
@@ -12,16 +15,10 @@ import time
 import numpy as np
 import torch
 
-from datasets.images import read_image
 from datasets.names import Catalogue
 from datasets.overlap import polygons, share_ground
-from datasets.sets import read_database
-from models.earthloc import load_model
-from retrieval.confidence import VERIFIED, probability
-from retrieval.describe import ROTATIONS, Describer
-from retrieval.ground import DatabaseGround
-from retrieval.matching import MATCHERS, make_matcher
-from retrieval.registration import FARTHEST_KM, register
+from retrieval.locator import EARTH_WEIGHTS, Locator
+from retrieval.matching import MATCHERS
 from utils import geo
 from utils.arguments import make_parser, positive, run
 
@@ -37,116 +34,131 @@ def iou(a, b):
     return shared / (a.area + b.area - shared)
 
 
+def sides(footprint):
+    """(4, 2) degrees -> (4,) km."""
+    return geo.distance_km(footprint, np.roll(footprint, -1, axis=0))
+
+
 def sides_ratio(footprint):
-    """(4, 2) degrees -> the longest side over the shortest, km."""
-    sides = geo.distance_km(footprint, np.roll(footprint, -1, axis=0))
-    return sides.max() / sides.min()
+    """(4, 2) degrees -> the longest side over the shortest."""
+    return sides(footprint).max() / sides(footprint).min()
 
 
-def candidates_of(photos, images, near):
-    """photos (Q, D), images (R, N, D), near (Q, N) bool -> for each photo (rows, rotations), the best first."""
-    found = []
-    for photo, allowed in zip(photos, near):
-        scores = images @ photo
-        best = scores.max(axis=0)
-        rows = [row for row in np.argsort(-best, kind="stable") if allowed[row]]
-        found.append([(row, ROTATIONS[scores[:, row].argmax()]) for row in rows])
-    return found
+def corners_off(label, footprint):
+    """Two footprints (4, 2) -> km between their corners, the mean, in the order and sense that fit best."""
+    orders = (np.roll(footprint[::step], turn, axis=0) for step in (1, -1) for turn in range(4))
+    return min(float(geo.distance_km(label, each).mean()) for each in orders)
 
 
-def measure(queries, database, found, matcher, name, top_k, rounds):
-    """-> a list of dicts, one a photo."""
-    ground, results = DatabaseGround(database.root, database.paths, database.footprints), []
-    for k, ranked in enumerate(found):
-        ranked, label = ranked[:top_k], queries.footprints[k]
-        true = share_ground(label[None], database.footprints[[row for row, _ in ranked]])[0]
-        photo = read_image(queries.root / queries.paths[k])
-        began = time.perf_counter()
-        registered = register(
-            photo,
-            [(database.footprints[row], rotation) for row, rotation in ranked],
-            ground,
-            matcher,
-            rounds,
-            tuple(queries.nadirs[k]),
-        )
-        seconds = time.perf_counter() - began
-        order = sorted(range(len(ranked)), key=lambda k: -registered[k].inliers if registered[k] else 0)
-        best = registered[order[0]]
-        results.append(
-            {
-                "photo": queries.ids[k],
-                "true": bool(true.any()),
-                "before": bool(true[0]),
-                "after": bool(true[order[0]]) and best is not None,
-                "best": best,
-                "probability": probability(best) if best else 0.0,
-                "iou": iou(label, best.footprint) if best else 0.0,
-                "plausible": bool(sides_ratio(label) < PLAUSIBLE),
-                "seconds": seconds,
-                "pairs": len(ranked),
-                "false": max((r.inliers for r, t in zip(registered, true) if r and not t), default=0),
-            }
-        )
-    return results
+def measure(name, label, places, candidates, seconds):
+    """A photo's label (4, 2), its places, best first, and the footprints (N, 4, 2) of what each was before it was
+    registered -> dict. ranks: of the first right one, before (None: there is none) and after."""
+    true, right = (
+        share_ground(label[None], np.asarray(each))[0] for each in (candidates, [place.footprint for place in places])
+    )
+    before = np.argsort([-place.score for place in places], kind="stable")
+    best = places[0]
+    return {
+        "photo": name,
+        "ranks": [1 + int(each.argmax()) if each.any() else None for each in (true[before], right)],
+        "best": best,
+        "right": bool(right[0]),
+        "iou": iou(label, best.footprint) if best.registration else 0.0,
+        "off": corners_off(label, best.footprint),
+        "width": float(sides(label).mean()),
+        "plausible": bool(sides_ratio(label) < PLAUSIBLE),
+        "seconds": seconds,
+        "false": max((place.inliers for place, each in zip(places, right) if not each), default=0),
+    }
 
 
-def table(name, results):
-    """-> lines of the table: a row a photo, and the counts."""
-    lines = [f"{name}: photo            true  first  then  inliers/matches  rounds  moved  spread  p      IoU    label"]
-    for r in results:
-        best = r["best"]
-        told = (
-            f"{best.inliers:7d}/{best.matches:<7d} {best.rounds:6d} {best.moved:7.3f} {best.spread:7.2f}"
-            if best
-            else f"{'-':>7}/{'-':<7} {'-':>6} {'-':>7} {'-':>7}"
-        )
-        lines.append(
-            f"  {r['photo']:<22} {'yes' if r['true'] else 'no':<5} {'x' if r['before'] else '-':<6} "
-            f"{'x' if r['after'] else '-':<5} {told}  {r['probability']:.3f}  {r['iou']:.3f}  "
-            f"{'' if r['plausible'] else 'faulty'} (false: {r['false']})"
-        )
-    there = [r for r in results if r["true"]]
-    verified = [r for r in results if r["probability"] >= VERIFIED]
-    good = [r["iou"] for r in verified if r["plausible"] and r["true"]]
-    pairs = sum(r["pairs"] for r in results)
-    lines += [
-        f"  {len(there)} of {len(results)} photos have a true image; it is first for {sum(r['before'] for r in there)} "
-        f"before, {sum(r['after'] for r in there)} after",
-        f"  verified: {sum(r['true'] for r in verified)} of {len(there)} with a true image, "
-        f"{sum(not r['true'] for r in verified)} of {len(results) - len(there)} without",
-        f"  IoU of the verified ones with plausible labels: median {np.median(good) if good else np.nan:.3f}, "
-        f"least {min(good, default=np.nan):.3f} of {len(good)}",
-        f"  {sum(r['seconds'] for r in results) / max(pairs, 1):.2f} s a candidate, "
-        f"{np.mean([r['seconds'] for r in results]):.1f} s a photo",
+HEADER = "photo                 ranks     inliers/matches  rounds  moved  spread  p      IoU     km off  label"
+
+
+def line(r):
+    """A photo's row in the table."""
+    found = r["best"].registration
+    told = (
+        f"{found.inliers:7d}/{found.matches:<7d} {found.rounds:6d} {found.moved:7.3f} {found.spread:7.2f}"
+        if found
+        else f"{'-':>7}/{'-':<7} {'-':>6} {'-':>7} {'-':>7}"
+    )
+    before, after = (str(rank or "-") for rank in r["ranks"])
+    return (
+        f"{r['photo']:<20} {before:>4} {after:>4} {told}  {r['best'].probability:.3f}  {r['iou']:.3f} {r['off']:8.1f}  "
+        f"{'' if r['plausible'] else 'faulty'} (false: {r['false']})"
+    )
+
+
+def summary(results):
+    """-> lines: what all photos come to."""
+    there, verified = [r for r in results if r["ranks"][0]], [r for r in results if r["best"].verified]
+    first = [sum(r["ranks"][k] == 1 for r in results) for k in (0, 1)]
+    right = [r for r in verified if r["right"]]
+    good = [r for r in right if r["plausible"]]
+    lines = [
+        f"{len(there)} of {len(results)} photos have a true candidate; a right place is first for {first[0]} before, "
+        f"{first[1]} after",
+        f"verified: {len(right)} right ones, {len(verified) - len(right)} wrong ones",
     ]
-    return lines
+    if good:
+        ious, off = [r["iou"] for r in good], np.array([r["off"] for r in good])
+        share = off / [r["width"] for r in good]
+        lines.append(
+            f"right and verified, plausible labels ({len(good)}): IoU median {np.median(ious):.3f}, least "
+            f"{min(ious):.3f}; corners off by {np.median(off):.2f} km (90 %: {np.percentile(off, 90):.2f}), "
+            f"{np.median(share):.2%} of the photo's side (90 %: {np.percentile(share, 90):.2%})"
+        )
+    seconds = [r["seconds"] for r in results]
+    return [*lines, f"{np.mean(seconds):.1f} s a photo (median {np.median(seconds):.1f})"]
 
 
 def main(args):
-    queries, database = Catalogue.read(args.dataset_path, "queries"), read_database(args.dataset_path)
-    model = load_model(args.resume).eval()
-    described = [
-        Describer(model, model.config.image_size, rotations=turns)([each.root / path for path in each.paths])[0]
-        for each, turns in ((queries, (0,)), (database, ROTATIONS))
-    ]
-    near = geo.distance_km(queries.nadirs[:, None], database.centers[None]) <= FARTHEST_KM
-    found = candidates_of(described[0][0], described[1], near)
+    photos = Catalogue.read(args.dataset_path, "queries")
+    rows = np.flatnonzero(photos.areas >= args.min_km2)
+    rows = rows[np.linspace(0, len(rows) - 1, min(args.photos or len(rows), len(rows))).astype(int)]
+    places = {"index": args.index} if args.index else {"dataset_path": args.dataset_path}
     for name in args.register:
-        matcher = make_matcher(name, args.matcher_weights, args.device)
-        print("\n".join(table(name, measure(queries, database, found, matcher, name, args.top_k, args.rounds))))
+        locator = Locator.from_files(
+            args.resume,
+            **places,
+            register=name,
+            matcher_weights=args.matcher_weights,
+            ground=args.ground,
+            candidates=args.candidates,
+            descriptors=args.descriptors,
+            device=args.device,
+        )
+        near = [locator.places.near(tuple(nadir), locator.near_km) for nadir in photos.nadirs[rows].tolist()]
+        locator.places.prepare(np.unique(np.concatenate(near)))  # once, so it is no photo's time
+        results = []
+        print(f"{name}\n{HEADER}")
+        for row in rows:
+            began = time.perf_counter()
+            (found,) = locator([photos.root / photos.paths[row]], [tuple(photos.nadirs[row])], args.candidates)
+            seconds = time.perf_counter() - began
+            if found:
+                candidates = locator.places.footprints[[place.row for place in found]]
+                results.append(measure(photos.ids[row], photos.footprints[row], found, candidates, seconds))
+                print(line(results[-1]), flush=True)
+        print("\n".join(summary(results)), flush=True)
 
 
 def parse_arguments(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("dataset_path", help="folder with queries/ and database/")
-    parser.add_argument("--resume", default="weights/demo_world.safetensors", help="the model that finds candidates")
-    parser.add_argument("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
-    parser.add_argument("--matcher_weights", help="folder with the matcher's published files")
-    parser.add_argument("--top_k", type=positive, default=10, help="candidates a photo")
-    parser.add_argument("--rounds", type=int, default=4, help="of refinement, at most")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("dataset_path", help="folder with queries/, and database/ without --index")
+    add("--resume", default=str(EARTH_WEIGHTS), help="the model that finds candidates")
+    add("--index", help="file of retrieval/earth_index.py: its regions are the candidates; needs --ground")
+    add("--ground", help="Web Mercator raster to register on; default: the data set's images")
+    add("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
+    add("--matcher_weights", help="folder with the matcher's published files")
+    add("--candidates", type=positive, default=10, help="of a photo")
+    add("--photos", type=positive, help="so many of them, evenly from the list; default: all")
+    add("--min_km2", type=float, default=0, help="smallest photo that is looked for")
+    add("--descriptors", default="logs/descriptors", help="folder where the images' descriptors are kept")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

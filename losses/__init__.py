@@ -6,6 +6,29 @@ trains them, the checkpoint keeps them. `mined_shares`, with the same arguments,
 """
 
 from losses.contrastive import ContrastiveLoss
+from losses.library import (
+    ArcFaceLoss,
+    CircleLoss,
+    CosFaceLoss,
+    FastAPLoss,
+    LiftedStructureLoss,
+    NTXentLoss,
+    SphereFaceLoss,
+    SupConLoss,
+    TripletLoss,
+)
 from losses.multi_similarity import MultiSimilarityLoss
 
-LOSSES = {"multi_similarity": MultiSimilarityLoss, "contrastive": ContrastiveLoss}
+LOSSES = {
+    "multi_similarity": MultiSimilarityLoss,
+    "contrastive": ContrastiveLoss,
+    "triplet": TripletLoss,
+    "lifted_structure": LiftedStructureLoss,
+    "ntxent": NTXentLoss,
+    "supcon": SupConLoss,
+    "circle": CircleLoss,
+    "fastap": FastAPLoss,
+    "arcface": ArcFaceLoss,
+    "cosface": CosFaceLoss,
+    "sphereface": SphereFaceLoss,
+}

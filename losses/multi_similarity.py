@@ -5,13 +5,15 @@ share ground take no part); eq. 3 has a sign error, negatives use exp(+beta (S -
 (Wang et al. 2019, "Multi-Similarity Loss with General Pair Weighting", eq. 15).
 """
 
+from __future__ import annotations
+
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def pair_masks(labels, neutral=None):
+def pair_masks(labels: Tensor, neutral: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """labels (N,), neutral (N, N) bool or None -> positive, negative (N, N) bool masks.
 
     positive: same label, not oneself. negative: another label, and not neutral.
@@ -22,7 +24,7 @@ def pair_masks(labels, neutral=None):
     return positive, negative
 
 
-def mine(similarity, positive, negative, epsilon):
+def mine(similarity: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """similarity (N, N) and pair masks -> the masks of the pairs worth training on (Wang et al. 2019, eqs. 11 and 12).
 
     A negative is kept when it is more similar than the least similar positive less epsilon; a positive when it is less
@@ -33,7 +35,7 @@ def mine(similarity, positive, negative, epsilon):
     return positive & (similarity - epsilon < hardest_negative), negative & (similarity + epsilon > hardest_positive)
 
 
-def masked_log_sum(exponents, mask):
+def masked_log_sum(exponents: Tensor, mask: Tensor) -> Tensor:
     """(N, N) exponents -> (N,) log(1 + sum over the mask of exp), stable whatever the exponents."""
     exponents = exponents.masked_fill(~mask, -torch.inf)
     one = torch.zeros(len(exponents), 1, dtype=exponents.dtype, device=exponents.device)
@@ -56,12 +58,12 @@ class MultiSimilarityLoss(nn.Module):
         neutral_filter: Annotated[
             Literal["before", "after"], "neutral pairs leave before or after the mining"
         ] = "before",
-    ):
+    ) -> None:
         super().__init__()
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
         self.neutral_filter = neutral_filter
 
-    def forward(self, descriptors, labels, neutral=None):
+    def forward(self, descriptors: Tensor, labels: Tensor, neutral: Tensor | None = None) -> Tensor:
         """descriptors (N, D) float32 or wider, L2-normalised; labels (N,); neutral (N, N) bool -> scalar loss."""
         similarity = descriptors @ descriptors.T
         positive, negative = self.mined(similarity.detach(), labels, neutral)
@@ -69,14 +71,14 @@ class MultiSimilarityLoss(nn.Module):
         push = masked_log_sum(self.beta * (similarity - self.base), negative) / self.beta
         return (pull + push).mean()
 
-    def mined(self, similarity, labels, neutral=None):
+    def mined(self, similarity: Tensor, labels: Tensor, neutral: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """similarity (N, N), labels (N,), neutral (N, N) bool -> masks (N, N) of the positives and negatives in use."""
         first, last = (neutral, None) if self.neutral_filter == "before" else (None, neutral)
         positive, negative = mine(similarity, *pair_masks(labels, first), self.epsilon)
         return positive, negative if last is None else negative & ~last
 
     @torch.no_grad()
-    def mined_shares(self, descriptors, labels, neutral=None):
+    def mined_shares(self, descriptors: Tensor, labels: Tensor, neutral: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Same arguments -> (share of anchors with a mined pair, share of pairs that were mined), scalars in [0, 1]."""
         mined_positive, mined_negative = self.mined(descriptors @ descriptors.T, labels, neutral)
         positive, negative = pair_masks(labels, neutral)

@@ -186,7 +186,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self, name: str, cut_after: str | None = None, freeze_until: str = "none", frozen_batchnorm: str = "fixed"
-    ):
+    ) -> None:
         super().__init__()
         self.name, self.frozen_batchnorm = name, frozen_batchnorm
         self.stages, self.frozen = kept_and_frozen(name, cut_after, freeze_until)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field, replace
 
 from models.aggregators import AGGREGATORS
@@ -25,7 +26,7 @@ class ModelConfig:
     aggregator_settings: dict = field(default_factory=dict)  # what is not in it is filled in
     frozen_batchnorm: str = "fixed"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kept_and_frozen(self.backbone, self.cut_after, self.freeze_until or "none")
         for flag, choices in (("aggregator", AGGREGATORS), ("frozen_batchnorm", FROZEN_BATCHNORM)):
             if getattr(self, flag) not in choices:
@@ -58,14 +59,18 @@ class ModelConfig:
         return replace(self, cut_after=cut_after, freeze_until=freeze_until)
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser: ArgumentParser) -> None:
     """One flag for each field of ModelConfig and each setting of an aggregator, and --weights."""
     group = parser.add_argument_group("model (paper, sec. 5.1)")
     add = group.add_argument
     add("--backbone", default="resnet50", help="any of timm's ResNets, EfficientNets, ConvNeXts, ViTs … by name")
     add("--weights", default="imagenet", help="imagenet (the backbone's own), none (from scratch), or a state dict")
     add("--cut_after", help="last kept stage; default: the deepest of stride 16, as layer3 or blocks4; a ViT's last")
-    add("--freeze_until", help="last frozen stage, or none; default: the deepest of stride 8; none with --weights none")
+    add(
+        "--freeze_until",
+        help="last frozen stage, or none (blocks9 leaves a ViT-S or -B two blocks); default: the deepest "
+        "of stride 8, of a ViT all but four blocks; none with --weights none",
+    )
     add("--frozen_batchnorm", choices=FROZEN_BATCHNORM, default="fixed", help="adapt: as in the released code")
     add("--aggregator", choices=list(AGGREGATORS), default="mixvpr")
     add("--descriptor_dim", type=positive, default=4096)
@@ -73,7 +78,7 @@ def add_model_arguments(parser):
     add_settings(group, AGGREGATORS)
 
 
-def model_config(args):
+def model_config(args: Namespace) -> ModelConfig:
     """Parsed flags -> ModelConfig. Raises ValueError naming the flag that does not fit."""
     return ModelConfig(
         args.backbone,

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from models.aggregators import AGGREGATORS
 from models.backbone import Backbone, imagenet_state_dict
 from models.config import ModelConfig
+from models.hub import HubMixin
 from models.normalise import l2_normalise
 from models.weights import fit_backbone_, fit_model_, is_whole_model, read_model, read_state_dict
 
 
-class EarthLoc(nn.Module):
+class EarthLoc(nn.Module, HubMixin):
     """(B, 3, H, W) float RGB in [0, 1] -> (B, descriptor_dim) float32 descriptors of unit length.
 
     Builds the architecture with random weights and freezes what `config.freeze_until` says, as it should be for a
     state dict that is loaded next; `build_model` makes a model to train. `config` is kept with its defaults filled in.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config = config.with_defaults(pretrained=config.freeze_until is not None)
         self.backbone = Backbone(config.backbone, config.cut_after, config.freeze_until, config.frozen_batchnorm)
@@ -36,17 +37,19 @@ class EarthLoc(nn.Module):
         self.register_buffer("mean", torch.tensor(self.backbone.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).reshape(1, 3, 1, 1), persistent=False)
 
-    def aggregate(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float RGB in [0, 1] -> (B, F) float32 of unit length: what goes into `fc`."""
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) float RGB in [0, 1] -> what the aggregator takes: features (B, C, h, w), perhaps a token."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"images of shape {tuple(images.shape)} and type {images.dtype}: "
                 "expected (B, 3, H, W) floating point RGB in [0, 1]"
             )
         images = (images - self.mean) / self.std
-        if self._takes_token:
-            return self.aggregator(*self.backbone.features_and_token(images))
-        return self.aggregator(self.backbone(images))
+        return self.backbone.features_and_token(images) if self._takes_token else (self.backbone(images),)
+
+    def aggregate(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float RGB in [0, 1] -> (B, F) float32 of unit length: what goes into `fc`."""
+        return self.aggregator(*self.features(images))
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.aggregate(images)

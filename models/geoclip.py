@@ -34,7 +34,7 @@ class GeoClipConfig:
     gem_grid: int = 1
     sigmas: tuple[float, ...] = SIGMAS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
         if not self.sigmas or min(self.sigmas) <= 0 or not all(map(math.isfinite, self.sigmas)):
             raise ValueError(f"--sigmas {self.sigmas}: give one or more positive numbers")
@@ -68,7 +68,7 @@ class GeoCLIP(nn.Module):
     rest of the image encoder. `config` is kept with its defaults filled in.
     """
 
-    def __init__(self, config: GeoClipConfig = GeoClipConfig()):
+    def __init__(self, config: GeoClipConfig = GeoClipConfig()) -> None:
         super().__init__()
         self.config = config = config.with_defaults(pretrained=config.freeze_until is not None)
         if config.image_encoder == "clip":

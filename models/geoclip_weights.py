@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -74,7 +75,7 @@ def read_geoclip(path: str | Path) -> tuple[dict[str, Tensor], GeoClipConfig, Te
     return loaded["model"], config, loaded.get("gallery")
 
 
-def _read_folder(folder):
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], GeoClipConfig, Tensor | None]:
     if (folder / HUB_FILE).is_file():
         return read_geoclip(folder / HUB_FILE)
     missing = [name for name in PTH_FILES if not (folder / name).is_file()]
@@ -87,14 +88,14 @@ def _read_folder(folder):
     return {key: value.detach().float() for key, value in state.items()}, GeoClipConfig(), None
 
 
-def _load_safetensors(path):
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated, or no safetensors file ({error}); fetch it again") from error
 
 
-def _named(state, path):
+def _named(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A release of the location encoder alone has bare names."""
     if any(key.startswith("LocEnc") for key in state):
         return {f"location_encoder.{key}": value for key, value in state.items()}
@@ -103,7 +104,7 @@ def _named(state, path):
     return state
 
 
-def _sigmas_beside(path):
+def _sigmas_beside(path: Path) -> tuple[float, ...]:
     file = path.with_name("config.json")
     try:
         return tuple(json.loads(file.read_text())["sigma"]) if file.is_file() else SIGMAS
@@ -111,7 +112,7 @@ def _sigmas_beside(path):
         return SIGMAS  # the fixed frequencies are in the state dict: only the number of capsules counts
 
 
-def checkpoint_of(model: GeoCLIP, gallery, **more) -> dict:
+def checkpoint_of(model: GeoCLIP, gallery: np.ndarray | Tensor, **more: object) -> dict:
     """What train_geoclip.py saves: the state without the frozen CLIP, the config, training coordinates, and `more`."""
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     return {"model": model.own_state(), "geoclip_config": config, "gallery": torch.as_tensor(gallery), **more}

@@ -30,7 +30,7 @@ class ClipEncoder(nn.Module):
 
     fit = "crop"
 
-    def __init__(self, clip: str = CLIP):
+    def __init__(self, clip: str = CLIP) -> None:
         super().__init__()
         self.clip = load_clip(clip)
         self.clip.requires_grad_(False)
@@ -60,7 +60,7 @@ class BackboneEncoder(nn.Module):
 
     fit = "squash"
 
-    def __init__(self, name: str, cut_after: str, freeze_until: str, image_size: int, gem_grid: int = 1):
+    def __init__(self, name: str, cut_after: str, freeze_until: str, image_size: int, gem_grid: int = 1) -> None:
         super().__init__()
         self.image_size = image_size
         self.backbone = Backbone(name, cut_after, freeze_until)

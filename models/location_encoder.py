@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +17,7 @@ SCALE = 66.50336  # times 1/180: what the published weights were trained with
 
 
 @contextmanager
-def exact_float32(device_type: str):
+def exact_float32(device_type: str) -> Iterator[None]:
     """No autocast, no TF32 and no bfloat16 inside float32 products; the settings from before come back after it.
 
     A phase of the finest capsule goes up to some thousand radians: with the 11 bits of TF32 it is a random number.
@@ -51,7 +52,7 @@ def equal_earth(points: Tensor) -> Tensor:
 class FourierFeatures(nn.Module):
     """(N, 2) -> (N, 2 * count): cos and sin of 2π B v, rows of B drawn from N(0, sigma²) once and frozen (eq. 2)."""
 
-    def __init__(self, sigma: float, count: int = 256):
+    def __init__(self, sigma: float, count: int = 256) -> None:
         super().__init__()
         # A parameter without gradient rather than a buffer: so it is in the published state dict.
         self.b = nn.Parameter(torch.randn(count, 2) * sigma, requires_grad=False)
@@ -65,7 +66,7 @@ class FourierFeatures(nn.Module):
 class Capsule(nn.Module):
     """One scale of the location encoder: (N, 2) projected -> (N, 512)."""
 
-    def __init__(self, sigma: float):
+    def __init__(self, sigma: float) -> None:
         super().__init__()
         self.capsule = nn.Sequential(
             FourierFeatures(sigma),
@@ -89,7 +90,7 @@ class LocationEncoder(nn.Module):
     `LocEnc{i}.capsule.{1,3,5}.*`, `LocEnc{i}.head.0.*`. `sigmas`: one for each capsule, for fresh weights.
     """
 
-    def __init__(self, sigmas: tuple[float, ...] = SIGMAS):
+    def __init__(self, sigmas: tuple[float, ...] = SIGMAS) -> None:
         super().__init__()
         for i, sigma in enumerate(sigmas):
             self.add_module(f"LocEnc{i}", Capsule(sigma))

@@ -21,6 +21,7 @@ from utils.files import replacing
 CHECKPOINT_KEYS = ("model", "state_dict", "model_state_dict")
 COUNTER = "num_batches_tracked"
 LISTED = 20  # names listed of each kind of misfit
+HUB_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # what `save_pretrained` writes
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -33,8 +34,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig]:
-    """State dict and config of a whole model's file. The config is what `save_safetensors` stored, or what a checkpoint
-    has under "model_config"; of a foreign file it is inferred, see `infer_config`. Errors as `read_state_dict`."""
+    """State dict and config of a whole model's file. The config is what `save_safetensors` stored, what a checkpoint
+    has under "model_config", or config.json beside model.safetensors; of a foreign file it is inferred, see
+    `infer_config`. Errors as `read_state_dict`."""
     state, config = _read(Path(path))
     return state, config or infer_config(state)
 
@@ -54,8 +56,24 @@ def save_safetensors(model: nn.Module, path: str | Path, half: bool = True) -> N
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"{path}: not written, nan, inf or too large for float16: {', '.join(broken[:LISTED])}")
+    path = Path(path)
+    told = {"model_config": json.dumps(asdict(model.config)), "interface": json.dumps(interface(model))}
     with replacing(path) as file:
-        file.write(save(state, metadata={"model_config": json.dumps(asdict(model.config))}))
+        file.write(save(state, metadata=told))
+
+
+def interface(model: nn.Module) -> dict:
+    """What a user of a file has to know who has no code of ours: what goes in and what comes out."""
+    size, dim = model.config.image_size, model.config.descriptor_dim
+    return {
+        "input": f"float32 (batch, 3, {size}, {size}), RGB in [0, 1], squashed to a square",
+        "output": f"float32 (batch, {dim}), of unit length",
+        "image_size": size,
+        "descriptor_dim": dim,
+        "mean": [round(each, 6) for each in model.mean.flatten().tolist()],
+        "std": [round(each, 6) for each in model.std.flatten().tolist()],
+        "normalisation": "(images - mean) / std is done inside the model",
+    }
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -83,6 +101,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
             config = config and json.loads(config)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: model_config in its metadata is no JSON ({error})") from error
+        config = config or _config_beside(path)
     else:
         state = load_tensors(path)
         if isinstance(state, dict):
@@ -95,6 +114,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: bad model_config ({error})") from error
     return our_names(state, str(path)), config
+
+
+def _config_beside(path: Path) -> dict | None:
+    """config.json of a model.safetensors that lost its metadata; None where it is another library's."""
+    try:
+        config = json.loads(path.with_name(CONFIG_FILE).read_text()) if path.name == HUB_FILE else {}
+    except (FileNotFoundError, ValueError):
+        return None
+    return {key: each for key, each in config.items() if key != "interface"} if "backbone" in config else None
 
 
 def our_names(state: dict[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
@@ -161,6 +189,14 @@ def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
             )
         )
     _copy(backbone.model, state)
+
+
+def fit_(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """A state dict into any network, strictly. ValueError lists what does not fit; `source` is named there."""
+    misfits = _misfits(module.state_dict(), state)
+    if misfits:
+        raise ValueError("\n".join([f"{source} does not fit {type(module).__name__}:", *misfits]))
+    _copy(module, state)
 
 
 def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:

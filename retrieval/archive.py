@@ -38,7 +38,7 @@ class Archive:
     """An open folder of results; made by `Archive.open`, used in a `with`. `done` (N,): sorted digests of the photos
     that have places there."""
 
-    def __init__(self, folder: Path, settings: dict, columns: Mapping[str, type], progress: dict):
+    def __init__(self, folder: Path, settings: dict, columns: Mapping[str, type], progress: dict) -> None:
         self.folder, self.settings, self.columns = folder, settings, dict(columns)
         self.lock = self.lines = self.failures = None
         self.bytes, self.parts, self.parted = progress["bytes"], progress["parts"], progress["parted"]
@@ -53,11 +53,7 @@ class Archive:
         Raises ValueError where the folder holds results of other settings or other files, or another process writes
         there.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"--output {folder}: is a file or lies in one; give a folder") from None
+        folder = make_folder(folder)
         settings = json.loads(json.dumps(settings, default=str))
         lock = _lock(folder)
         try:
@@ -101,10 +97,10 @@ class Archive:
         csv.writer(self.failures).writerow(["image", "why"])
         self._commit(False)
 
-    def __enter__(self):
+    def __enter__(self) -> Archive:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.lines.close()
         self.failures.close()
         os.close(self.lock)
@@ -136,7 +132,7 @@ class Archive:
             pq.write_table(as_table(self.pending, self.columns), file, compression="zstd")
         self.parts, self.parted, self.pending = self.parts + 1, self.bytes, []
 
-    def _commit(self, finished):
+    def _commit(self, finished: bool):
         progress = {
             "settings": self.settings,
             "bytes": self.bytes,
@@ -157,6 +153,15 @@ class Archive:
             self.parts, self.parted, self.pending = parts, parted, kept
         write_predictions(self.folder, lambda: read_places(self.folder))
         self._commit(True)
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder of --output, made where it is not there. ValueError where it cannot be one."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be a folder ({error.strerror}); give another one") from None
+    return Path(folder)
 
 
 def read_progress(folder: str | Path) -> dict | None:
@@ -205,11 +210,11 @@ def digest(image: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(image), digest_size=8).digest(), "little")
 
 
-def _part_name(number):
+def _part_name(number: int):
     return f"part-{number:06d}.parquet"
 
 
-def _lock(folder):
+def _lock(folder: Path):
     """-> the open file that says that this process writes in the folder; the lock ends with the process."""
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from datasets import grid
 from datasets.images import read_image
-from datasets.names import DATABASE_YEAR
+from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.sets import read_database
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.predictions import distances_to_footprints
@@ -24,6 +25,10 @@ from retrieval.recall import first_of_each, take
 from retrieval.search import search
 from retrieval.store import Rows
 from utils import geo
+
+if TYPE_CHECKING:
+    from retrieval.earth_index import EarthIndex
+    from retrieval.ground import DatabaseGround
 
 FOUND = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, rows, rotations, each (Q, k)
 
@@ -35,7 +40,7 @@ class Places:
     turns: tuple[int, ...] = (0,)
     ground = None  # for registration: what there is around a place, see retrieval/ground.py
 
-    def __init__(self, source: str | Path, footprints: np.ndarray, names: Sequence[str], areas: np.ndarray):
+    def __init__(self, source: str | Path, footprints: np.ndarray, names: Sequence[str], areas: np.ndarray) -> None:
         self.source, self.footprints, self.names, self.areas = source, footprints, names, areas
         self.centers = geo.centers(footprints)
         self.vectors = geo.to_unit_vectors(self.centers)
@@ -79,7 +84,7 @@ class Dataset(Places):
     """The images of 2021 of a data set's folder, each in four rotations; described when they are first to be searched,
     and kept: `describe(rows)` -> Rows (4, N, D) that have values there, and failures [(row, what went wrong)]."""
 
-    def __init__(self, catalogue, describe: Callable[[np.ndarray], tuple[Rows, list]]):
+    def __init__(self, catalogue: Catalogue, describe: Callable[[np.ndarray], tuple[Rows, list]]) -> None:
         super().__init__(catalogue.root, catalogue.footprints, catalogue.paths, catalogue.areas)
         self.describe, self.descriptors = describe, None
         self.known = np.zeros(len(catalogue), dtype=bool)
@@ -93,12 +98,12 @@ class Dataset(Places):
         return cls(catalogue, lambda rows: describer.kept(folder, catalogue.root, catalogue.paths, "world", rows))
 
     @cached_property
-    def ground(self):
+    def ground(self) -> DatabaseGround:
         from retrieval.ground import DatabaseGround
 
         return DatabaseGround(self.source, self.names, self.footprints)
 
-    def prepare(self, rows):
+    def prepare(self, rows: np.ndarray) -> np.ndarray:
         new = rows[~self.known[rows]]
         if len(new):
             found, failures = self.describe(new)
@@ -110,10 +115,10 @@ class Dataset(Places):
                 logging.info(f"left out: {error}")
         return rows[~self.unreadable[rows]]
 
-    def search(self, photos, rows, k):
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> FOUND:
         return best_rotations(photos[0], self.descriptors, rows, k)
 
-    def picture(self, row, size):
+    def picture(self, row: int, size: int) -> torch.Tensor:
         return read_image(self.source / self.names[row], size)
 
 
@@ -123,24 +128,33 @@ class Index(Places):
 
     turns = ROTATIONS
 
-    def __init__(self, index, source: str | Path):
+    def __init__(self, index: EarthIndex, source: str | Path) -> None:
         names = [f"{zoom}_{row}_{col}" for zoom, row, col in index.regions.tolist()]
         super().__init__(source, index.footprints, names, grid.name_area(index.footprints))
         self.index = index
 
     @cached_property
-    def blue_marble(self):
+    def blue_marble(self) -> torch.Tensor:
         from datasets.build.demo import MOSAICS
 
         return read_image(MOSAICS[DATABASE_YEAR])
 
-    def search(self, photos, rows, k):
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> FOUND:
         return self.index.search(photos, rows, k)
 
-    def picture(self, row, size):
+    def picture(self, row: int, size: int) -> torch.Tensor:
         from datasets.build.demo_world import render_region
 
         return render_region(self.blue_marble, *self.index.regions[row].tolist(), size)
+
+
+def require_enough(places: Places, near: tuple[float, float] | None, near_km: float, top_k: int) -> None:
+    """Raises ValueError where fewer than top_k places can be found, before anything is described."""
+    count, where = len(places.near(near, near_km)), ""
+    if near is not None:
+        where = f" within {near_km:g} km of {near[0]:g}, {near[1]:g} (--near, --near_km)"
+    if count < top_k:
+        raise ValueError(f"--top_k {top_k}: the database has {count} images{where}")
 
 
 def best_rotations(photos: np.ndarray, images: np.ndarray | Rows, rows: np.ndarray, k: int) -> FOUND:

@@ -1,5 +1,7 @@
 """Image files -> descriptors: in memory, kept on disk, or a batch at a time."""
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -147,6 +149,13 @@ class Describer:
         with evaluating(self.model), torch.inference_mode(), autocast(self.device, self.precision):
             dim = self.model(black).shape[1]
         return store.descriptor_file(path, len(self.rotations), dim, store.image_fingerprints(root, paths))
+
+    def photos_file(
+        self, folder: str | Path, source: Sequence[str], shard: tuple[int, int], photos: Sequence[str | Path]
+    ) -> AbstractContextManager[DescriptorFile]:
+        """`file` of a run's photos, by what it reads and writes (source: paths) and its shard (i, n)."""
+        place = hashlib.sha256(os.fsencode("\0".join(map(os.path.abspath, source)))).hexdigest()[:8]
+        return self.file(folder, f"photos_{place}_{shard[0]}-of-{shard[1]}", Strings(map(os.path.abspath, photos)))
 
     def in_order(self, paths: Sequence, kept: DescriptorFile | None = None) -> Iterator[Batch]:
         """A batch at a time: yields rows (B,), descriptors (len(rotations), B, D) float32, and failures. Memory does

@@ -6,7 +6,9 @@ principal directions and kept as a byte a value, so 256 bytes a region; scores a
 python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER makes one of a data set's images of 2021.
 """
 
+import argparse
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -37,7 +39,16 @@ class EarthIndex:
     fingerprint: `weights_fingerprint` of the model that made it.
     """
 
-    def __init__(self, regions, codes, low, step, axes, mean, fingerprint):
+    def __init__(
+        self,
+        regions: np.ndarray,
+        codes: np.ndarray,
+        low: np.ndarray,
+        step: np.ndarray,
+        axes: np.ndarray,
+        mean: np.ndarray,
+        fingerprint: str,
+    ) -> None:
         self.regions, self.codes, self.low, self.step = regions, codes, low, step
         self.axes, self.mean, self.fingerprint = axes, mean, fingerprint
 
@@ -125,7 +136,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> EarthIndex:
     """-> the EarthIndex, written to args.index."""
     model, database = load_model(args.resume).eval(), read_database(args.dataset_path)
     regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
@@ -147,7 +158,7 @@ def main(args):
     return index
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("index", help="file to write, .safetensors")

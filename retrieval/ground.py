@@ -5,6 +5,7 @@ A ground is a function: ground(box, size) -> uint8 (3, size, size), north up, or
 at ±180 degrees, what lies there is taken from the other side. Unknown ground is black.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import torch
 
 from datasets.images import read_image
 from utils import geo
+
+Box = tuple[float, float, float, float]
+Ground = Callable[[Box, int], torch.Tensor | None]
 
 AROUND = 2 * geo.MERCATOR_HALF
 IMAGE_SIDE = 1024  # pixels of a database image that are kept, at most: the public ones have so many
@@ -32,14 +36,14 @@ class DatabaseGround:
     the others fill in what is left. An image that cannot be read is left out.
     """
 
-    def __init__(self, root: str | Path, paths, footprints: np.ndarray):
+    def __init__(self, root: str | Path, paths: Sequence, footprints: np.ndarray) -> None:
         self.root, self.paths = Path(root), paths
         corners = geo.to_mercator(geo.unwrap_footprints(footprints))
         self.boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)  # (N, 4)
         self.tree = shapely.STRtree(shapely.box(*self.boxes.T))
         self.read = lru_cache(IMAGES_KEPT)(self._read)
 
-    def __call__(self, box, size: int = 512) -> torch.Tensor | None:
+    def __call__(self, box: Box, size: int = 512) -> torch.Tensor | None:
         rows, shifts = self.meeting(box)
         if not len(rows):
             return None
@@ -51,7 +55,7 @@ class DatabaseGround:
                 paste(out, covered, pixels, boxes[chosen], box)
         return torch.from_numpy(out).permute(2, 0, 1).contiguous() if covered.any() else None
 
-    def meeting(self, box):
+    def meeting(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
         """-> rows (M,) of the images that share ground with the box, and by how many metres each is to be moved east:
         whole turns around the Earth."""
         found = [
@@ -63,20 +67,20 @@ class DatabaseGround:
         order = np.lexsort((shifts, rows))  # a tree's order is its own
         return rows[order], shifts[order]
 
-    def _read(self, row, side):
+    def _read(self, row: int, side: int):
         try:
             return read_image(self.root / self.paths[row], side).permute(1, 2, 0).numpy()
         except (ValueError, OSError):
             return None
 
 
-def wanted_side(box, own, size):
+def wanted_side(box: Box, own: Box, size: int) -> int:
     """Pixels a side that an image with the box `own` needs to fill a mosaic of size × size: a power of two."""
     pixels = size * (own[2] - own[0]) / (box[2] - box[0])
     return int(np.clip(2 ** np.ceil(np.log2(max(pixels, 1) / 1.2)), 32, IMAGE_SIDE))
 
 
-def cover(box, boxes, cells=COARSE):
+def cover(box: Box, boxes: np.ndarray, cells: int = COARSE) -> list[int]:
     """box (4,), boxes (N, 4) -> rows of the boxes that together cover what can be, the best first.
 
     Each time, the one that adds the largest share, times how well it fits: 1 for an image as wide as the box, less by
@@ -100,7 +104,7 @@ def cover(box, boxes, cells=COARSE):
     return chosen
 
 
-def paste(out, covered, pixels, own, box):
+def paste(out: np.ndarray, covered: np.ndarray, pixels: np.ndarray, own: Box, box: Box) -> None:
     """Draws an image (h, w, 3) with the box `own` into a mosaic (size, size, 3) of `box`, where nothing is yet."""
     size = len(out)
     scale = size / (box[2] - box[0])
@@ -128,12 +132,12 @@ class RasterGround:
     Raises ValueError or FileNotFoundError where the file is none.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         from datasets.build.earth import open_raster
 
         self.source, self.around = open_raster(path)
 
-    def __call__(self, box, size: int = 512) -> torch.Tensor | None:
+    def __call__(self, box: Box, size: int = 512) -> torch.Tensor | None:
         pixel, corner = self.source.transform.a, self.source.transform
         west, east = (box[0] - corner.c) / pixel, (box[2] - corner.c) / pixel
         north, south = (corner.f - box[3]) / pixel, (corner.f - box[1]) / pixel
@@ -154,7 +158,7 @@ class RasterGround:
         drawn = cv2.remap(pixels, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         return torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
 
-    def window(self, left, top, columns, rows, step):
+    def window(self, left: int, top: int, columns: int, rows: int, step: int) -> np.ndarray:
         """-> uint8 (rows, columns, 3), each pixel the mean of step × step of the file's from (left, top) on."""
         out = np.zeros((rows, columns, 3), dtype=np.uint8)
         upper, lower = max(0, -(top // step)), min(rows, (self.source.height - top) // step)
@@ -171,7 +175,7 @@ class RasterGround:
             done += count
         return out
 
-    def mean(self, window, shape):
+    def mean(self, window: tuple, shape: tuple[int, int]) -> np.ndarray:
         from rasterio.enums import Resampling
         from rasterio.windows import Window
 

@@ -6,7 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ from retrieval.database import Dataset, Index, Places, search_near
 from retrieval.describe import Describer
 from utils import geo
 from utils.precision import default_precision, require_device
+
+if TYPE_CHECKING:
+    from retrieval.matching import Matcher
+    from retrieval.store import DescriptorFile
 
 # A place's properties, and their types; more follow where a table of nadirs has further columns.
 COLUMNS = {
@@ -108,7 +114,7 @@ class Locator:
         self,
         model: torch.nn.Module,
         places: Places,
-        matcher=None,
+        matcher: Matcher | None = None,
         register: str = "none",
         near_km: float = 2500,
         candidates: int = 10,
@@ -116,7 +122,7 @@ class Locator:
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
-    ):
+    ) -> None:
         """matcher: what `make_matcher(register)` gives; candidates: so many of the best are registered."""
         self.model, self.places, self.matcher, self.register = model, places, matcher, register
         self.near_km, self.candidates = near_km, candidates
@@ -134,7 +140,7 @@ class Locator:
         weights: str | Path = EARTH_WEIGHTS,
         dataset_path: str | Path | None = None,
         index: str | Path | None = None,
-        register: str = "none",
+        register: str = "auto",
         matcher_weights: str | Path | None = None,
         ground: str | Path | None = None,
         descriptors: str | Path = "logs/descriptors",
@@ -146,8 +152,9 @@ class Locator:
     ) -> Locator:
         """weights: checkpoint or released weights. dataset_path: a data set's folder (its database/ is described when
         first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py; with neither, the one of
-        the whole Earth that ships with the weights. register: xfeat, aliked,
-        disk, sift or none, on the data set's images or on ground, a Web Mercator raster. settings: near_km, candidates.
+        the whole Earth that ships with the weights. register: xfeat, aliked, disk, sift or none, on the data set's
+        images or on ground, a Web Mercator raster; auto: `default_matcher` where there is one of these. settings:
+        near_km, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
@@ -155,7 +162,8 @@ class Locator:
             raise ValueError("--dataset_path and --index: give one of them, a folder with database/ or a file")
         if dataset_path is None and index is None:
             index = EARTH_INDEX
-        if register != "none" and dataset_path is None and ground is None:
+        on_ground = dataset_path is not None or ground is not None
+        if register not in ("auto", "none") and not on_ground:
             raise ValueError(
                 f"--register {register}: an index has no pictures; give --ground, a raster, or --dataset_path"
             )
@@ -164,11 +172,13 @@ class Locator:
         model = load_model(weights)
         fingerprint = weights_fingerprint(model)
         model = model.to(device).eval()
-        matcher = None
+        matcher, register = None, register if register != "auto" or on_ground else "none"
         if register != "none":
-            from retrieval.matching import make_matcher
+            from retrieval.matching import default_matcher, make_matcher
 
-            matcher = make_matcher(register, matcher_weights, device)
+            make = default_matcher if register == "auto" else partial(make_matcher, register)
+            matcher = make(matcher_weights, device)
+            register = matcher.name
         common = dict(batch_size=batch_size, num_workers=num_workers, device=device, precision=precision)
         if index is not None:
             from retrieval.earth_index import EarthIndex
@@ -207,7 +217,7 @@ class Locator:
         return [answer.places for answer in answers]
 
     def stream(
-        self, images: Sequence, nadir_of: Callable[[int], Nadir], top_k: int = 3, kept=None
+        self, images: Sequence, nadir_of: Callable[[int], Nadir], top_k: int = 3, kept: DescriptorFile | None = None
     ) -> Iterator[list[Answer]]:
         """images: paths, or uint8 tensors (3, H, W). nadir_of: number of an image -> its Nadir. kept: a file for the
         photos' descriptors (`Describer.file`). Yields the answers of a batch, or where photos are registered of one
@@ -228,7 +238,15 @@ class Locator:
             # Registration takes most of a second a photo: what is done is not held back.
             yield from ([list(answers)] if self.matcher is None else ([answer] for answer in answers))
 
-    def _answer(self, image, number, nadir, found, error, top_k):
+    def _answer(
+        self,
+        image: str | Path | torch.Tensor,
+        number: int,
+        nadir: Nadir,
+        found: tuple | None,
+        error: str | None,
+        top_k: int,
+    ):
         name = number if torch.is_tensor(image) else os.fspath(image)
         if error is not None:
             return Answer(name, [], nadir, error)
@@ -250,7 +268,7 @@ class Locator:
         places = [self._place(name, rank, candidates[k], registered[k], nadir) for rank, k in enumerate(order, 1)]
         return Answer(name, places, nadir)
 
-    def _register(self, image, candidates, nadir):
+    def _register(self, image: str | Path | torch.Tensor, candidates: list[tuple], nadir: Nadir):
         """-> for each candidate (score, row, rotation): (Registration, probability), or None."""
         from retrieval.confidence import probability
         from retrieval.registration import register
@@ -260,7 +278,7 @@ class Locator:
         found = register(photo, tried, self.places.ground, self.matcher, nadir=nadir.point)
         return [None if each is None else (each, float(probability(each))) for each in found]
 
-    def _place(self, name, rank, candidate, registered, nadir):
+    def _place(self, name: str | int, rank: int, candidate: tuple, registered: tuple | None, nadir: Nadir):
         score, row, rotation = candidate
         footprint, area = turn_footprint(self.places.footprints[row], rotation), int(self.places.areas[row])
         registration, inliers, probability, verified = None, 0, None if self.matcher is None else 0.0, False
@@ -314,7 +332,7 @@ def own_columns(columns: dict) -> dict:
     return {f"table_{name}" if name in COLUMNS else name: value for name, value in columns.items()}
 
 
-def as_pixels(image) -> torch.Tensor:
+def as_pixels(image: Image.Image | torch.Tensor | np.ndarray) -> torch.Tensor:
     """PIL image, or uint8 tensor or array (3, H, W) or (H, W, 3) -> uint8 tensor (3, H, W). ValueError at others."""
     if isinstance(image, Image.Image):
         image = np.array(image.convert("RGB"))

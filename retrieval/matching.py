@@ -10,6 +10,7 @@ No matcher knows a picture that is turned by much more than 30 degrees: turn it 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,11 @@ class Matcher:
 
     name: str
 
-    def features(self, image: torch.Tensor):
+    def features(self, image: torch.Tensor) -> object:
         """uint8 (3, H, W) -> the picture's features, to be kept and matched any number of times."""
         raise NotImplementedError
 
-    def match(self, a, b, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def match(self, a: object, b: object, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Features of two pictures -> positions (M, 2), (M, 2) float64: row k of both shows the same point.
 
         most: use the best so many points of each, where that saves time.
@@ -48,14 +49,14 @@ class Sift(Matcher):
 
     name = "sift"
 
-    def __init__(self, keypoints: int = 2 * KEYPOINTS, ratio: float = 0.85):
+    def __init__(self, keypoints: int = 2 * KEYPOINTS, ratio: float = 0.85) -> None:
         import cv2  # here, not above: only registration needs it
 
         # Hazy photos have little contrast: a third of OpenCV's threshold still gives thousands of points.
         self.sift = cv2.SIFT_create(nfeatures=keypoints, contrastThreshold=0.013, enable_precise_upscale=True)
         self.ratio = ratio
 
-    def features(self, image):
+    def features(self, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         points, descriptors = self.sift.detectAndCompute(grey(image), None)
         if descriptors is None or min(image.shape[1:]) < SIDE:
             return np.zeros((0, 2)), np.zeros((0, 128), dtype=np.float32)
@@ -63,7 +64,7 @@ class Sift(Matcher):
         # OpenCV counts from the centre of the first pixel.
         return np.array([point.pt for point in points], dtype=np.float64) + 0.5, descriptors
 
-    def match(self, a, b, most=None):
+    def match(self, a: object, b: object, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         (here, one), (there, other) = a, b
         if min(len(one), len(other)) < 2:
             return np.zeros((0, 2)), np.zeros((0, 2))
@@ -74,21 +75,21 @@ class Sift(Matcher):
 def mutual_matches(similarity: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Cosine similarity (N, M) of unit descriptors, N and M at least 2 -> rows and columns of the pairs that are each
     other's nearest, and nearer than `ratio` times the next, seen from both sides; the distance is Euclidean."""
-    columns, rows = similarity.argmax(axis=1), similarity.argmax(axis=0)
-    mutual = rows[columns] == np.arange(len(columns))
-    clear = passes_ratio(similarity, ratio) & passes_ratio(similarity.T, ratio)[columns]
-    kept = np.flatnonzero(mutual & clear)
-    return kept, columns[kept]
+    seen = torch.from_numpy(similarity)
+    (along, columns), (down, rows) = (torch.topk(seen, 2, dim=axis) for axis in (1, 0))
+    columns, rows = columns[:, 0], rows[0]
+    mutual = rows[columns] == torch.arange(len(columns))
+    kept = (mutual & is_clear(*along.T, ratio) & is_clear(*down, ratio)[columns]).nonzero()[:, 0]
+    return kept.numpy(), columns[kept].numpy()
 
 
-def passes_ratio(similarity, ratio):
-    """(N, M) -> (N,) bool: the nearest is nearer than `ratio` times the next."""
-    best = np.partition(similarity, -2, axis=1)[:, -2:]
-    squared = np.maximum(2 - 2 * best, 0)
-    return squared[:, 1] < ratio**2 * squared[:, 0]
+def is_clear(best: torch.Tensor, next_best: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Cosine similarities (N,), (N,) -> (N,) bool: the best one's distance is less than `ratio` times the next's."""
+    near, far = ((2 - 2 * each).clamp(min=0) for each in (best, next_best))
+    return near < ratio**2 * far
 
 
-def grey(image):
+def grey(image: torch.Tensor) -> np.ndarray:
     """uint8 (3, H, W) -> uint8 (H, W), the luma of ITU-R BT.601."""
     import cv2
 
@@ -102,12 +103,12 @@ class Learned(Matcher):
     pixels: from the centre of the first one.
     """
 
-    def __init__(self, name, extract, glue, device):
+    def __init__(self, name: str, extract: Callable, glue: torch.nn.Module, device: str | torch.device) -> None:
         self.name = name
         self.extract, self.glue, self.device = extract, glue.to(device).eval(), torch.device(device)
 
     @torch.inference_mode()
-    def features(self, image):
+    def features(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         size = torch.tensor([image.shape[2], image.shape[1]], dtype=torch.float32, device=self.device)
         if min(image.shape[1:]) < SIDE:
             return torch.zeros(0, 2, device=self.device), torch.zeros(0, self.glue.conf.input_dim).to(size), size
@@ -115,7 +116,7 @@ class Learned(Matcher):
         return points.float(), descriptors.float(), size
 
     @torch.inference_mode()
-    def match(self, a, b, most=None):
+    def match(self, a: object, b: object, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         a, b = ((points[:most], descriptors[:most], size) for points, descriptors, size in (a, b))
         if not (len(a[0]) and len(b[0])):
             return np.zeros((0, 2)), np.zeros((0, 2))
@@ -140,7 +141,7 @@ class Weights:
     glue: str
     package: str
 
-    def find(self, name, place=None):
+    def find(self, name: str, place: str | Path | None = None) -> list[dict] | None:
         """-> [network's state dict, LightGlue's], or None where there is no such package and no `place`."""
         if place is not None:
             folder = Path(place) if Path(place).is_dir() else Path(place).parent
@@ -166,7 +167,7 @@ WEIGHTS = {
 }
 
 
-def load_glue(kind, state, source="LightGlue's weights"):
+def load_glue(kind: str, state: dict, source: str = "LightGlue's weights") -> torch.nn.Module:
     """State dict of a published LightGlue file -> kornia's LightGlue for that kind of features."""
     from kornia.feature import LightGlue
 
@@ -184,7 +185,7 @@ def load_glue(kind, state, source="LightGlue's weights"):
     return glue
 
 
-def load(network, state, source):
+def load(network: torch.nn.Module, state: dict, source: str) -> None:
     """Into the network; what the state holds beyond its parameters is left out. ValueError where some are missing."""
     try:
         found = network.load_state_dict(state, strict=False)
@@ -195,7 +196,7 @@ def load(network, state, source):
         raise ValueError(f"{source}: lacks {len(missing)} of the network's tensors, such as {min(missing)}")
 
 
-def _xfeat(states, device):
+def _xfeat(states: list[dict] | None, device: str | torch.device):
     from kornia.feature import XFeat
 
     network = XFeat(top_k=KEYPOINTS) if states else XFeat.from_pretrained(top_k=KEYPOINTS)
@@ -203,7 +204,7 @@ def _xfeat(states, device):
         load(network.net, states[0], WEIGHTS["xfeat"].network)
     network = network.to(device).eval()
 
-    def extract(pictures):
+    def extract(pictures: torch.Tensor):
         # XFeat works at multiples of 32 pixels and scales its positions back from the corner of the first pixel, not
         # from the picture's: half a pixel of its own is half a pixel, scaled, of ours.
         found = network.detectAndCompute(pictures)[0]
@@ -213,7 +214,7 @@ def _xfeat(states, device):
     return extract
 
 
-def _aliked(states, device):
+def _aliked(states: list[dict] | None, device: str | torch.device):
     from kornia.feature import ALIKED
 
     settings = dict(model_name="aliked-n16", max_num_keypoints=KEYPOINTS, detection_threshold=-1)
@@ -222,14 +223,14 @@ def _aliked(states, device):
         load(network, states[0], WEIGHTS["aliked"].network)
     network = network.to(device).eval()
 
-    def extract(pictures):
+    def extract(pictures: torch.Tensor):
         found = network(pictures)[0]
         return found.keypoints, found.descriptors
 
     return extract
 
 
-def _disk(states, device):
+def _disk(states: list[dict] | None, device: str | torch.device):
     from kornia.feature import DISK
 
     network = DISK() if states else DISK.from_pretrained("depth")
@@ -237,7 +238,7 @@ def _disk(states, device):
         load(network, states[0].get("extractor", states[0]), WEIGHTS["disk"].network)
     network = network.to(device).eval()
 
-    def extract(pictures):
+    def extract(pictures: torch.Tensor):
         found = network(pictures, n=KEYPOINTS, pad_if_not_divisible=True)[0]
         order = found.detection_scores.argsort(descending=True, stable=True)
         return found.keypoints[order], found.descriptors[order]
@@ -245,16 +246,16 @@ def _disk(states, device):
     return extract
 
 
-def make_sift(weights=None, device="cpu"):
+def make_sift(weights: str | Path | None = None, device: str | torch.device = "cpu") -> Sift:
     if weights is not None:
         raise ValueError(f"--matcher_weights {weights}: sift has none; leave it out")
     return Sift()
 
 
-def learned(name, network):
+def learned(name: str, network: Callable) -> Callable:
     """-> a function that makes the matcher from `weights`, from its package's files, or from kornia's own download."""
 
-    def make(weights=None, device="cpu"):
+    def make(weights: str | Path | None = None, device: str | torch.device = "cpu"):
         from kornia.feature import LightGlue
 
         where = WEIGHTS[name]
@@ -291,3 +292,12 @@ def make_matcher(name: str, weights: str | Path | None = None, device: str | tor
     if name not in MATCHERS:
         raise ValueError(f"--register {name}: no such matcher; choose one of {', '.join(MATCHERS)}")
     return MATCHERS[name](weights, device)
+
+
+def default_matcher(weights: str | Path | None = None, device: str | torch.device = "cpu") -> Matcher:
+    """XFeat, or SIFT where XFeat's weights cannot be had: a line in the log says so. Arguments as of `make_matcher`."""
+    try:
+        return make_matcher("xfeat", weights, device)
+    except RuntimeError as error:
+        logging.warning(f"{error}; going on with sift")
+        return make_matcher("sift")

@@ -15,7 +15,12 @@ import numpy as np
 import shapely
 import torch
 
+from retrieval.ground import Box, Ground
+from retrieval.matching import Matcher
+from retrieval.pose import footprint_by_pose
 from utils import geo
+
+Point = tuple[float, float] | None  # lat, lon
 
 SIDE = 512  # pixels: the longer side of a photo as it is matched, and a candidate's
 MULTIPLE = 32  # of which the sides are multiples: the networks' stride
@@ -26,12 +31,13 @@ LARGEST_VIEW = 1536  # pixels of the square of ground from which a view is drawn
 MIN_INLIERS = 6  # a homography goes through any four points
 FEW = 20  # inliers: with fewer, other turns are tried
 # What is tried while no candidate has more: turns to add to the retrieved one, degrees, of so many candidates. Matchers
-# bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong.
-TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180, 135, -135), 3))
+# bear about 30 degrees, and a quarter is up to 45 off; the quarter itself may be wrong, most often where no candidate
+# looks much like the photo and the right one is not among the first.
+TURNS = (((0,), None), ((45, -45), 5), ((90, -90, 180), 10), ((135, -135), 5))
 START_POINTS = 1024  # of a picture in the first matching: half as many take LightGlue a quarter of the time
 CONTRAST = 2.0  # limit of the local equalisation: what is behind haze and thin clouds shows, and noise does not
-STILL = 0.01  # of the footprint's size: corners that move less have come to rest
-RESTLESS = 0.1  # of the footprint's size: what still moves so far after two rounds leads nowhere
+STILL = 0.01  # of the photo's size: ground that moves less has come to rest
+RESTLESS = 0.1  # of the photo's size: what still moves so far after two rounds leads nowhere
 THRESHOLD = 3.0  # pixels: farther from its place, a match is an outlier (EarthMatch: 3)
 
 MOST_TILES = 9  # times the candidate's area: larger is absurd (EarthMatch)
@@ -47,13 +53,15 @@ class Registration:
     """Where a photo lies, and on what that rests.
 
     footprint (4, 2): lat, lon of the photo's bottom-left, top-left, top-right, bottom-right corners, as a viewer shows
-    it; longitudes in [-180, 180). rotation: compass azimuth of the photo's up at its centre, degrees in [0, 360).
-    inliers of `matches` matches agree with it, in the last of so many rounds of refinement. spread: share of the photo
-    that the inliers' hull covers. moved: the last round's largest shift of a corner, as a share of the footprint's
-    size; inf without a round. stretch: of one side of a pixel's ground against the other; slant: of the finest scale in
-    the photo to the coarsest; both at least 1. matcher: its name. homography (3, 3): the photo's pixels, from its upper
-    left corner, to metres of Web Mercator (x may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in its pixels
-    and ground_points (inliers, 2) lat, lon: ground control points, and the ends of match lines.
+    it; longitudes in [-180, 180). By the camera's pose where the nadir is known, else by the homography. rotation:
+    compass azimuth of the photo's up at its centre, degrees in [0, 360). inliers of `matches` matches agree with it, in
+    the last of so many rounds of refinement. spread: share of the photo that the inliers' hull covers. moved: the last
+    round's largest shift of the ground under an inlier, as a share of the photo's size; inf without a round. stretch:
+    of one side of a pixel's ground against the other; slant: of the finest scale in the photo to the coarsest; both at
+    least 1.
+    matcher: its name. homography (3, 3): the photo's pixels, from its upper left corner, to metres of Web Mercator (x
+    may lie beyond ±180 degrees). photo_points (inliers, 2) x, y in its pixels and ground_points (inliers, 2) lat, lon:
+    ground control points, and the ends of match lines.
     """
 
     footprint: np.ndarray
@@ -69,6 +77,7 @@ class Registration:
     homography: np.ndarray
     photo_points: np.ndarray
     ground_points: np.ndarray
+    photo_size: tuple[int, int] = (1, 1)  # width, height: of what photo_points are pixels
 
 
 @dataclass(frozen=True)
@@ -81,21 +90,21 @@ class Fit:
     matches: int
 
     @property
-    def inliers(self):
+    def inliers(self) -> int:
         return len(self.here)
 
 
 class Photo:
     """A photo at the size at which it is matched; its features are computed once for each turn that is asked for."""
 
-    def __init__(self, pixels, matcher):
+    def __init__(self, pixels: torch.Tensor, matcher: Matcher) -> None:
         height, width = pixels.shape[1:]
         scale = SIDE / max(height, width)
         self.size = tuple(max(MULTIPLE, round(each * scale / MULTIPLE) * MULTIPLE) for each in (width, height))
         self.scale = np.diag([self.size[0] / width, self.size[1] / height, 1.0])  # the file's pixels -> these
         self.pixels, self.matcher, self.kept = equalise(squash(pixels, self.size)), matcher, {}
 
-    def features(self, rotation):
+    def features(self, rotation: float) -> tuple[object, np.ndarray]:
         """Turned clockwise by so many degrees: north is up where the photo's up has that azimuth. -> the features, and
         (3, 3) the turned photo's pixels to the upright one's."""
         rotation = rotation % 360
@@ -105,7 +114,7 @@ class Photo:
         return self.kept[rotation]
 
 
-def turn(pixels, degrees):
+def turn(pixels: torch.Tensor, degrees: float) -> tuple[torch.Tensor, np.ndarray]:
     """uint8 (3, H, W) turned clockwise, on black, as large as it needs -> uint8 (3, h, w), and (3, 3) its pixels to
     those of the given. Quarters are exact."""
     height, width = pixels.shape[1:]
@@ -121,11 +130,11 @@ def turn(pixels, degrees):
 def register(
     photo: torch.Tensor,
     candidates: list[tuple[np.ndarray, float]],
-    ground,
-    matcher,
+    ground: Ground,
+    matcher: Matcher,
     rounds: int = 4,
     nadir: tuple[float, float] | None = None,
-    turns=TURNS,
+    turns: tuple = TURNS,
     confirm: bool = True,
 ) -> list[Registration | None]:
     """photo: uint8 (3, H, W), as a viewer shows it. candidates: (footprint (4, 2) of a database image, rotation in
@@ -160,18 +169,20 @@ def register(
             fit, done, moved = refine(shown, starts[k], ground, rounds, area, nadir)
             if fit is None and confirm:
                 continue
-            same = as_registration(shown, fit or starts[k], done, moved)
+            same = as_registration(shown, fit or starts[k], done, moved, nadir)
             found.append((fit or starts[k], same))
         results[k] = same
     return results
 
 
-def better(a, b):
+def better(a: Fit | None, b: Fit | None) -> Fit | None:
     """Of two fits, either may be None: the one with more inliers, the first of equal ones."""
     return max((each for each in (a, b) if each is not None), key=lambda fit: fit.inliers, default=None)
 
 
-def start(shown, footprint, rotation, ground, nadir, pictures):
+def start(
+    shown: Photo, footprint: np.ndarray, rotation: float, ground: Ground, nadir: Point, pictures: dict
+) -> Fit | None:
     """The photo, turned by `rotation`, against the candidate's own image -> Fit or None. pictures: what is kept of the
     candidates."""
     corners = geo.to_mercator(geo.unwrap_footprints(footprint))
@@ -189,7 +200,9 @@ def start(shown, footprint, rotation, ground, nadir, pictures):
     return fit
 
 
-def refine(shown, fit, ground, rounds, area, nadir):
+def refine(
+    shown: Photo, fit: Fit, ground: Ground, rounds: int, area: float, nadir: Point
+) -> tuple[Fit | None, int, float]:
     """-> the Fit after so many rounds or once it rests, the number of rounds, the last shift; (None, …) where the
     ground drawn anew does not confirm it."""
     moved, done = np.inf, 0
@@ -204,7 +217,7 @@ def refine(shown, fit, ground, rounds, area, nadir):
         new = fit_homography(here, there, to_ground)
         if new is None or not is_plausible(new, shown.size, area, nadir):
             return None, done, np.inf
-        moved = shift(fit, new, shown.size)
+        moved = shift(fit, new) / np.sqrt(np.prod(shown.size))
         # A view that is worse than the last one is no reason to give that up.
         fit = new if new.inliers >= 0.8 * fit.inliers or done == 1 else fit
         if done > 1 and (moved < STILL or fit is not new):
@@ -212,7 +225,7 @@ def refine(shown, fit, ground, rounds, area, nadir):
     return (fit, done, moved) if done < 2 or moved < RESTLESS else (None, done, np.inf)
 
 
-def as_registration(shown, fit, rounds, moved):
+def as_registration(shown: Photo, fit: Fit, rounds: int, moved: float, nadir: Point) -> Registration:
     homography = fit.homography @ shown.scale
     homography = homography / homography[2, 2]
     width, height = shown.size
@@ -222,6 +235,8 @@ def as_registration(shown, fit, rounds, moved):
     ground = geo.from_mercator(fit.there)
     for points in (corners, ground):
         points[:, 1] = geo.wrap_longitude(points[:, 1])
+    if nadir is not None:
+        corners = by_pose(fit, corners, ground, shown.size, nadir)
     return Registration(
         footprint=corners,
         inliers=fit.inliers,
@@ -233,16 +248,31 @@ def as_registration(shown, fit, rounds, moved):
         stretch=stretch(homography, np.array(shown.size) / 2 / to_photo),
         slant=slant(fit.homography, corners_of(shown.size)),
         matcher=shown.matcher.name,
+        photo_size=tuple((np.array(shown.size) / to_photo).round().astype(int).tolist()),
         homography=homography,
         photo_points=fit.here / to_photo,
         ground_points=ground,
     )
 
 
+def by_pose(
+    fit: Fit, corners: np.ndarray, ground: np.ndarray, size: tuple[int, int], nadir: tuple[float, float]
+) -> np.ndarray:
+    """The footprint of the camera above the nadir (see retrieval/pose.py), where it fits the inliers about as well as
+    the homography does, which has more freedom; else `corners`, the homography's."""
+    found = footprint_by_pose(fit.here, ground, size, nadir, corners)
+    if found is None:
+        return corners
+    footprint, off = found
+    back = project(np.linalg.inv(fit.homography), fit.there)
+    own = np.median(np.linalg.norm(back - fit.here, axis=1))
+    return footprint if np.median(off) < 1.3 * own + 0.3 else corners
+
+
 # ---- pictures ----
 
 
-def squash(pixels, size):
+def squash(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 (3, H, W) -> uint8 (3, height, width) for size (width, height), antialiased."""
     if pixels.shape[1:] == (size[1], size[0]):
         return pixels
@@ -250,28 +280,28 @@ def squash(pixels, size):
     return planes[0]
 
 
-def equalise(pixels):
+def equalise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (3, H, W) -> the same with its lightness equalised locally (CLAHE, 8 × 8 cells)."""
     lab = cv2.cvtColor(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), cv2.COLOR_RGB2LAB)
     lab[..., 0] = cv2.createCLAHE(CONTRAST, (8, 8)).apply(np.ascontiguousarray(lab[..., 0]))
     return torch.from_numpy(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)).permute(2, 0, 1).contiguous()
 
 
-def square(corners):
+def square(corners: np.ndarray) -> Box:
     """(N, 2) metres -> the smallest square box around them: (west, south, east, north)."""
     low, high = corners.min(axis=0), corners.max(axis=0)
     middle, half = (low + high) / 2, (high - low).max() / 2
     return (*(middle - half), *(middle + half))
 
 
-def pixels_to_metres(box, size):
+def pixels_to_metres(box: Box, size: int) -> np.ndarray:
     """(3, 3): pixels of the north-up picture (size × size) of a box -> metres."""
     west, _, east, north = box
     pixel = (east - west) / size
     return np.array([[pixel, 0, west], [0, -pixel, north], [0, 0, 1.0]])
 
 
-def draw(homography, size, ground):
+def draw(homography: np.ndarray, size: tuple[int, int], ground: Ground) -> tuple[torch.Tensor, np.ndarray] | None:
     """The ground as a photo with this homography shows it, with a margin around -> uint8 (3, h, w), and (3, 3) its
     pixels to metres; None where nothing is known of it."""
     for margin in (MARGIN, 0.0):  # beyond the photo there may be the horizon
@@ -293,7 +323,7 @@ def draw(homography, size, ground):
     return warp(picture, back, (width, height)), to_ground
 
 
-def warp(pixels, back, size):
+def warp(pixels: torch.Tensor, back: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     """uint8 (3, H, W) -> uint8 (3, height, width) for size (width, height); back (3, 3): its pixels to the given's."""
     # OpenCV counts from the centre of the first pixel.
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
@@ -306,7 +336,7 @@ def warp(pixels, back, size):
 # ---- homographies ----
 
 
-def fit_homography(here, there, to_ground):
+def fit_homography(here: np.ndarray, there: np.ndarray, to_ground: np.ndarray) -> Fit | None:
     """Matches (M, 2) in the photo and (M, 2) in a picture of the ground, whose pixels lie at to_ground -> Fit or None.
 
     MAGSAC++ (Barath et al. 2020); OpenCV's random numbers always start from the same seed.
@@ -323,53 +353,53 @@ def fit_homography(here, there, to_ground):
     return Fit(to_ground @ found, here[close], project(to_ground, there[close]), len(here))
 
 
-def depth(homography, points):
+def depth(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(3, 3), (N, 2) -> (N,) the third homogeneous coordinate: its sign changes at the horizon."""
     return np.asarray(points) @ homography[2, :2] + homography[2, 2]
 
 
-def project(homography, points):
+def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(3, 3), (N, 2) -> (N, 2) float64."""
     points = np.asarray(points, dtype=np.float64)
     return (points @ homography[:2, :2].T + homography[:2, 2]) / depth(homography, points)[:, None]
 
 
-def corners_of(size):
+def corners_of(size: tuple[int, int]) -> np.ndarray:
     """(width, height) -> (4, 2) x, y of the bottom-left, top-left, top-right and bottom-right corners."""
     width, height = size
     return np.array([[0, height], [0, 0], [width, 0], [width, height]], dtype=np.float64)
 
 
-def quadrilateral(corners):
+def quadrilateral(corners: np.ndarray) -> shapely.Polygon:
     return shapely.Polygon(corners)
 
 
-def is_in_front(homography, corners):
+def is_in_front(homography: np.ndarray, corners: np.ndarray) -> bool:
     """No horizon between the corners: all lie on one side of it."""
     depths = depth(homography, corners)
     return (depths > 0).all() or (depths < 0).all()
 
 
-def jacobian(homography, point):
+def jacobian(homography: np.ndarray, point: np.ndarray) -> np.ndarray:
     """(3, 3), (2,) -> (2, 2): ground per pixel there."""
     x, y = project(homography, [point])[0]
     bottom = homography[2]
     return (homography[:2, :2] - np.outer([x, y], bottom[:2])) / (bottom[:2] @ point + bottom[2])
 
 
-def slant(homography, corners):
+def slant(homography: np.ndarray, corners: np.ndarray) -> float:
     """How many times coarser one corner of the photo is than another: lengths, not areas."""
     scales = [np.sqrt(abs(np.linalg.det(jacobian(homography, corner)))) for corner in corners]
     return float(max(scales) / max(min(scales), 1e-300))
 
 
-def stretch(homography, point):
+def stretch(homography: np.ndarray, point: np.ndarray) -> float:
     """How many times longer a pixel's ground is than wide there, in the directions that differ most."""
     long, short = np.linalg.svd(jacobian(homography, point), compute_uv=False)
     return float(long / max(short, 1e-300))
 
 
-def is_plausible(fit, size, area, nadir):
+def is_plausible(fit: Fit, size: tuple[int, int], area: float, nadir: Point) -> bool:
     """Whether a camera could have seen it so: not folded, not mirrored, convex, of sensible size, sides and slant.
 
     area: m² of the candidate. nadir: lat, lon or None.
@@ -390,14 +420,14 @@ def is_plausible(fit, size, area, nadir):
     return nadir is None or is_visible(geo.from_mercator(outline), nadir)
 
 
-def is_visible(footprint, nadir, altitude_km=415.0):
+def is_visible(footprint: np.ndarray, nadir: tuple[float, float], altitude_km: float = 415.0) -> bool:
     """Whether a camera above the nadir (lat, lon) could have taken a photo with this footprint (4, 2), degrees."""
     if geo.distance_km(footprint, nadir).max() > FARTHEST_KM:
         return False
     return skew(footprint, nadir, altitude_km) <= MOST_SKEW
 
 
-def skew(footprint, nadir, altitude_km=415.0):
+def skew(footprint: np.ndarray, nadir: tuple[float, float], altitude_km: float = 415.0) -> float:
     """How far the rays from the camera to the corners are from those of a rectangle about the optical axis: 0 for one.
 
     Rays to the corners of a centred rectangle have the same length at the picture's plane, so as unit vectors, too,
@@ -408,13 +438,15 @@ def skew(footprint, nadir, altitude_km=415.0):
     return float(np.linalg.norm(a + c - b - d) / max(np.linalg.norm(a - c), np.linalg.norm(b - d), 1e-12))
 
 
-def shift(old, new, size):
-    """Two Fits -> the largest shift of a corner, as a share of the old footprint's size."""
-    before, after = (project(fit.homography, corners_of(size)) for fit in (old, new))
-    return float(np.linalg.norm(after - before, axis=1).max() / np.sqrt(quadrilateral(before).area))
+def shift(old: Fit, new: Fit) -> float:
+    """Two Fits -> the largest shift of the ground under the new one's inliers, in the photo's pixels. The corners would
+    be no measure: far from the inliers they swing by themselves."""
+    area = np.linalg.det(jacobian(new.homography, new.here.mean(axis=0)))
+    before, after = (project(fit.homography, new.here) for fit in (old, new))
+    return np.linalg.norm(after - before, axis=1).max() / np.sqrt(abs(area))
 
 
-def same_place(sure, other, size, iou=0.6):
+def same_place(sure: Fit, other: Fit, size: tuple[int, int], iou: float = 0.6) -> bool:
     """Whether two Fits show much the same ground, the first with enough inliers to be trusted."""
     if sure.inliers < 2 * FEW:
         return False
@@ -428,13 +460,13 @@ def same_place(sure, other, size, iou=0.6):
     return shared >= iou * (a.area + b.area - shared)
 
 
-def azimuth(below, middle):
+def azimuth(below: np.ndarray, middle: np.ndarray) -> float:
     """Compass direction from one point (lat, lon) to another nearby, degrees in [0, 360)."""
     north = middle[0] - below[0]
     east = geo.wrap_longitude(middle[1] - below[1]) * np.cos(np.radians(middle[0]))
     return float(np.degrees(np.arctan2(east, north)) % 360)
 
 
-def spread(points, size):
+def spread(points: np.ndarray, size: tuple[int, int]) -> float:
     """Points (M, 2) in a picture (width, height) -> the share of it that their convex hull covers."""
     return float(shapely.MultiPoint(points).convex_hull.area / (size[0] * size[1]))

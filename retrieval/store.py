@@ -152,7 +152,7 @@ def descriptor_file(path: str | Path, layers: int, dim: int, images: np.ndarray)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder, or none") from None
+        raise ValueError(f"--descriptors {path.parent}: is a file or lies in one; give a folder") from None
     with _locked(path.with_suffix(".marks")) as marks:
         known, room = _reserve(marks, images[:, 0], layers)
         _grow(path, 2 * dim * max(1, room))
@@ -187,8 +187,7 @@ def _locked(path: Path, wait: bool = True):
             except sqlite3.DatabaseError as error:
                 if error.sqlite_errorcode not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                     raise ValueError(
-                        f"{path}: cannot be locked ({error}); give --descriptors a folder on another disk, or none to "
-                        "keep no file"
+                        f"{path}: cannot be locked ({error}); give --descriptors a folder on another disk"
                     ) from error
                 logging.info(f"{path}: truncated, broken or of an earlier version, all is described anew")
                 path.unlink()
@@ -242,8 +241,7 @@ def _grow(path: Path, size: int):
             file.truncate(before)
             raise ValueError(
                 f"{path.parent}: no room ({error.strerror}) for {(size - before) / 1e9:.2f} GB of descriptors; give "
-                "--descriptors another folder, none to keep no file, or --forget_descriptors to remove those of other "
-                "models"
+                "--descriptors a folder on another disk, or --forget_descriptors to remove those of other models"
             ) from error
 
 

@@ -101,9 +101,10 @@ def test_an_aggregator_that_names_the_token_gets_it(monkeypatch):
 @pytest.mark.parametrize(
     "name, size", [("convnext_atto", 64), ("vit_tiny_patch16_224", 48), ("efficientnet_lite0", 64)]
 )
-@pytest.mark.parametrize("aggregator", ["mixvpr", "gem"])
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
 def test_any_backbone_goes_with_any_aggregator(name, size, aggregator):
-    model = EarthLoc(ModelConfig(name, aggregator=aggregator, descriptor_dim=8, image_size=size))
+    small = {"salad": {"salad_clusters": 5}, "netvlad": {"vlad_clusters": 4}, "boq": {"boq_channels": 16}}
+    model = EarthLoc(ModelConfig(name, None, None, aggregator, 8, size, small.get(aggregator, {})))
     descriptors = model(torch.rand(2, 3, size, size))
     assert descriptors.shape == (2, 8)
     (descriptors * torch.randn(8)).sum().backward()

@@ -1,10 +1,15 @@
 """The page's server: what it does with photos, and what it does not let others do."""
 
+import asyncio
+import errno
 import io
 import json
 import re
+import signal
+import tempfile
 import threading
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +22,11 @@ from rasterio.warp import transform
 
 import app
 from datasets import images
+from datasets.sets import read_database
+from models.config import ModelConfig
+from models.earthloc import build_model
 from utils import geo
+from utils.checkpoint import save_checkpoint
 from web import server
 from web.desk import Desk, Found
 
@@ -371,7 +380,10 @@ def test_a_finer_map_is_shown_where_there_is_one(fake, tmp_path):
         east, west = (
             np.asarray(Image.open(io.BytesIO(client.get(f"/tiles/8/{x}/100.jpg").content))) for x in (130, 20)
         )
-        assert client.get("/api/about").json()["max_zoom"] == 10 and client.get("/tiles/11/0/0.jpg").status_code == 404
+        client.get("/tiles/4/8/6.jpg")
+        assert len(asked) == 2  # that one would read a sixteenth of the raster
+        assert client.get("/api/about").json()["max_zoom"] == 10
+        assert client.get("/tiles/11/0/0.jpg").status_code == 404
     assert (east == 77).all() and west.std() > 0
     (left, right), (top, bottom) = ([n / 256 * 360 - 180 for n in (130, 131)], (100, 101))
     x, _ = transform("EPSG:4326", "EPSG:3857", [left, right], [0, 0])
@@ -381,7 +393,7 @@ def test_a_finer_map_is_shown_where_there_is_one(fake, tmp_path):
 
 
 def test_it_listens_to_this_machine_unless_told_who_may_ask():
-    assert app.parse_arguments(["--resume", "x"]).host == "127.0.0.1"
+    assert app.parse_arguments([]).host == "127.0.0.1"
     for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
         assert app.is_loopback(host)
         assert app.allowed_hosts(host, 8000, []) == {"127.0.0.1:8000", "localhost:8000", "[::1]:8000"}
@@ -390,3 +402,101 @@ def test_it_listens_to_this_machine_unless_told_who_may_ask():
             app.allowed_hosts(host, 8000, [])
     assert "Lab.local:80".lower() in app.allowed_hosts("0.0.0.0", 80, ["Lab.local"])
     assert "lab.local" in app.allowed_hosts("0.0.0.0", 80, ["Lab.local"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_is_told_and_leaves_no_photo(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    there = []
+
+    def serve(*_, **__):
+        there.extend(tmp_path.glob("earthloc_*"))
+        (there[0] / "photo").write_bytes(b"x")
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("uvicorn.run", serve)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit, match=f"stopped by {number.name}"):
+            app.main(app.parse_arguments(["--device", "cpu"]))
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert len(there) == 1 and not there[0].exists()
+
+
+def test_a_full_disk_is_told_and_nothing_is_kept(client, desk, monkeypatch):
+    async def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(desk.folder))
+
+    monkeypatch.setattr(server, "receive", full)
+    response = upload(client)
+    assert response.status_code == 507 and "No space left" in response.json()["detail"]
+    assert str(desk.folder) not in response.text and list(desk.folder.iterdir()) == []
+
+
+def test_a_photo_that_is_removed_while_it_is_exported_is_gone(client, desk, monkeypatch):
+    photo = located(client, desk)
+
+    def removed(out, kinds, *_):
+        desk.remove(photo["id"])
+        return [out / "photo.kmz"], []
+
+    monkeypatch.setattr("web.desk.export_photo", removed)
+    response = client.get(f"/api/photos/{photo['id']}/export/zip")
+    assert response.status_code == 404 and response.json()["detail"] == "no such photo"
+
+
+def test_a_browser_that_goes_away_leaves_no_part_of_a_photo(client, desk):
+    """The upload's task is cancelled, as the server does; what it awaits then is given up at once."""
+    scope = dict(type="http", method="POST", path="/api/photos", raw_path=b"/api/photos", query_string=b"name=a.jpg")
+    scope |= dict(headers=[(b"host", HOST.encode())], http_version="1.1", scheme="http", server=("127.0.0.1", 8000))
+    seen = []
+
+    async def go():
+        started = asyncio.Event()
+
+        async def receive():
+            if not started.is_set():
+                started.set()
+                return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+            await asyncio.sleep(60)
+
+        async def send(message):
+            seen.append(message)
+
+        task = asyncio.ensure_future(client.app(dict(scope), receive, send))
+        await started.wait()
+        while not on_disk(desk):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go())
+    assert list(desk.folder.iterdir()) == [] and not seen
+
+
+def test_the_real_locator_answers_the_page(world, tmp_path, monkeypatch):
+    """A database image comes back at its own place, with its picture."""
+    torch.manual_seed(0)
+    config = ModelConfig("resnet18", cut_after="layer1", aggregator="gem", descriptor_dim=32, image_size=32)
+    model = build_model(config, "none")
+    save_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
+    monkeypatch.chdir(tmp_path)
+    settings = dict(dataset_path=str(world.path), near_km=500, descriptors="kept", device="cpu", register="none")
+    desk = Desk(tmp_path / "desk", lambda: app.load(str(tmp_path / "best.pt"), 2, None, 1, **settings), max_photos=3)
+    database = read_database(world.path)
+    row = len(database) // 2
+    content, (lat, lon) = (world.path / database.paths[row]).read_bytes(), database.centers[row].tolist()
+    with TestClient(server.make_app(desk, {HOST}, LIMIT), f"http://{HOST}") as client:
+        photo = located(client, desk, content=content, lat=lat, lon=lon)
+        assert client.get("/api/about").json()["text"] == f"{len(database)} places, not registered"
+        assert photo["state"] == "done" and len(photo["places"]) == 2
+        first = photo["places"][0]
+        assert first["database_image"] == database.paths[row] and first["picture"]
+        assert first["footprint"] == first["picture_footprint"] == database.footprints[row].tolist()
+        assert not first["verified"] and first["probability"] is None
+        far = located(client, desk, content=content, lat=-45, lon=170)
+        assert far["state"] == "failed" and "500 km" in far["error"] and str(desk.folder) not in far["error"]
+        assert client.get(f"/api/photos/{photo['id']}/export/zip").status_code == 200

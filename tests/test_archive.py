@@ -137,7 +137,7 @@ def test_other_settings_files_and_processes_are_refused(tmp_path):
         Archive.open(tmp_path / "b", SETTINGS, COLUMNS)
     assert (tmp_path / "b" / "predictions.jsonl").read_text() == "mine\n"
     (tmp_path / "c").write_text("")
-    with pytest.raises(ValueError, match="--output .*c: is a file"):
+    with pytest.raises(ValueError, match="--output .*c: cannot be a folder"):
         Archive.open(tmp_path / "c", SETTINGS, COLUMNS)
     (tmp_path / "a" / "progress.json").write_text("{")
     with pytest.raises(ValueError, match="progress.json: damaged"):

@@ -30,6 +30,9 @@ CUTS = {
     "convnext_atto": ("stem", *(f"stages{i}" for i in range(4))),
     "vit_tiny_patch16_224": ("stem", *(f"blocks{i}" for i in range(12))),
     "vit_small_patch14_dinov2": ("stem", *(f"blocks{i}" for i in range(12))),
+    "vit_small_patch16_dinov3": ("stem", *(f"blocks{i}" for i in range(12))),
+    "convnext_tiny": ("stem", *(f"stages{i}" for i in range(4))),
+    "efficientnet_b0": ("stem", *(f"blocks{i}" for i in range(7))),
 }
 
 
@@ -83,6 +86,11 @@ def test_features_have_the_shape_that_timm_lists(name):
         ("convnext_atto", "stages2", "stages1", 16, 160),
         ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384),
         ("vit_small_patch32_224", "blocks11", "blocks7", 32, 384),
+        ("vit_base_patch14_dinov2", "blocks11", "blocks7", 14, 768),
+        ("vit_large_patch14_dinov2", "blocks23", "blocks19", 14, 1024),
+        ("vit_small_patch16_dinov3", "blocks11", "blocks7", 16, 384),
+        ("convnext_tiny", "stages2", "stages1", 16, 384),
+        ("efficientnet_b0", "blocks4", "blocks2", 16, 112),
     ],
 )
 def test_default_cut_is_at_stride_16_and_what_is_before_stride_16_is_frozen(name, cut, freeze, stride, channels):
@@ -150,6 +158,7 @@ def test_features_are_those_of_torchvisions_own_forward():
         ("efficientnet_lite0", "blocks2", "blocks1", ("conv_stem", "bn1", "blocks.0", "blocks.1")),
         ("convnext_atto", "stages1", "stages0", ("stem", "stages.0")),
         ("vit_tiny_patch16_224", "blocks1", "blocks0", ("patch_embed", "cls_token", "pos_embed", "blocks.0")),
+        ("vit_tiny_patch16_dinov3_qkvb", "blocks1", "blocks0", ("patch_embed", "cls_token", "reg_token", "blocks.0")),
     ],
 )
 @pytest.mark.parametrize("frozen_batchnorm", ["fixed", "adapt"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.batches import BatchLoader, random_clusters, schedule, spread
+from datasets.batches import BatchLoader, free_shared_memory, pool_note, random_clusters, schedule, spread
 from datasets.images import read_image
 from datasets.regions import RegionDataset, Regions
 from datasets.training import serve_period
@@ -103,6 +103,51 @@ def test_the_pool_is_pinned_for_a_gpu_and_unpinned_at_the_end(world, monkeypatch
     answer = 2
     with pytest.raises(RuntimeError, match=r"page-locked \(CUDA error 2\).*--num_workers"):
         BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2]]))
+
+
+PAPER = 32, (4, 512, 512, 3)  # a batch: 32 × 4 × 512 × 512 × 3 = 100,663,296 bytes
+
+
+def test_the_pools_size_is_told():
+    assert pool_note(*PAPER, 4, None) == "Batches: 10 of 100.7 MB each, 1007 MB of shared memory"
+    assert pool_note(*PAPER, 0, 0) == "Batches: 2 of 100.7 MB each, 201 MB of memory"  # the main process needs none
+
+
+def test_too_little_shared_memory_is_an_error_that_says_what_fits():
+    with pytest.raises(
+        ValueError, match=r"needs?.* 1007 MB of shared memory, /dev/shm has 64 MB .*--shm-size 3g"
+    ) as no:
+        pool_note(*PAPER, 4, 64_000_000)
+    assert "--num_workers 0 (the main process decodes" in str(no.value) and "--source_size (now 512)" in str(no.value)
+    told = set()
+    for free in range(350_000_000, 1_100_000_000, 10_000_000):
+        try:
+            pool_note(*PAPER, 4, free)
+            assert free > 10 * 100_663_296
+        except ValueError as error:
+            fitting = int(str(error).split("or --num_workers ")[1].split()[0].rstrip(","))
+            told.add(fitting)
+            taken = [(2 * workers + 2) * 100_663_296 for workers in (fitting, fitting + 1)]
+            assert (not fitting or taken[0] < free) and taken[1] + 1_000_000 > free
+    assert told == {0, 1, 2, 3}
+
+
+def test_the_room_is_looked_at_before_the_pool_is_taken(world, monkeypatch):
+    regions, _ = Regions.read(world.path)
+    monkeypatch.setattr("datasets.batches.free_shared_memory", lambda: 20_000)
+    loader = BatchLoader(RegionDataset(regions, 16), 1)
+    with pytest.raises(ValueError, match="--shm-size"):
+        loader.serve(np.array([[1, 2]]))
+    assert loader.pool is None
+    assert len(list(BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2]])))) == 1
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    alone = free_shared_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert alone is None or free_shared_memory() == pytest.approx(alone / 4, rel=0.1)
+    monkeypatch.setattr("datasets.batches.SHARED_MEMORY", "/no/such/place")
+    assert free_shared_memory() is None
 
 
 def test_each_batch_is_of_one_cluster_without_repeats():

@@ -40,7 +40,7 @@ def mosaics(tmp_path_factory):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, mosaics):
     folder = tmp_path_factory.mktemp("worlds") / "one"
-    demo.build_demo(folder, **SMALL, **mosaics)
+    demo.main(folder, **SMALL, **mosaics)
     return folder
 
 
@@ -81,21 +81,21 @@ def test_intersections_file_lists_every_query(world):
 
 def test_second_run_makes_nothing_and_deleted_files_come_back_the_same(world, mosaics):
     before = checksums(world)
-    assert demo.build_demo(world, **SMALL, **mosaics) == 0
+    assert ": 0 images made now" in demo.main(world, **SMALL, **mosaics)
     for path in [*list(world.glob("database/2019_*/*/*.jpg"))[:3], *world.glob("queries/*DEMO00-E-00001*")]:
         path.unlink()
-    assert demo.build_demo(world, **SMALL, **mosaics) >= 4
+    assert ": 4 images made now" in demo.main(world, **SMALL, **mosaics)
     assert checksums(world) == before
 
 
 def test_images_do_not_depend_on_the_number_of_workers(world, mosaics, tmp_path):
-    demo.build_demo(tmp_path / "two", **{**SMALL, "num_workers": 2}, **mosaics)
+    demo.main(tmp_path / "two", **{**SMALL, "num_workers": 2}, **mosaics)
     assert checksums(tmp_path / "two") == checksums(world)
 
 
 def test_other_parameters_in_the_same_folder_are_refused(world, mosaics):
     with pytest.raises(ValueError, match="seed: 0 there, 1 now.*another folder"):
-        demo.build_demo(world, seed=1, **SMALL, **mosaics)
+        demo.main(world, seed=1, **SMALL, **mosaics)
 
 
 def test_region_pixel_equals_the_mosaics_value_at_its_place():
@@ -168,7 +168,7 @@ def test_antimeridian_queries_cross_it_and_sea_queries_see_no_region():
 def test_mosaic_of_another_shape_is_refused(tmp_path, mosaics, size, mode, message):
     Image.new(mode, size).save(tmp_path / "wrong.png")
     with pytest.raises(ValueError, match=f"wrong.png.*{message}"):
-        demo.build_demo(tmp_path / "world", **SMALL, **{**mosaics, "query_mosaic": tmp_path / "wrong.png"})
+        demo.main(tmp_path / "world", **SMALL, **{**mosaics, "query_mosaic": tmp_path / "wrong.png"})
     assert not (tmp_path / "world").exists()
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from datasets import grid
 from datasets.build import __main__ as build
-from datasets.build import area, check
-from datasets.build.check_names import check_queries, corner_orientations, crossing, parse_names
-from datasets.names import ImageName
-from datasets.overlap import INTERSECTIONS_FILE, load_intersections, save_intersections
+from datasets.build import check
+from datasets.build.check_names import check_queries, corner_orientations, parse_names
+from datasets.names import YEARS, ImageName
+from datasets.overlap import INTERSECTIONS_FILE, load_intersections, save_intersections, self_crossing
 
 NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
 
@@ -79,10 +79,10 @@ def test_broken_images(own_world):
     names = [path.relative_to(own_world.path).as_posix() for path in victims]
     items = {
         text: [item for what, each in problems.items() if text in what for item in each]
-        for text in ("cannot be read", "not 64 × 64", "one colour", "very bytes")
+        for text in ("cannot be read", "not square", "one colour", "very bytes")
     }
     assert [item.split(": ")[0] for item in items["cannot be read"]] == sorted(names[:2])
-    assert list(items["not 64 × 64"]) == [names[2] + ": 32 × 64"]
+    assert list(items["not square"]) == [names[2] + ": 32 × 64, not 64 × 64 and square"]
     assert items["one colour"] == sorted(names[2:4]) and len(items["very bytes"]) == 1 and len(problems) == 4
     assert names[4] in items["very bytes"][0]
     assert found(own_world.path, names_only=True) == {}
@@ -133,7 +133,21 @@ def test_what_a_conversion_ruined_is_found(own_world):
 
 
 def test_another_size_than_wanted(world):
-    assert len(only(found(world.path, size=128), "not 128 × 128")) == 96
+    items = only(found(world.path, size=128), "the size asked for")
+    assert len(items) == 96 and all(item.endswith("64 × 64, not 128 × 128 and square") for item in items)
+
+
+def test_each_zoom_may_have_a_size_of_its_own(own_world):
+    for zoom, size, colours in (10, 32, 60), (11, 16, 90):
+        for k, year in enumerate(YEARS):
+            path = own_world.path / grid.image_path(zoom, 400, 400, year)
+            path.parent.mkdir(parents=True)
+            pixels = np.random.default_rng([zoom, k]).integers(0, colours, (size, size, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    assert found(own_world.path) == {}
+    Image.new("RGB", (64, 64)).save(path)  # black, and of another zoom's size
+    wrong = found(own_world.path)["database images that do not have the size of most of their zoom, or are not square"]
+    assert wrong == [f"{path.relative_to(own_world.path)}: 64 × 64, not 16 × 16 and square"]
 
 
 def test_a_missing_year(own_world):
@@ -225,7 +239,8 @@ def test_positives(own_world):
     items = {finding.what.split(" (")[0]: finding.items for finding in report["findings"] if finding.items}
     assert f"{names[1]}: database/x.jpg" in items["positives that are not in the database"]
     assert all(gone in item or "x.jpg" in item for item in items["positives that are not in the database"])
-    assert len(items["positives that are no"]) == 1 and "1.5" in items["positives that are no"][0]
+    assert len(items["positives that have no IoU from 0 to 1"]) == 1
+    assert "1.5" in items["positives that have no IoU from 0 to 1"][0]
     assert items["queries that the intersections file does not list"] == [names[2]]
     assert items["listed queries that are not there"] == ["@old@.jpg"]
     assert names[3] in items["queries without a positive"]
@@ -257,7 +272,7 @@ def test_crossing_knows_every_order_of_the_corners():
     corners = np.array([(0, 179), (1, 179.2), (1.1, -179), (0.1, -179.1)])
     for order in permutations(range(4)):
         cross = (order[0] - order[2]) % 4 != 2  # the first and the third are to be opposite
-        assert crossing(corners[None, list(order)])[0] == cross
+        assert self_crossing(corners[None, list(order)])[0] == cross
 
 
 def test_orientation_of_the_corners_of_a_camera():
@@ -296,8 +311,8 @@ def test_folders_and_files_that_are_no_data_set(tmp_path):
 
 def test_many_names_are_checked_by_columns(tmp_path):
     """1 % of the full catalogue of 720,000 names: a few calls a name, where parsing one by one takes 33."""
-    regions, calls = area.all_regions([9])[:1800], 0
-    paths = [path for region in regions.tolist() for path in area.image_paths(tuple(region), (2018, 2019, 2020, 2021))]
+    regions, calls = grid.all_regions([9])[:1800], 0
+    paths = [path for region in regions.tolist() for path in grid.image_paths(tuple(region), (2018, 2019, 2020, 2021))]
     (tmp_path / "names.txt").write_text("\n".join(paths))
 
     def profile(_, event, __):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -425,3 +426,38 @@ def test_torchrun_with_four_processes_is_stopped_and_resumed(world, tmp_path):
     assert rest.returncode == 0, output
     whole, parts = (load_checkpoint(newest(tmp_path / name) / "last.pt") for name in ("whole", "parts"))
     assert differences(whole, parts) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("torchrun", path=str(Path(sys.executable).parent)), reason="no torchrun here")
+def test_two_machines_train_as_one_with_as_many_processes(world, tmp_path):
+    """docs/training.md's two commands on loopback, each machine with a folder of its own: no disk is shared."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2"]
+
+    def go(folder, *more):
+        folder.mkdir()
+        return subprocess.Popen(
+            [*torchrun, *more, str(ROOT / "train.py"), *words(world)],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def finish_all(processes):
+        outputs = [process.communicate()[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+        return outputs
+
+    finish_all([go(tmp_path / "one", "--standalone")])
+    with socket.socket() as looked_for:
+        looked_for.bind(("127.0.0.1", 0))
+        port = str(looked_for.getsockname()[1])
+    meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    outputs = finish_all([go(tmp_path / str(node), *meeting, "--node_rank", str(node)) for node in (0, 1)])
+    assert "Done: 10 iterations" in outputs[0] and "Done" not in outputs[1]
+    one, two = (load_checkpoint(newest(tmp_path / name) / "last.pt") for name in ("one", "0"))
+    assert differences(one, two) == []
+    assert not list(newest(tmp_path / "1").rglob("*.pt")) and (newest(tmp_path / "1") / "rank1" / "debug.log").exists()

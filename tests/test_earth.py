@@ -8,9 +8,10 @@ from rasterio.transform import from_origin
 
 from datasets import grid
 from datasets.build import __main__ as build
-from datasets.build.earth import MERCATOR_HALF, MONTHS, month_ratios, open_raster, sample_ratio, windows
+from datasets.build.earth import MONTHS, month_ratios, open_raster, sample_ratio, windows
 from datasets.images import read_image
 from datasets.names import YEARS
+from utils.geo import MERCATOR_HALF
 
 AROUND = 2048  # pixels around the Earth: 64 for a region at zoom 7
 
@@ -67,10 +68,10 @@ def test_a_ratio_is_read_at_the_pixels_of_a_region(sources):
 
 def test_what_cannot_be_built_is_named(sources, capsys):
     folder, _ = sources
-    source, around = open_raster(folder / "august.tif")
-    assert around == AROUND and windows(source, around, [(7, 44, 64)]).tolist() == [[1024, 704, 64]]
+    raster = open_raster(folder / "august.tif")
+    assert raster.around == AROUND and windows(raster, [(7, 44, 64)]).tolist() == [[1024, 704, 64]]
     with pytest.raises(ValueError, match="zooms up to 8 can be built"):
-        windows(source, around, [(9, 200, 200)])
-    assert command(folder, "--image_size", "8") == 2 and "--image_size 8" in capsys.readouterr().err
+        windows(raster, [(9, 200, 200)])
+    assert command(folder, "--image_size", "8") == 2 and "--image_size: 8" in capsys.readouterr().err
     (folder / "august.tif").write_bytes(b"no raster")
     assert command(folder, "--zooms", "7") == 2 and "cannot be read as a raster" in capsys.readouterr().err

@@ -14,11 +14,12 @@ from datasets.build import __main__ as build
 from datasets.build import earth_photos
 from datasets.build.camera import Camera, footprint, ground_points
 from datasets.build.demo_world import query_name
-from datasets.build.earth import MERCATOR_HALF, month_ratios, open_raster
+from datasets.build.earth import month_ratios, open_raster
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from experiments import earth_photos as experiment
 from utils import geo
+from utils.geo import MERCATOR_HALF
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names" / "queries.txt"
 AROUND = 4096  # pixels around the Earth, 9.8 km each at the equator
@@ -89,8 +90,8 @@ def seen_at(camera, lat, lon):
 @pytest.mark.parametrize("size", [256, 255, 24])  # from half the pixels, from all, from more
 @pytest.mark.parametrize("camera", CAMERAS)
 def test_what_lies_at_a_known_place_is_seen_where_the_camera_says(folder, camera, size):
-    source, around = open_raster(folder / "dots.tif")
-    ground, _ = earth_photos.render_ground(source, around, None, camera, size)
+    raster = open_raster(folder / "dots.tif")
+    ground, _ = earth_photos.render_ground(raster, None, camera, size)
     light = ground[0].double().numpy()
     rows, cols = np.mgrid[:size, :size]
     seen = 0
@@ -108,22 +109,22 @@ def test_what_lies_at_a_known_place_is_seen_where_the_camera_says(folder, camera
 
 
 def test_places_between_the_nodes_are_those_of_the_camera(folder):
-    source, around = open_raster(folder / "dots.tif")
+    raster = open_raster(folder / "dots.tif")
     nodes = np.meshgrid(earth_photos._nodes(), earth_photos._nodes())
     centers = np.meshgrid((np.arange(40) + 0.5) / 40, (np.arange(30) + 0.5) / 30)
     for camera in CAMERAS:
-        found = earth_photos.raster_places(ground_points(camera, *nodes), source, around)
-        for place, exact in zip(found, earth_photos.raster_places(ground_points(camera, *centers), source, around)):
+        found = earth_photos.raster_places(ground_points(camera, *nodes), raster)
+        for place, exact in zip(found, earth_photos.raster_places(ground_points(camera, *centers), raster)):
             turned = earth_photos.spread(place, 30, 40).numpy() - exact
             assert np.abs((turned + AROUND / 2) % AROUND - AROUND / 2).max() < 1e-3
 
 
 def test_a_photo_has_the_colours_of_its_month(folder):
-    source, around = open_raster(folder / "grey.tif")
+    raster = open_raster(folder / "grey.tif")
     ratio = dict(month_ratios(folder / "months", [8, 11]))
     assert list(ratio) == [11]
     for month, level in ((11, 100), (8, 200)):  # (42 + 8) / (92 + 8): half
-        photo = earth_photos.render_photo(source, around, ratio.get(month), CAMERAS[0], None, 64, "clear")
+        photo = earth_photos.render_photo(raster, ratio.get(month), CAMERAS[0], None, 64, "clear")
         assert photo.shape == (3, 64, 64) and (photo.int() - level).abs().max() <= 1
 
 
@@ -180,18 +181,18 @@ def test_quantiles_are_those_of_the_real_names():
     np.testing.assert_allclose(earth_photos.DISTANCES_KM[:-1], distances[:-1], atol=1)  # the last nadirs are wrong
 
 
-def plan(count, source, around):
+def plan(count, raster):
     return [
         earth_photos.plan_photo(
-            0, index, lambda camera: earth_photos.covers(camera, source, around), earth_photos.SETS, (11,), AREAS
+            0, index, lambda camera: earth_photos.covers(camera, raster), earth_photos.SETS, (11,), AREAS
         )
         for index in range(count)
     ]
 
 
 def test_planned_photos_lie_in_their_sets_and_on_the_raster(folder):
-    source, around = open_raster(folder / "grey.tif")
-    queries = plan(20, source, around)
+    raster = open_raster(folder / "grey.tif")
+    queries = plan(20, raster)
     assert {query.group for query in queries} == set(earth_photos.SETS)
     for query in queries:
         _, center, radius = earth_photos.SETS[query.group]
@@ -202,12 +203,12 @@ def test_planned_photos_lie_in_their_sets_and_on_the_raster(folder):
         np.testing.assert_allclose(u, [0, 0, 1, 1], atol=1e-4)  # bottom-left, top-left, top-right, bottom-right
         np.testing.assert_allclose(v, [1, 0, 0, 1], atol=1e-4)
     beyond = Camera((51.0, 0.0), 410, tilt=70, azimuth=0, roll=0, focal_mm=200)
-    assert not earth_photos.covers(beyond, source, around)
+    assert not earth_photos.covers(beyond, raster)
 
 
 def build_some(folder, output, raster="dots.tif", **more):
-    options = {"count": 6, "size": 64, "areas": AREAS, "num_workers": 0, **more}
-    return earth_photos.build_photos(output, folder / raster, folder / "months", **options)
+    options = {"photos": 6, "image_size": 64, "areas": AREAS, "num_workers": 0, **more}
+    return earth_photos.main(output, raster=folder / raster, months=folder / "months", **options)
 
 
 def contents(output):
@@ -215,7 +216,7 @@ def contents(output):
 
 
 def test_a_stopped_build_goes_on_to_the_same_files(folder, tmp_path, monkeypatch):
-    assert build_some(folder, tmp_path / "whole") == 6
+    assert ": 6 photos made now" in build_some(folder, tmp_path / "whole")
     photograph, made = earth_photos.photograph, []
 
     def stopped(*arguments):
@@ -229,9 +230,9 @@ def test_a_stopped_build_goes_on_to_the_same_files(folder, tmp_path, monkeypatch
         build_some(folder, tmp_path / "stopped")
     monkeypatch.setattr(earth_photos, "photograph", photograph)
     torch.manual_seed(5), np.random.seed(5)
-    assert build_some(folder, tmp_path / "stopped") == 3
+    assert ": 3 photos made now" in build_some(folder, tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole") and len(contents(tmp_path / "whole")) == 6
-    assert build_some(folder, tmp_path / "stopped") == 0
+    assert ": 0 photos made now" in build_some(folder, tmp_path / "stopped")
     with pytest.raises(ValueError, match="other parameters.*seed"):
         build_some(folder, tmp_path / "stopped", seed=1)
 
@@ -253,10 +254,10 @@ def test_what_cannot_be_built_is_named(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="--areas 5001 99994.*147,650"):  # (32 × 9.784)² × 36 / 23.9 km²
         build_some(folder, tmp_path, areas=None)
     with pytest.raises(FileNotFoundError, match="01.jpg"):
-        earth_photos.build_photos(tmp_path, folder / "grey.tif", tmp_path, 1, areas=AREAS)
+        earth_photos.main(tmp_path, raster=folder / "grey.tif", months=tmp_path, photos=1, areas=AREAS)
     where = ["--raster", str(folder / "grey.tif"), "--months", str(folder / "months")]
     assert build.main(["earth_photos", str(tmp_path), *where, "--photos", "0"]) == 2
-    assert "--photos 0" in capsys.readouterr().err
+    assert "--photos: 0" in capsys.readouterr().err
 
 
 def test_the_experiment_compares_what_was_planned_with_the_names(tmp_path, capsys):

@@ -123,7 +123,7 @@ def test_config_with_its_defaults_filled_in_builds_the_same_model():
         ({"frozen_batchnorm": "off"}, ["--frozen_batchnorm off", "fixed, adapt"]),
         ({"cut_after": "layer9"}, ["--cut_after layer9"]),
         ({"freeze_until": "layer4"}, ["--freeze_until layer4", "--cut_after layer3"]),
-        ({"aggregator": "salad"}, ["--aggregator salad", "mixvpr, gem"]),
+        ({"aggregator": "no_such"}, ["--aggregator no_such", "mixvpr, gem"]),
         ({"descriptor_dim": 0}, ["--descriptor_dim 0"]),
         ({"descriptor_dim": 30}, ["--descriptor_dim 30", "--out_rows 4", "--mix_channels"]),
         ({"image_size": -1}, ["--image_size -1"]),

@@ -1,13 +1,14 @@
 """The experiments' scripts on the tiny world."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import train
-from experiments import curve, export, plain_recall, real_photos, table3
+from experiments import curve, demo, export, plain_recall, real_photos, table3
 from models.earthloc import load_model
 
 TINY = [
@@ -36,6 +37,29 @@ TINY = [
     "--num_clusters",
     "3",
 ]
+
+
+def test_the_demo_ends_with_a_photo_on_a_map(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.args").write_text(" ".join([*TINY, "--log_dir", "demo"]))
+    monkeypatch.setattr(demo, "PRESET", tmp_path / "tiny.args")
+    monkeypatch.setattr("sys.argv", ["demo.py", "--dataset_path", str(world.path)])
+    demo.main()
+    lines = capsys.readouterr().out.splitlines()
+    (photo,) = (Path(line.split("? ")[1]) for line in lines if line.startswith("Where was this photo taken?"))
+    assert photo.is_file() and photo.parent == world.path / "queries"
+    (folder,) = (tmp_path / "logs" / "demo").iterdir()
+    (told,) = (line for line in lines if line.startswith("Map: "))
+    assert f"logs/demo/{folder.name}/located_map.jpg " in told and (folder / "located_map.jpg").is_file()
+    features = json.loads((tmp_path / told.split()[-1]).read_text())["features"]
+    (place,) = (line for line in lines if line.startswith("At "))
+    first = features[0]["properties"]
+    assert first["image"] == str(photo) and place.startswith(f"At {first['latitude']:.1f} {first['longitude']:.1f}, ")
+
+
+def test_the_surest_photo_is_the_one_with_the_highest_first_score(tmp_path):
+    (tmp_path / "table.csv").write_text("query,rank,score\na,1,0.5\nb,1,0.75\nb,2,0.7\nc,2,0.9\nd,1,0.625\n")
+    assert demo.surest(tmp_path / "table.csv") == "b"
 
 
 def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_path, monkeypatch, capsys):
@@ -147,3 +171,28 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     assert len(near.split()) == len(world_wide.split()) == (photos.areas >= 2000).sum()
     assert all(1 <= int(rank) <= 24 for rank in near.split())
     assert all(int(a) <= int(b) for a, b in zip(near.split(), world_wide.split()))
+
+
+def test_milvus_beside_faiss_and_a_file_into_it_and_back(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("milvus_lite")
+    import numpy as np
+
+    from datasets import grid
+    from experiments import milvus
+    from retrieval.earth_index import compress
+
+    monkeypatch.setattr(milvus, "alone", lambda work, *values: work(*values))  # processes would take minutes to start
+    regions = np.array([(8, row, col) for row in range(60, 140, 2) for col in range(0, 60, 2)])
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(regions), 12)) @ rng.normal(size=(12, 16)) + 0.3 * rng.normal(
+        size=(len(regions), 16)
+    )
+    compress(regions, vectors.astype(np.float32), 16, "x").save(tmp_path / "i.safetensors")
+    argv = ["--index", str(tmp_path / "i.safetensors"), "--rows", "600", "--queries", "40", "--keys", "flat", "sq8"]
+    table = milvus.main(milvus.parse_arguments([*argv, "--near_km", "1500"]))
+    assert len(grid.footprints(regions)) == 1200 and [row["way"] for row in table][3:] == ["milvus flat", "milvus sq8"]
+    flat, exact, sq8 = table[0], table[3], table[4]
+    assert flat["recall1"] == flat["recall10"] == exact["recall1"] == exact["recall10"] == exact["near_recall"] == 100
+    assert sq8["recall10"] > 50 and flat["memory"] == pytest.approx(4 * 16, abs=1) and exact["disk"] > 2 * 16
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 7 and all(line.count("|") == 12 for line in lines)

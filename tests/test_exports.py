@@ -7,6 +7,7 @@ import os
 import re
 import zipfile
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from xml.etree import ElementTree as xml
 
 import numpy as np
@@ -19,9 +20,10 @@ from PIL import Image
 from shapely.geometry import Polygon, shape
 
 from retrieval.exports import EXPORTS, cog, export_photo, geojson, geoparquet, geotiff, kmz, report, stac
+from retrieval.exports.matches import Matches, matches_of
 from retrieval.exports.warp import native_grid, warp
 from utils import geo
-from utils.mercator import to_mercator
+from utils.geo import to_mercator
 
 # Bottom left, top left, top right, bottom right of a photo whose up is about east; perspective included.
 CORNERS = np.array([(45.4, 7.0), (45.5, 8.2), (44.7, 8.6), (44.9, 7.1)])
@@ -241,9 +243,9 @@ def test_stac_item_is_valid_by_the_schemas_that_pystac_brings(photo, tmp_path):
     places, footprints = places_of(CORNERS[None]), CORNERS[None]
     written, failures = export_photo(tmp_path / "out", EXPORTS, photo, places, footprints)
     assert not failures and len(written) == len(EXPORTS)
-    item = pystac.Item.from_file(str(tmp_path / "out" / "a&b.stac.json"))
+    item = pystac.Item.from_file(str(tmp_path / "out" / "a&b.jpg.stac.json"))
     item.validate()  # raises; core schemas only, which lie in the package
-    assert item.id == "a&b" and item.properties["earthloc:inliers"] == 120 and item.properties["earthloc:verified"]
+    assert item.id == "a&b.jpg" and item.properties["earthloc:inliers"] == 120 and item.properties["earthloc:verified"]
     assert shape(item.geometry).equals(Polygon(CORNERS[:, ::-1]))
     lat, lon = CORNERS.T
     assert item.bbox == [lon.min(), lat.min(), lon.max(), lat.max()]
@@ -283,11 +285,14 @@ def test_report_needs_nothing_else_and_shows_what_there_is(photo, tmp_path):
     footprints = np.stack([CORNERS, CORNERS - 3])
     pictures = [np.full((3, 40, 40), 200, np.uint8), None]
     points = np.random.default_rng(0).uniform(0, 1, (200, 2))
-    file = report.write(tmp_path, photo, places_of(footprints), footprints, pictures, [(points, points), None])
+    matches = [Matches(points, points, pictures[0]), None]
+    file = report.write(tmp_path, photo, places_of(footprints), footprints, pictures, matches)
     text = file.read_text()
     assert "https:" not in text and not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "&lt;b&gt;ridge&lt;/b&gt; &amp; lake" in text and "<b>ridge" not in text and "a&amp;b.jpg" in text
     assert "located" in text and text.count("<line ") == report.LINES and "0.998" in text
+    again = report.page("a", picture(), places_of(footprints), [CORNERS] * 2, pictures, [matches[0]] * 2)
+    assert again.count("<line ") == report.LINES  # a registration that two places share is drawn once
     assert len(images_in(text)) == 8  # photo, map, photo on it, two candidates, two of the matches, the world
 
 
@@ -305,11 +310,46 @@ def test_matches_are_drawn_where_they_are_after_the_candidate_was_turned(photo):
     """A white dot in a black candidate; the photo's up is east, so the candidate is turned counter-clockwise."""
     dot = np.zeros((3, 100, 100), np.uint8)
     dot[:, 18:22, 68:72] = 255  # right and up
-    text = report._match_figure(picture(), dot, ([(0.5, 0.5)], [(0.7, 0.2)]), {"rotation": 90})
+    matches = Matches(np.array([(0.5, 0.5)]), np.array([(0.7, 0.2)]), dot)
+    text = report._match_figure(picture(), matches, {"rotation": 90})
     x2, y2 = (float(re.search(rf'{name}="([\d.]+)"', text)[1]) for name in ("x2", "y2"))
     shift = float(re.search(r'x="([\d.]+)"', text)[1])
     shown = np.asarray(images_in(text)[1].convert("L"))
     assert shown[round(y2 / 600 * len(shown)), round((x2 - shift) / 600 * len(shown))] > 200
+
+
+@pytest.mark.parametrize("footprint", [CORNERS, OVER])
+def test_matches_end_at_their_ground(footprint):
+    """A ground that shows its own coordinates: under the end of a line is the place that the registration names."""
+    lat, lon = geo.unwrap_footprints(footprint).T
+    ends = np.array([(lat.mean(), lon.mean()), (lat.max(), lon.min()), (lat.min() - 0.2, lon.max())])
+    wrapped = np.stack([ends[:, 0], geo.wrap_longitude(ends[:, 1])], axis=1)
+    west, south, east, north = -10, lat.min() - 5, 200, lat.max() + 5  # degrees, of the picture's whole range
+
+    def ground(box, size):
+        pixel = (box[2] - box[0]) / size
+        assert box[3] - box[1] == pytest.approx(box[2] - box[0])
+        x, y = box[0] + (np.arange(size) + 0.5) * pixel, box[3] - (np.arange(size) + 0.5) * pixel
+        to_degrees = lambda x, y: geo.from_mercator(np.stack(np.broadcast_arrays(x, y), axis=-1))
+        columns, rows = to_degrees(x, 0)[:, 1], to_degrees(0, y)[:, 0]
+        shown = [(columns[None] - west) / (east - west), (rows[:, None] - south) / (north - south)]
+        return np.stack([*np.broadcast_arrays(*shown), np.zeros((size, size))])
+
+    found = SimpleNamespace(
+        footprint=footprint,
+        ground_points=wrapped,
+        photo_size=(80, 40),
+        photo_points=np.array([(40, 20), (0, 0), (80, 30)]),
+    )
+    matches = matches_of(found, ground, 400)
+    assert matches.photo.tolist() == [[0.5, 0.5], [0, 0], [1, 0.75]]
+    for (x, y), place in zip(matches.ground, ends):
+        assert 0 < x < 1 and 0 < y < 1
+        shown = matches.picture[:, int(y * 400), int(x * 400)]
+        assert south + shown[1] * (north - south) == pytest.approx(place[0], abs=0.02)
+        assert (west + shown[0] * (east - west)) % 360 == pytest.approx(place[1] % 360, abs=0.02)
+    for registration, known in ((None, ground), (found, None), (found, lambda *_: None)):
+        assert matches_of(registration, known) is None
 
 
 def test_map_layers_put_photo_and_candidate_on_the_same_ground():
@@ -330,7 +370,7 @@ def test_one_failure_costs_nothing_else(photo, tmp_path, monkeypatch, caplog):
     assert len(failures) == 3 and all("a&b.jpg" in each and "mirrored" in each for each in failures)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     files, failures = export_photo(tmp_path / "b", ["cog", "geojson"], tmp_path / "broken.jpg", places, footprints)
-    assert [each.name for each in files] == ["broken.geojson"] and "broken.jpg: no cog" in failures[0]
-    assert sorted(os.listdir(tmp_path / "b")) == ["broken.geojson"]
+    assert [each.name for each in files] == ["broken.jpg.geojson"] and "broken.jpg: no cog" in failures[0]
+    assert sorted(os.listdir(tmp_path / "b")) == ["broken.jpg.geojson"]
     with pytest.raises(ValueError, match="--export shp: choose among geojson"):
         export_photo(tmp_path, ["shp"], photo, places, footprints)

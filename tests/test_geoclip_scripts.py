@@ -302,6 +302,20 @@ def test_prediction(world, trained, tmp_path):
     assert {"map_0000.jpg", "map_0001.jpg"} <= {file.name for file in folder.iterdir()}
 
 
+def test_photos_are_predicted_as_a_viewer_shows_them(tmp_path, trained):
+    shown = Image.effect_noise((60, 40), 90).convert("RGB").resize((300, 200))
+    shown.save(tmp_path / "shown.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter clockwise
+    shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    paths = [str(tmp_path / name) for name in ("shown.png", "turned.png")]
+    flags = ["--resume", str(trained / "best.pt"), "--top_k", "3", *SYSTEM]
+    predictions = predict_geoclip.main(predict_geoclip.parse_arguments([*paths, *flags]))
+    without = [{key: value for key, value in each.items() if key != "image"} for each in predictions]
+    for one, other in zip(without[:3], without[3:], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+
+
 def test_prediction_near_a_place(world, trained):
     query = str(next((world.path / "queries").iterdir()))
     flags = ["--resume", str(trained / "best.pt"), "--top_k", "12", *SYSTEM]

@@ -45,9 +45,9 @@ def test_gallery_columns(tmp_path, header):
         ("LAT,LON\n1,2\n139.7,35.7\n-120,3\n", "row 3: latitude 139.7, longitude 35.7.*2 such rows; are .* swapped"),
         ("LAT,LON\nnan,2\n", "row 2: .*not finite"),
         ("LAT,LON\n1,181\n", "row 2: .*longitude within ±180"),
-        ("LAT,LON\n1,2\n1,east\n", "row 3: longitude is 'east'"),
-        ("LAT,LON\n1\n", "row 2: 1 cells"),
-        ("LAT,LON\n,4\n", "row 2: latitude is ''"),
+        ("LAT,LON\n1,2\n1,east\n", "line 3: longitude is 'east'"),
+        ("LAT,LON\n1\n", "line 2: 1 cells"),
+        ("LAT,LON\n,4\n", "line 2: latitude is ''"),
     ],
 )
 def test_bad_galleries_are_refused(tmp_path, text, message):
@@ -82,6 +82,12 @@ def test_photos_of_a_csv_count_and_list_what_is_missing(photo_folder):
     assert photos.points.tolist() == [[1, 2], [5, 6], [7, 8]]
     (note,) = photos.notes
     assert "1 of 4 images" in note and "lost.jpg" in note
+
+
+def test_the_best_known_column_counts_wherever_it_stands(photo_folder):
+    table = written(photo_folder / "t.csv", "FileName,Longitude,img_id,LAT,LON\nx.jpg,9,b.jpg,1,2\n")
+    photos = read_photos(table, photo_folder / "images")
+    assert [path.name for path in photos.paths] == ["b.jpg"] and photos.points.tolist() == [[1, 2]]
 
 
 def test_photos_without_any_image(photo_folder):

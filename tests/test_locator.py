@@ -211,6 +211,24 @@ def test_an_index_alone_cannot_register():
         Locator.from_files("x", "data", "index")
 
 
+def test_by_itself_it_registers_where_there_is_ground(monkeypatch, world, tmp_path):
+    model = EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 32, 32))
+    save_safetensors(model, tmp_path / "a.safetensors")
+    asked = []
+
+    def stand_in(weights, device):
+        asked.append(weights)
+        return SimpleNamespace(name="one")
+
+    monkeypatch.setattr("retrieval.matching.default_matcher", stand_in)
+    make = lambda **more: Locator.from_files(tmp_path / "a.safetensors", world.path, **more)
+    found = make(matcher_weights="w")
+    assert (found.register, found.matcher.name, asked) == ("one", "one", ["w"])
+    assert make(register="sift").matcher.name == make(register="sift").register == "sift"
+    found = make(register="none")
+    assert (found.register, found.matcher, len(asked)) == ("none", None, 1)
+
+
 def test_an_index_of_other_weights_is_refused(tmp_path):
     """Its descriptors mean nothing to this model; with its own weights it searches, and shows the Blue Marble."""
     regions = np.array([(8, 100, 40 + 2 * k) for k in range(20)])
@@ -223,6 +241,7 @@ def test_an_index_of_other_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="b.safetensors, so their descriptors cannot be compared"):
         Locator.from_files(tmp_path / "b.safetensors", index=tmp_path / "index.safetensors")
     locator = Locator.from_files(tmp_path / "a.safetensors", index=tmp_path / "index.safetensors")
+    assert (locator.register, locator.matcher) == ("none", None)  # no ground to register on
     photo = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     (places,) = locator([photo], top_k=4)
     assert len({place.row for place in places}) == 4

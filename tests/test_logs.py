@@ -4,7 +4,9 @@ import argparse
 import json
 import logging
 import re
+from datetime import datetime
 
+from utils import logs
 from utils.logs import make_log_dir, setup_logging
 
 
@@ -14,8 +16,15 @@ def test_folder_is_named_by_experiment_and_time(tmp_path):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
 
 
-def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
-    assert len({make_log_dir("mine", tmp_path) for _ in range(4)}) == 4
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    """As many as show whether the newest is the last by name."""
+
+    class Stopped(datetime):
+        now = classmethod(lambda cls: cls(2026, 1, 2, 3, 4, 5))
+
+    monkeypatch.setattr(logs, "datetime", Stopped)
+    made = [make_log_dir("mine", tmp_path).name for _ in range(13)]
+    assert len(set(made)) == 13 and made == sorted(made) and made[0] == "2026-01-02_03-04-05"
 
 
 def test_info_and_debug_logs_and_the_configuration(tmp_path, capsys):

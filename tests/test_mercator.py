@@ -5,7 +5,8 @@ import pytest
 from rasterio.warp import transform
 
 from utils import geo
-from utils.mercator import apply, from_mercator, homography, photo_to_ground, require_view, to_mercator
+from utils.geo import from_mercator, to_mercator
+from utils.mercator import apply, homography, photo_to_ground, require_view
 
 VIEW = np.array([(10.0, 20.0), (11.0, 20.1), (11.1, 21.4), (10.2, 21.0)])
 
@@ -53,7 +54,7 @@ def test_views_keep_their_order_and_do_not_jump_at_the_antimeridian():
 @pytest.mark.parametrize(
     ("corners", "told"),
     [
-        (VIEW[::-1], "mirrored"),
+        (VIEW[::-1], "mirrored: its corners run counter-clockwise; give bottom left, top left"),
         (VIEW[[0, 2, 1, 3]], "folded"),
         ([(10, 20), (11, 20), (10.2, 20.2), (10, 21)], "not convex"),  # a dart
         ([(10, 20), (10, 20), (11, 21), (10, 21)], "not convex"),  # a side of no length

@@ -121,7 +121,7 @@ HEAD = "path,nadir_lat,nadir_lon\n"
     "text, told",
     [
         ("", "n.csv: the file is empty; expected a header with path"),
-        (HEAD, "n.csv: no rows"),
+        (HEAD, "n.csv: a header and no rows"),
         (
             "file,lat,lon\na.jpg,1,2\n",
             "line 1: no column path and nadir_lat and nadir_lon, its columns are file, lat, lon",
@@ -142,6 +142,7 @@ HEAD = "path,nadir_lat,nadir_lon\n"
         (HEAD + "a.jpg,1,2\n\nb.jpg,1,2\n./a.jpg,3,4\n", "line 5: path ./a.jpg is in line 2 as well"),
         ("path,time\na.jpg,noon\n", "line 2: time is 'noon', expected ISO 8601"),
         ("path\ta\n\0", "n.csv"),
+        ("\0\1JFIF\n", "n.csv: no CSV text file; expected a header with path"),
     ],
 )
 def test_bad_tables_name_line_field_and_remedy(tmp_path, text, told):
@@ -150,7 +151,7 @@ def test_bad_tables_name_line_field_and_remedy(tmp_path, text, told):
 
 
 def test_a_missing_table(tmp_path):
-    with pytest.raises(FileNotFoundError, match="n.csv: no such file of nadirs"):
+    with pytest.raises(FileNotFoundError, match="n.csv: no such CSV file"):
         read_nadirs(tmp_path / "n.csv")
 
 

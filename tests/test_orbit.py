@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import numpy as np
 import pytest
 
-from datasets.orbit import Orbit, in_utc, sidereal_angle, subpoint
+from datasets.orbit import Orbit, in_utc, subpoint
 
 # The station, 20 September 2008 (the example that textbooks and encyclopedias print).
 FIRST = "1 25544U 98067A   08264.51782528 -.00002182  00000-0 -11606-4 0  2927"
@@ -37,11 +37,6 @@ def test_points_below_are_those_of_skyfield(elements):
         assert lat == pytest.approx(place.latitude.degrees, abs=1e-4)
         # Skyfield turns the Earth by the apparent sidereal time and UT1: 0.003 degrees, 0.3 km.
         assert (lon - place.longitude.degrees + 180) % 360 - 180 == pytest.approx(0, abs=3e-3)
-
-
-def test_the_sidereal_time_of_the_textbook():
-    """Vallado, Fundamentals of Astrodynamics, example 3-5: 20 August 1992, 12:14 UT1: 152.578788 degrees."""
-    assert np.degrees(sidereal_angle(2448855, 14 / 1440)) == pytest.approx(152.578788, abs=1e-5)
 
 
 def test_a_point_on_the_ellipsoid_comes_back():

@@ -65,7 +65,7 @@ def equal_area(lat):
 @pytest.mark.parametrize("middle", [0, 179.5, -180])
 def test_share_ground_against_shapely(size, middle):
     a, b = (random_quadrilaterals(seed, 60, size, middle) for seed in (1, 2))
-    areas, _, _ = shapely_areas(a, b, lambda lat: lat)
+    areas, _, _ = shapely_areas(a, b, equal_area)
     found = share_ground(a, b)
     assert found[areas > 1e-3].all() and not found[areas == 0].any()
     assert (areas > 1e-3).sum() > 10
@@ -84,18 +84,6 @@ def test_intersections_against_shapely(size, middle):
     assert np.allclose(found[areas > 1e-3], expected[areas > 1e-3], atol=1e-9)
     assert not found[areas == 0].any()
     assert pairs.tolist() == sorted(pairs.tolist())
-
-
-def test_the_two_tests_agree_but_for_slivers():
-    """Their edges are straight in different maps, so they may only differ where next to nothing is shared."""
-    a, b = (random_quadrilaterals(seed, 150, 4, 180) for seed in (3, 4))
-    pairs, _ = intersections(a, b)
-    table = np.zeros((150, 150), dtype=bool)
-    table[tuple(pairs.T)] = True
-    areas, whole_a, whole_b = shapely_areas(a, b, lambda lat: lat)
-    different = table != share_ground(a, b)
-    assert different.sum() < 5
-    assert (areas < 0.01 * np.minimum(whole_a[:, None], whole_b))[different].all()
 
 
 def test_half_overlap_is_an_iou_of_a_third():

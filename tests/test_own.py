@@ -227,9 +227,10 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
     [
         ("a.csv", "file,date\nx.jpg,2020\n", "line 1: expected a header with path"),
         ("a.csv", "path,date,latitude\nx.jpg,2020,1\n", "column 'latitude' is unknown"),
-        ("a.csv", "path,date,lat\nx.jpg,2020\n", "line 2: 2 columns, the header has 3"),
-        ("a.csv", "path,date,lat\n", "holds no image"),
-        ("a.csv", "", "line 1: expected a header"),
+        ("a.csv", "path,date,lat\nx.jpg,2020\n", "line 2: 2 cells, the header has 3"),
+        ("a.csv", "path,date,lat\n", "a header and no rows"),
+        ("a.json", '{"features": []}', "holds no image"),
+        ("a.csv", "", "is empty; expected a header"),
         ("a.json", "{}", "no GeoJSON FeatureCollection"),
         (
             "a.json",
@@ -240,7 +241,7 @@ def test_errors_name_row_and_column_and_write_nothing(tmp_path, capsys, change, 
                     ]
                 }
             ),
-            "feature 1, geometry: a Polygon of 3 corners",
+            "feature 1, geometry: is a Polygon of 3 corners",
         ),
         (
             "a.json",

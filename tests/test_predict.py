@@ -45,6 +45,7 @@ def go(world, checkpoint, tmp_path, monkeypatch):
         return predict.main(
             predict.parse_arguments(
                 [
+                    *("--register", "none"),
                     *map(str, inputs),
                     "--resume",
                     str(checkpoint),
@@ -153,6 +154,36 @@ def test_every_feature_says_what_others_rely_on(go, world, tmp_path):
         np.testing.assert_allclose((place["latitude"], place["longitude"]), name.nadir, atol=0.02)
 
 
+def test_exports_lie_as_the_photos_do_and_one_failure_costs_nothing(go, world, tmp_path, monkeypatch):
+    database = read_database(world.path)
+    photos = {"a/one.jpg": 3, "b/one.jpg": 9, "b/one.jpeg": 5}
+    for name, row in photos.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(world.path / database.paths[row], tmp_path / "in" / name)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setitem(predict.EXPORTS, "kmz", fail)
+    go(tmp_path / "in", "--export", "kmz", "geojson", "report", "--output", tmp_path / "out")
+    exports = next((tmp_path / "out").rglob("exports"))
+    found = {path.relative_to(exports).as_posix() for path in exports.rglob("*") if path.is_file()}
+    assert found == {f"in/{name}.{kind}" for name in photos for kind in ("geojson", "report.html")}
+    for name, row in photos.items():
+        first = json.loads((exports / "in" / f"{name}.geojson").read_text())["features"][0]["properties"]
+        assert first["database_image"] == database.paths[row] and first["rank"] == 1
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 1 + 3 * 3
+
+
+def test_photos_from_elsewhere_are_exported_under_their_whole_path(go, world, tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    photo = world.path / read_database(world.path).paths[0]
+    go(photo, "--export", "geojson")
+    (exports,) = Path("logs/predict").glob("*/exports")
+    assert (exports / f"{str(photo).lstrip('/')}.geojson").is_file()
+
+
 def test_near_leaves_out_what_is_far_and_describes_it_only_when_asked(go, world, capsys):
     database = read_database(world.path)
     lat, lon = database.centers[0]
@@ -190,6 +221,9 @@ def test_wrong_input_is_named(go, world, tmp_path):
         go(photo, "--near", 89, 0, "--near_km", 5)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
+    for output in (broken, broken / "below"):
+        with pytest.raises(ValueError, match=f"--output {output}: cannot be a folder"):
+            go(photo, "--output", output)
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
         go(broken)
     assert {each["image"] for each in go(broken, photo)} == {str(photo)}

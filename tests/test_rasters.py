@@ -9,7 +9,6 @@ from rasterio.warp import transform
 
 from datasets import grid
 from datasets.build import __main__ as build
-from datasets.build import area
 from datasets.build.rasters import Raster, build_rasters
 from datasets.names import Catalogue
 
@@ -129,7 +128,7 @@ def test_holes_and_the_outside_are_left_out_and_counted(tmp_path):
     pixels = np.full((3, 300, 300), 77, np.uint8)
     pixels[:, :, 200:] = 0  # no data east of 20 E
     file = write(tmp_path / "a.tif", pixels, transform=from_bounds(0, 30, 30, 60, 300, 300), nodata=0)
-    regions = area.all_regions([7])
+    regions = grid.all_regions([7])
     counts = build_rasters(tmp_path / "out", {2021: Raster(file)}, regions, SIZE, min_coverage=0.9)
     corners = grid.footprints(regions)
     whole = (corners[:, 0] >= (30, 0)).all(axis=1) & (corners[:, 2] <= (60, 20)).all(axis=1)
@@ -160,7 +159,7 @@ def test_the_command_and_its_errors(tmp_path, capsys):
         ([f"2021={file}", "--bands", "1", "2", "9"], "--bands [1, 2, 9]"),
         ([f"2021={file}", "--scale", "5", "5"], "LOW must be less"),
         ([f"2021={file}", "--bbox", "-40", "10", "-30", "20"], "none of"),
-        ([f"2021={file}", "--min_coverage", "3"], "--min_coverage 3.0"),
+        ([f"2021={file}", "--min_coverage", "3"], "--min_coverage: 3"),
     ):
         assert build.main(["raster", str(tmp_path / "no"), *base, "--rasters", *flags]) == 2
         assert message in capsys.readouterr().err

@@ -274,6 +274,42 @@ def test_turned_pixels_go_back_to_their_place():
     assert up[0] > 0 > up[1] and up[0] == pytest.approx(-up[1])
 
 
+def test_what_moves_is_measured_where_the_inliers_are():
+    here = np.random.default_rng(0).uniform(20, 60, (30, 2))
+    old = Fit(UPRIGHT, here, project(UPRIGHT, here), 30)
+    moved = UPRIGHT @ np.array([[1, 0, 3], [0, 1, 4.0], [0, 0, 1]])
+    assert registration.shift(old, Fit(moved, here, None, 30)) == pytest.approx(5)
+    # A lean about the inliers' middle carries the far corners away, not them.
+    middle = np.array([[1, 0, 40], [0, 1, 40], [0, 0, 1.0]])
+    leaning = UPRIGHT @ middle @ np.array([[1, 0, 0], [0, 1, 0], [1e-3, 1e-3, 1]]) @ np.linalg.inv(middle)
+    far = np.linalg.norm(project(leaning, corners_of(SIZE)) - project(UPRIGHT, corners_of(SIZE)), axis=1).max() / 500
+    assert registration.shift(old, Fit(leaning, here, None, 30)) < 2 < 20 < far
+
+
+def test_the_cameras_pose_takes_the_place_of_a_homography_that_swings():
+    camera, size = Camera((20.0, 10.0), 415.0, 35.0, 75.0, 33.0, 120.0), (512, 512)
+    rng = np.random.default_rng(0)
+    places = rng.uniform(0.6, 0.9, (40, 2))
+    here, there = places * size + rng.normal(size=(40, 2)), geo.to_mercator(ground_points(camera, *places.T))
+    pixel = 500
+    fit = registration.fit_homography(here, there / pixel * [1, -1], np.diag([pixel, -pixel, 1.0]))
+    ground = geo.from_mercator(fit.there)
+    swung = geo.from_mercator(project(fit.homography, corners_of(size)))
+    truth = footprint(camera)
+    found = registration.by_pose(fit, swung, ground, size, camera.nadir)
+    off, before = (geo.distance_km(each, truth).max() for each in (found, swung))
+    assert off < before / 2
+    # A crop of a leaning photo, whose axis is elsewhere, fits no camera as well: the homography stays.
+    wide = Camera((20.0, 10.0), 415.0, 45.0, 75.0, 180.0, 35.0)
+    places = rng.uniform(0, 1, (150, 2))
+    there = geo.to_mercator(ground_points(wide, *(0.4 * places.T)))
+    middle = there.mean(axis=0)
+    to_ground = np.array([[1000, 0, middle[0]], [0, -1000, middle[1]], [0, 0, 1]])
+    fit = registration.fit_homography(places * size, (there - middle) / 1000 * [1, -1], to_ground)
+    corners = geo.from_mercator(project(fit.homography, corners_of(size)))
+    assert registration.by_pose(fit, corners, geo.from_mercator(fit.there), size, wide.nadir) is corners
+
+
 @pytest.mark.parametrize(("tilt", "focal", "pixels"), [(0, 60, 2), (20, 120, 2), (40, 120, 4)])
 def test_photos_of_the_sphere_are_nearly_homographies(tilt, focal, pixels):
     """What a plane leaves out: pixels of 512 between where a camera sees the ground, and the best homography."""
@@ -284,3 +320,17 @@ def test_photos_of_the_sphere_are_nearly_homographies(tilt, focal, pixels):
     fit = registration.fit_homography(here, there / pixel, np.eye(3))
     off = np.linalg.norm(project(fit.homography, here) - there / pixel, axis=1)
     assert fit.inliers >= 70 and off.max() < pixels
+
+
+def test_every_candidate_is_tried_in_all_quarters_while_none_is_sure(plane, matcher, monkeypatch):
+    """The right one may be the last, and its retrieved quarter wrong."""
+    tried = set()
+
+    def start(shown, footprint, rotation, *_):
+        tried.add((footprint[0, 0], rotation % 360))
+
+    monkeypatch.setattr(registration, "start", start)
+    candidates = [(np.full((4, 2), float(k)), 90 * (k % 4)) for k in range(10)]
+    assert register(torch.zeros(3, 64, 64, dtype=torch.uint8), candidates, plane, matcher) == [None] * 10
+    assert {(k, quarter) for k in range(10) for quarter in (0, 90, 180, 270)} <= tried
+    assert {(k, eighth) for k in range(5) for eighth in (45, 135, 225, 315)} <= tried

@@ -230,7 +230,7 @@ def test_no_images_and_no_room(root, monkeypatch):
     values, failed = keep(root, [], Counting())
     assert values.shape == (2, 0, 6) and not failed
     (root.parent / "file").touch()
-    with pytest.raises(ValueError, match="file: is a file or lies in one; give a folder, or none"):
+    with pytest.raises(ValueError, match="file: is a file or lies in one; give a folder"):
         keep(root, paths(4), Counting(), root.parent / "file")
 
     def full(*_):
@@ -238,7 +238,9 @@ def test_no_images_and_no_room(root, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(ValueError, match="no room .No space left.* GB of descriptors; give --descriptors another"):
+        with pytest.raises(
+            ValueError, match="no room .No space left.* GB of descriptors; give --descriptors a folder on another"
+        ):
             keep(root, paths(4), Counting())
     model = Counting()  # once there is room, nothing of that is left
     assert same(keep(root, paths(4), model)[0], plain(root, paths(4))) and model.images == ONE + 2 * 4

@@ -21,7 +21,7 @@ from PIL import Image
 from datasets import grid
 from datasets.build import __main__ as build
 from datasets.build import tile_server, tiles
-from datasets.build.area import all_regions, image_paths, in_box, select_regions
+from datasets.build.area import in_box, select_regions
 from datasets.names import Catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -186,11 +186,15 @@ def regions():
     return select_regions([ZOOM], BOX, land_only=False)
 
 
-OPTIONS = dict(tile_size=SIZE, image_size=4 * SIZE, rate=5000, timeout=100, retries=3)
+def client_of(server, **settings):
+    settings = {"tile_size": SIZE, "rate": 5000, "timeout": 100, "retries": 3, **settings}
+    return tile_server.TileServer(server.url + "/{year}/{z}/{y}/{x}.png", **settings)
 
 
-def fetch(server, output, regions, years=(2021,), **options):
-    return tiles.build_tiles(output, server.url + "/{year}/{z}/{y}/{x}.png", regions, years, **{**OPTIONS, **options})
+def fetch(server, output, regions, years=(2021,), max_blank=15, quality=90, **settings):
+    with contextlib.closing(client_of(server, **settings)) as client:
+        counts = tiles.build_tiles(output, client, regions, years, 4 * SIZE, max_blank, quality)
+    return *counts, client.requests
 
 
 def pixels_of(path):
@@ -271,7 +275,7 @@ def test_a_fault_that_stays_leaves_the_region_out_and_says_why(
     rows = left_out(tmp_path)
     assert sorted(row[0] for row in rows) == sorted(holders)
     assert all(row[1] == f"{bad[0]}/{bad[2]}/{bad[1]}" and row[2] == "left out" and reason in row[3] for row in rows)
-    assert not any((tmp_path / path).exists() for path in holders) and not list(tmp_path.rglob("*.jpg.tmp"))
+    assert not any((tmp_path / path).exists() for path in holders) and not list(tmp_path.rglob("*.tmp"))
 
     server.faults.clear()  # the server recovers: only what is missing is asked for
     server.requests.clear()
@@ -328,7 +332,9 @@ def test_placeholders_are_no_ground(server, tmp_path, regions):
     assert "placeholder" in left_out(tmp_path / "twice")[0][3]
     del server.faults[tuple(regions[0] + [0, 3, 3])]
     assert fetch(server, tmp_path / "once", regions[:1])[:2] == (1, 0)  # only once: nothing gives it away …
-    assert fetch(server, tmp_path / "known", regions[:1], error_tiles=[placeholder()])[:2] == (0, 1)  # … unless known
+    (tmp_path / "error.png").write_bytes(placeholder())
+    known = fetch(server, tmp_path / "known", regions[:1], error_tile=[tmp_path / "error.png"])
+    assert known[:2] == (0, 1)  # … unless known
 
 
 def test_a_status_that_counts_as_blank(server, marble, tmp_path, regions):
@@ -370,7 +376,7 @@ def test_so_many_requests_at_a_time(server, tmp_path, regions, monkeypatch):
         sizes.append(size)
         return ThreadPoolExecutor(size, **more)
 
-    monkeypatch.setattr(tiles, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(tile_server, "ThreadPoolExecutor", pool)
     client = tile_server.urllib3.PoolManager
     monkeypatch.setattr(tile_server.urllib3, "PoolManager", lambda **more: patience.append(more) or client(**more))
     assert fetch(server, tmp_path, regions[:2], concurrency=3, timeout=77)[2] == 24
@@ -404,7 +410,7 @@ def test_a_wrong_address_stops_the_build_early(server, tmp_path, monkeypatch, re
 @pytest.mark.parametrize("fault, retries, requests", [("404", 3, 20), ("500", 3, 32 * 4)])
 def test_after_the_last_failure_nothing_is_asked_for(server, regions, fault, retries, requests, monkeypatch):
     monkeypatch.setattr(tile_server, "FRUITLESS", 20)
-    client = tile_server.TileServer(server.url + "/{year}/{z}/{y}/{x}.png", SIZE, rate=5000, retries=retries)
+    client = client_of(server, retries=retries)
     needed = [tile for region in regions.tolist() for tile in tiles.tiles_of(2021, region)]
     server.faults |= {tile[1:]: ["always " + fault] for tile in needed}
     monkeypatch.setattr(client.stop, "wait", lambda _: None)
@@ -543,7 +549,7 @@ def test_dry_run_says_how_much_and_asks_for_nothing(server, tmp_path, regions, c
 
 
 def test_box_over_the_antimeridian():
-    regions = all_regions([6])
+    regions = grid.all_regions([6])
     inside = regions[in_box(regions, (-20, 170, -10, -170))]
     # Left edges step by 2 · 360 / 64 = 11.25 degrees, a region is 22.5 wide, and none crosses the antimeridian itself.
     assert sorted(set(grid.footprints(inside)[:, 0, 1])) == [-180, 157.5]
@@ -553,7 +559,7 @@ def test_box_over_the_antimeridian():
 
 def test_regions_that_only_touch_the_box_stay_outside():
     corner = grid.footprints([(6, 24, 30)])[0]
-    regions = all_regions([6])
+    regions = grid.all_regions([6])
     bottom, left, top, right = corner[0, 0], corner[0, 1], corner[2, 0], corner[2, 1]
     inside = {tuple(region) for region in regions[in_box(regions, (bottom, left, top, right))].tolist()}
     assert inside == {(6, 24 + i, 30 + j) for i in (-2, 0, 2) for j in (-2, 0, 2)}
@@ -562,7 +568,7 @@ def test_regions_that_only_touch_the_box_stay_outside():
 def test_paths_of_several_years_are_the_grids():
     for region in ((9, 262, 202), (10, 2, 0), (11, 700, 2044)):
         years = (2018, 2021, 2030)
-        assert image_paths(region, years) == [grid.image_path(*region, year) for year in years]
+        assert grid.image_paths(region, years) == [grid.image_path(*region, year) for year in years]
 
 
 def test_land_only_leaves_the_ocean_out():
@@ -582,7 +588,7 @@ def test_land_only_leaves_the_ocean_out():
         (["--bbox", "30", "190", "40", "10"], "west is 190"),
         (["--zooms", "30"], "from 2 to 19"),
         (["--years", "21"], "four digits"),
-        (["--rate", "0"], "--rate 0.0"),
+        (["--rate", "0"], "--rate: 0: expected more than 0"),
         (["--header", "secret"], "NAME:VALUE"),
         (["--blank_status", "404", "200"], "--blank_status 404 200: expected 201 to 599"),
         (["--error_tile", "nowhere.png"], "nowhere.png"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from utils.memory import keep_freed_blocks
-from utils.precision import PRECISIONS
+from utils.precision import DETERMINISTIC_HELP, PRECISION_HELP, PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,11 +58,7 @@ def add_shared(parser: argparse._ActionsContainer, *names: str, **defaults: obje
         "batch_size": {"type": positive, "default": 32, "help": "images that go through the network at a time"},
         "num_workers": {"type": whole, "default": 2, "help": "processes that read images"},
         "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},
-        "precision": {
-            "choices": ("auto", *PRECISIONS),
-            "default": "auto",
-            "help": "of the network; auto: bf16 where the hardware multiplies in it",
-        },
+        "precision": {"choices": ("auto", *PRECISIONS), "default": "auto", "help": PRECISION_HELP},
         "seed": {"type": whole, "default": 0},
         "process_timeout": {
             "type": float,
@@ -82,6 +78,7 @@ def add_run_arguments(parser: Parser, log_dir: str, validate_every: int | str) -
     add_shared(group, "device", "precision", "seed", "process_timeout", log_dir=log_dir)
     add = group.add_argument
     add("--resume", help="a last.pt, a run's folder, a folder of runs, or auto: logs/LOG_DIR, if it has one")
+    add("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
     add("--save_every", type=positive, help="iterations between last.pt; default: validate_every")
     add("--max_skips", type=whole, default=0, help="updates with a nan or infinite loss or gradient that are left out")
     number = validate_every if isinstance(validate_every, int) else None
@@ -92,9 +89,13 @@ def add_run_arguments(parser: Parser, log_dir: str, validate_every: int | str) -
     return group
 
 
-def run(main: Callable, args: argparse.Namespace) -> object:
-    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2."""
-    keep_freed_blocks()
+def run(main: Callable, args: argparse.Namespace, keep_memory: bool = True) -> object:
+    """main(args), with expected errors (bad data, files or flags) as one line on stderr and exit code 2.
+
+    keep_memory: see `keep_freed_blocks`; not for many threads, each of which would keep its own.
+    """
+    if keep_memory:
+        keep_freed_blocks()
     try:
         return main(args)
     except (ValueError, OSError, RuntimeError) as error:

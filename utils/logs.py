@@ -9,7 +9,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -20,7 +20,8 @@ from utils.files import printable
 
 
 def make_log_dir(log_dir: str, root: str | Path = "logs") -> Path:
-    """Name of an experiment -> a new folder logs/{log_dir}/{YYYY-mm-dd_HH-MM-SS}."""
+    """Name of an experiment -> a new folder logs/{log_dir}/{YYYY-mm-dd_HH-MM-SS}; of more in one second, _001 and so on
+    follow, so that the newest is the last by name."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, copy = Path(root) / log_dir / stamp, 1
     while True:
@@ -28,7 +29,7 @@ def make_log_dir(log_dir: str, root: str | Path = "logs") -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:  # two runs in the same second
-            folder, copy = Path(root) / log_dir / f"{stamp}_{copy}", copy + 1
+            folder, copy = Path(root) / log_dir / f"{stamp}_{copy:03d}", copy + 1
 
 
 def own_folder(folder: Path) -> Path:
@@ -69,6 +70,22 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+class Bar(tqdm):
+    """A progress bar that tells the log, too, every so many seconds: of runs that nobody watches."""
+
+    def __init__(self, *args: object, every: float = 60, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        self.every, self.told = every, time.monotonic()
+
+    def update(self, n: float = 1) -> None:
+        super().update(n)
+        if time.monotonic() - self.told > self.every:
+            self.told, rate = time.monotonic(), self.format_dict["rate"] or self.n / self.format_dict["elapsed"]
+            left = timedelta(seconds=round((self.total - self.n) / rate))
+            unit = self.unit.strip()
+            logging.info(f"{self.n} of {self.total} {unit}, {rate:.3g} {unit}/s, {left} left")
 
 
 class Meter:

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from utils import distributed
 from utils.checkpoint import LAST, save_checkpoint
 from utils.logs import Meter, make_log_dir, own_folder, setup_logging
-from utils.precision import require_device
+from utils.precision import deterministic, require_device
 from utils.runs import Run, how_to_go_on
 from utils.signals import EXIT_CODE, Stop, Stopped
 
@@ -36,11 +36,12 @@ def launch(train: Callable[[argparse.Namespace, Path, torch.device, Stop], bool]
     with Stop() as stop, distributed.processes(require_device(args.device), args.process_timeout) as device:
         args.processes = distributed.world()
         folder = distributed.from_first(lambda: make_log_dir(args.log_dir))
-        own_folder(folder).mkdir(exist_ok=True)
+        own_folder(folder).mkdir(parents=True, exist_ok=True)  # of another machine: nothing is there yet
         setup_logging(own_folder(folder), args)
         torch.manual_seed(args.seed)
         try:
-            finished = train(args, folder, device, stop)
+            with deterministic(args.deterministic):
+                finished = train(args, folder, device, stop)
         except Stopped as signal:
             logging.info(f"{signal}: stopped before the first iteration, start it again")
             finished = False

@@ -7,21 +7,9 @@ footprints here, so that exports warp with the same one.
 import numpy as np
 
 from utils import geo
+from utils.geo import to_mercator
 
-RADIUS_M = 6378137.0
 MAX_LATITUDE = 85.0511287798066  # where the square map ends
-
-
-def to_mercator(points: np.ndarray) -> np.ndarray:
-    """(..., 2) lat, lon degrees -> (..., 2) x to the east, y to the north, metres; longitudes as they are."""
-    lat, lon = np.radians(np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0))
-    return RADIUS_M * np.stack([lon, np.arctanh(np.sin(lat))], axis=-1)
-
-
-def from_mercator(points: np.ndarray) -> np.ndarray:
-    """(..., 2) metres -> (..., 2) lat, lon degrees; longitudes may pass ±180."""
-    x, y = np.moveaxis(np.asarray(points, dtype=np.float64), -1, 0) / RADIUS_M
-    return np.degrees(np.stack([np.arctan(np.sinh(y)), x], axis=-1))
 
 
 def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -70,8 +58,10 @@ def require_view(footprint: np.ndarray) -> np.ndarray:
     sides = np.roll(points, -1, axis=0) - points
     turns = sides[:, 0] * np.roll(sides, -1, axis=0)[:, 1] - sides[:, 1] * np.roll(sides, -1, axis=0)[:, 0]
     if not (turns < 0).all():  # bottom left, top left, top right: clockwise
-        kind = "mirrored" if (turns > 0).all() else "folded or not convex"
-        raise ValueError(f"the footprint {corners.round(4).tolist()} is {kind}; no photo shows such ground")
+        kind = "folded or not convex; no photo shows such ground"
+        if (turns > 0).all():
+            kind = "mirrored: its corners run counter-clockwise; give bottom left, top left, top right, bottom right"
+        raise ValueError(f"the footprint {corners.round(4).tolist()} is {kind}")
     return corners
 
 

@@ -1,13 +1,42 @@
 """Low precision around the network only: descriptors, loss and augmentation stay in float32."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 PRECISIONS = ("fp32", "bf16")
+PRECISION_HELP = (
+    "of the network; auto: bf16 where the hardware multiplies in it. fp32: products of matrices in full; convolutions "
+    "on a GPU in TF32 (10 of 23 bits), which is PyTorch's default"
+)
+DETERMINISTIC_HELP = "the same bits again on the same GPU and software: slower; an operation that cannot is an error"
 
 
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     """Context manager: bfloat16 autocast on the device, or nothing at "fp32"."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, a GPU adds in one order: two runs with one seed have the same bits. RuntimeError (torch's) at
+    an operation that has no such way. To be entered before the GPU is first used: cuBLAS reads its setting once."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with fewer workspaces cuBLAS would be slower
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # would choose algorithms by the clock
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it writes it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = before[1], filled
 
 
 def default_precision(device: str | torch.device) -> str:

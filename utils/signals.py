@@ -7,11 +7,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
 from utils import distributed
 
+T = TypeVar("T")
 # Linux and macOS have all three; where one is missing, the scripts that only import this still work.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped, not failed; start it again
@@ -74,6 +76,16 @@ class Stop:
             raise Stopped(self.wish) from error
         finally:
             self.interruptible = False
+
+
+def interruptible(batches: Iterator[T], stop: Stop) -> Iterator[T]:
+    """The same batches; a signal ends the wait for one (`Stop.at_once`), never the work on it."""
+    while True:
+        with stop.at_once():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def iterate(loader: DataLoader) -> Iterator:

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from utils import figures
-from utils.mercator import from_mercator
+from utils.geo import from_mercator
 
 BLUE_MARBLE = Path(__file__).resolve().parent.parent / "datasets" / "build" / "blue_marble"
 BACKGROUND, FINE = BLUE_MARBLE / "bmng_august_2048.jpg", BLUE_MARBLE / "bmng_5400.jpg"
+READING = Lock()
 YELLOW = (255, 215, 60)
 
 
@@ -75,11 +77,16 @@ def mercator_view(box: tuple, columns: int, rows: int) -> np.ndarray:
     return np.rint(lines[:, left % width] * (1 - share) + lines[:, (left + 1) % width] * share).astype(np.uint8)
 
 
+def _world(factor: int) -> np.ndarray:
+    """The Blue Marble, averaged over factor × factor pixels -> uint8 (H, W, 3)."""
+    with READING:  # of threads that draw at once, one reads it
+        return _read_world(factor)
+
+
 @lru_cache(maxsize=5)
-def _world(factor: int):
-    """The Blue Marble, averaged over factor × factor pixels -> float32 (H, W, 3)."""
+def _read_world(factor: int) -> np.ndarray:
     with Image.open(FINE) as image:
-        return np.asarray(image.convert("RGB").reduce(factor), dtype=np.float32)
+        return np.asarray(image.convert("RGB").reduce(factor))
 
 
 def _background(width: int):

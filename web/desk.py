@@ -3,6 +3,8 @@
 Nothing here knows HTTP. What the browser sends (names, numbers) never becomes part of a path.
 """
 
+from __future__ import annotations
+
 import itertools
 import logging
 import queue
@@ -10,8 +12,8 @@ import secrets
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,6 +23,7 @@ from datasets.gps import check_points
 from datasets.images import read_pixels
 from datasets.names import ImageName
 from retrieval.exports import EXPORTS, export_photo
+from retrieval.exports.matches import Matches
 from utils import geo
 from utils.mercator import require_view
 
@@ -40,12 +43,14 @@ class Busy(ValueError):
 @dataclass(frozen=True)
 class Found:
     """A place as the page needs it: properties (those of predictions.geojson), footprint (4, 2) of the photo's own
-    corners, degrees, and perhaps a picture of the database image, uint8 (3, h, w) north up, with its footprint."""
+    corners, degrees, and perhaps a picture of the database image, uint8 (3, h, w) north up, with its footprint, and
+    what the photo was matched with."""
 
     properties: dict
     footprint: np.ndarray
     picture: np.ndarray | None = None
     picture_footprint: np.ndarray | None = None
+    matches: Matches | None = None
 
 
 Point = tuple[float, float]  # lat, lon
@@ -110,21 +115,22 @@ class Desk:
     uploaded is removed.
     """
 
-    def __init__(self, folder: Path, make_locate: Callable[[], tuple[Locate, str]], max_photos: int = 200):
+    def __init__(self, folder: Path, make_locate: Callable[[], tuple[Locate, str]], max_photos: int = 200) -> None:
         self.folder, self.make_locate, self.max_photos = Path(folder), make_locate, max_photos
         self.photos: dict[str, Photo] = {}
         self.queue: queue.Queue = queue.Queue()
-        self.lock, self.decoding = threading.RLock(), threading.Lock()
+        self.lock = threading.RLock()
+        self.decoding, self.exporting = threading.Lock(), threading.Lock()  # one at a time: the largest take GBs
         self.ready, self.error, self.text = False, "", ""
         self.tickets, self.is_stopping = itertools.count(), False
         self.worker = threading.Thread(target=self._work, name="locating", daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Desk:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.worker.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.is_stopping = True
         self.queue.put(None)
         self.worker.join(timeout=5)  # a photo that is being matched does not hold up the end
@@ -158,7 +164,7 @@ class Desk:
         folder.mkdir()
         return folder
 
-    def add(self, folder: Path, name: str, nadir=None) -> Photo:
+    def add(self, folder: Path, name: str, nadir: Point | None = None) -> Photo:
         """A folder of `place_for_upload` whose file is complete -> the photo, queued. Without a nadir, that of its
         EarthLoc name. ValueError, and nothing kept, where it is no photo or the nadir is none."""
         try:
@@ -166,7 +172,7 @@ class Desk:
             name = PurePosixPath(name.replace("\\", "/")).name[:MAX_NAME] or "photo"
             nadir = checked_nadir(nadir) if nadir is not None else nadir_in(name)
             photo = Photo(folder.name, name, folder, nadir)
-            with self.decoding:  # one at a time: the largest take half a GB
+            with self.decoding:
                 photo.size = make_previews(photo.file, folder)
         except ValueError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -179,7 +185,7 @@ class Desk:
             self._enqueue(photo)
         return photo
 
-    def ask_again(self, photo_id: str, nadir) -> Photo:
+    def ask_again(self, photo_id: str, nadir: Sequence | None) -> Photo:
         """Locate it anew, with another nadir (lat, lon) or None for the whole Earth."""
         nadir = None if nadir is None else checked_nadir(nadir)
         with self.lock:
@@ -190,7 +196,7 @@ class Desk:
             self._enqueue(photo)
             return photo
 
-    def decide(self, photo_id: str, decision: str, chosen: int = 0, corrected=None) -> Photo:
+    def decide(self, photo_id: str, decision: str, chosen: int = 0, corrected: Sequence | None = None) -> Photo:
         """accepted (place number `chosen`, perhaps with moved corners (4, 2)), rejected or open."""
         with self.lock:
             photo = self.get(photo_id)
@@ -221,11 +227,10 @@ class Desk:
                 raise Unknown("no such export")
             if not photo.places:
                 raise Busy("the photo has no place yet")
-            places, footprints, pictures = exported(photo)
+            content = exported(photo)
         out = photo.folder / f"export_{secrets.token_hex(4)}"
-        files, failures = export_photo(
-            out, EXPORTS if kind == "zip" else [kind], photo.file, places, footprints, pictures
-        )
+        with self.exporting:
+            files, failures = export_photo(out, EXPORTS if kind == "zip" else [kind], photo.file, *content)
         if not files:
             shutil.rmtree(out, ignore_errors=True)
             raise ValueError("; ".join(failures).replace(str(photo.file), photo.name))
@@ -254,7 +259,7 @@ class Desk:
             raise ValueError("; ".join(failures))
         return files[0], files[0].name
 
-    def _enqueue(self, photo):
+    def _enqueue(self, photo: Photo):
         photo.ticket = next(self.tickets)
         self.queue.put((photo.id, photo.run))
 
@@ -272,7 +277,7 @@ class Desk:
             self._locate(locate, *job)
             self.queue.task_done()
 
-    def _locate(self, locate, photo_id, run):
+    def _locate(self, locate: Locate, photo_id: str, run: int):
         with self.lock:
             photo = self.photos.get(photo_id)
             if photo is None or photo.run != run:
@@ -291,16 +296,14 @@ class Desk:
         with self.lock:
             if photo.run == run:
                 photo.nadir = nadir
-                photo.places = [
-                    Found(each.properties | {"image": photo.name}, each.footprint, each.picture, each.picture_footprint)
-                    for each in places
-                ]
+                named = {"image": photo.name}
+                photo.places = [replace(each, properties=each.properties | named) for each in places]
                 photo.state = DONE if places else FAILED
                 photo.error = "" if places else (error or "no place was found").replace(str(photo.file), photo.name)
 
 
-def exported(photo: Photo) -> tuple[list[dict], np.ndarray, list]:
-    """-> places, footprints (P, 4, 2) and pictures as exports take them: the accepted place first, with the
+def exported(photo: Photo) -> tuple[list[dict], np.ndarray, list, list]:
+    """-> places, footprints (P, 4, 2), pictures and matches as exports take them: the accepted place first, with the
     corners that a person moved; "decision" and "corrected" say so."""
     order = [photo.chosen, *(k for k in range(len(photo.places)) if k != photo.chosen)]
     places, footprints = [], []
@@ -314,10 +317,11 @@ def exported(photo: Photo) -> tuple[list[dict], np.ndarray, list]:
             place["latitude"], place["longitude"] = (round(each, 6) for each in geo.centers(footprint).tolist())
         places.append(place)
         footprints.append(footprint)
-    return places, np.stack(footprints), [photo.places[k].picture for k in order]
+    found = [photo.places[k] for k in order]
+    return places, np.stack(footprints), [each.picture for each in found], [each.matches for each in found]
 
 
-def checked_nadir(nadir) -> Point:
+def checked_nadir(nadir: Sequence) -> Point:
     """(lat, lon) as the browser sends it -> floats. ValueError out of range."""
     try:
         lat, lon = map(float, nadir)

@@ -6,7 +6,7 @@ Origin are checked, there is no CORS, and uploads are a raw body of limited size
 
 import asyncio
 import json
-import math
+import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,20 +14,24 @@ from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.background import BackgroundTask
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrieval.exports.kmz import to_jpeg
-from utils.mercator import RADIUS_M
+from utils.geo import MERCATOR_HALF
 from utils.world_map import mercator_view
 from web.desk import Busy, Desk, Photo, Unknown
 
 STATIC = Path(__file__).parent / "static"
 MAX_JSON = 100_000  # bytes
 TILE = 256  # pixels
+COARSE = 5  # zoom of 4.9 km a pixel
 MAX_ZOOM, FINE_ZOOM = 6, 10  # 2.4 km a pixel, finer than the Blue Marble that ships; 150 m a pixel
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
@@ -39,35 +43,46 @@ HEADERS = {
 }
 
 
-def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | None = None) -> FastAPI:
+def make_app(
+    desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | None = None, near_km: float = 2500
+) -> FastAPI:
     """desk: not yet started; it lives as long as the app. hosts: what a request's Host may be, with its port.
     max_bytes: of an upload. ground: of retrieval/ground.py, a finer map than the one that ships; it is asked by one
-    thread at a time."""
+    thread at a time, and from zoom COARSE on: wider tiles would read much of it. near_km: shown around nadirs."""
     max_zoom = MAX_ZOOM if ground is None else FINE_ZOOM
     drawing = threading.Lock()
 
+    @lru_cache(maxsize=2048)
+    def ground_tile(zoom: int, x: int, y: int):
+        with drawing:
+            pixels = ground(tile_box(zoom, x, y), TILE)
+        return None if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
+
     @asynccontextmanager
-    async def lifespan(_):
+    async def lifespan(_: FastAPI):
         with desk:
             yield
 
     app = FastAPI(title="EarthLoc", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def guard(request: Request, proceed):
-        response = refusal(request, hosts) or await proceed(request)
-        response.headers.update(HEADERS)
-        if not request.url.path.startswith(("/tiles/", "/static/leaflet/")):
-            response.headers.setdefault("Cache-Control", "no-store")
-        return response
+    app.add_middleware(Guard, hosts=hosts)
 
     @app.exception_handler(Unknown)
-    async def unknown(_, error):
+    async def unknown(_: Request, error: Exception):
         return JSONResponse({"detail": error.args[0]}, 404)
 
     @app.exception_handler(ValueError)
-    async def refused(_, error):
+    async def refused(_: Request, error: Exception):
         return JSONResponse({"detail": str(error)}, 409 if isinstance(error, Busy) else 422)
+
+    @app.exception_handler(FileNotFoundError)
+    async def gone(_: Request, error: Exception):  # removed meanwhile
+        return JSONResponse({"detail": "no such photo"}, 404)
+
+    @app.exception_handler(OSError)
+    async def failed(_: Request, error: Exception):  # a full disk; its path is nobody's business
+        logging.error(str(error))
+        return JSONResponse({"detail": f"the photo cannot be kept: {error.strerror}"}, 507)
 
     @app.get("/")
     async def page():
@@ -79,16 +94,14 @@ def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | Non
     def tile(zoom: int, x: int, y: int):
         if not (0 <= zoom <= max_zoom and 0 <= x < 2**zoom and 0 <= y < 2**zoom):
             raise HTTPException(404, "no such tile")
-        pixels = None
-        if ground is not None:
-            with drawing:
-                pixels = ground(tile_box(zoom, x, y), TILE)
-        content = blue_marble(zoom, x, y) if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
-        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"})
+        content = ground_tile(zoom, x, y) if ground is not None and zoom >= COARSE else None
+        return Response(
+            content or blue_marble(zoom, x, y), media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"}
+        )
 
     @app.get("/api/about")
     async def tell():
-        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom}
+        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom, "near_km": near_km}
 
     @app.get("/api/photos")
     async def photos():
@@ -104,8 +117,8 @@ def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | Non
         folder = desk.place_for_upload()
         try:
             await receive(request, folder / "photo", max_bytes)
-        except BaseException:  # also when the browser went away
-            await run_in_threadpool(discard, folder)
+        except BaseException:  # also when the browser went away: what is awaited now would be given up, too
+            discard(folder)
             raise
         photo = await run_in_threadpool(desk.add, folder, name, None if lat is None else (lat, lon))
         return told(desk, photo)
@@ -152,6 +165,27 @@ def make_app(desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | Non
     return app
 
 
+class Guard:
+    """Refuses what is not for us (`refusal`), and gives every answer its HEADERS."""
+
+    def __init__(self, app: ASGIApp, hosts: set[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_guarded(message: Message):
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if not scope["path"].startswith(("/tiles/", "/static/leaflet/")):
+                    headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        await (refusal(Request(scope), self.hosts) or self.app)(scope, receive, send_guarded)
+
+
 def refusal(request: Request, hosts: set[str]) -> Response | None:
     """None where the request is for us, from our own page or from no page."""
     if request.headers.get("host", "").lower() not in hosts:
@@ -193,7 +227,7 @@ async def read_json(request: Request) -> dict:
 
 def tile_box(zoom: int, x: int, y: int) -> tuple[float, float, float, float]:
     """-> west, south, east, north in metres of Web Mercator."""
-    edge, side = math.pi * RADIUS_M, 2 * math.pi * RADIUS_M / 2**zoom
+    edge, side = MERCATOR_HALF, 2 * MERCATOR_HALF / 2**zoom
     return x * side - edge, edge - (y + 1) * side, (x + 1) * side - edge, edge - y * side
 
 
@@ -203,7 +237,7 @@ def blue_marble(zoom: int, x: int, y: int) -> bytes:
     return as_jpeg(mercator_view(tile_box(zoom, x, y), TILE, TILE))
 
 
-def as_jpeg(pixels) -> bytes:
+def as_jpeg(pixels: np.ndarray) -> bytes:
     return to_jpeg(pixels, TILE, quality=88)
 
 

@@ -1,4 +1,4 @@
-"""A data set made smaller once, so that reading it is fast for ever: `python -m datasets.build cache data --size 512`
+"""A data set made smaller once, so that reading it is fast for ever: python -m datasets.build cache data --size 512
 
 The result, data_512, is a data set with the same names: give it as --dataset_path. An image's shorter side has at most
 `size` pixels; what is smaller already is copied as it is. A second run goes on where the first one stopped, and makes
@@ -7,21 +7,21 @@ they look at folders' times and compare the images in those that have changed.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-import simplejpeg
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from datasets.images import read_pixels
+from datasets.build import flags, jobs
+from datasets.images import encode_jpeg, read_pixels
 from datasets.listing import UNSETTLED, as_known, list_files, list_folder, walk
 from datasets.overlap import INTERSECTIONS_FILE
-from utils.arguments import positive, whole
+from utils.arguments import positive
 from utils.files import replacing
 
 INFO_FILE = "cache.json"
@@ -30,7 +30,7 @@ FOLDERS = ("database", "queries")
 SAME_TIME_NS = 10**6  # some file systems round times
 
 
-def stamps(root, folders=None):
+def stamps(root: str | Path, folders: Iterable[str] | None = None) -> dict[str, int]:
     """Data set folder -> {path of an image relative to it: time of change, ns}, of all or those right in `folders`."""
     if folders is None:
         paths = [path for part in FOLDERS for path in list_files(root, part)[0]]
@@ -40,86 +40,75 @@ def stamps(root, folders=None):
     return {path: _time(os.path.join(root, path)) for path in paths}
 
 
-def _time(path):
+def _time(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
     except FileNotFoundError:  # a link to nothing: it is named when it is to be read
         return -1
 
 
-def folder_times(root, known=None):
+def folder_times(root: str | Path, known: dict | None = None) -> dict[str, tuple[int, int]]:
     """Data set folder -> {folder relative to it: its times}; folders with the `known` ones are not listed for it."""
     known = {os.fsencode(folder): tuple(times) for folder, times in (known or {}).items()}
     return {os.fsdecode(folder): times for part in FOLDERS for folder, times, *_ in walk(root, part, as_known(known))}
 
 
-def stale(source, cached):
+def stale(source: dict[str, int], cached: dict[str, int]) -> tuple[list[str], list[str]]:
     """Two stamps -> paths that the cache lacks or holds of another time, and those that the source no longer has."""
     old = sorted(path for path, time in source.items() if path not in cached or abs(cached[path] - time) > SAME_TIME_NS)
     return old, sorted(set(cached) - set(source))
 
 
-def shrink(content_path, size):
+def shrink(path: Path, size: int) -> torch.Tensor | None:
     """Image file -> uint8 (H, W, 3) whose shorter side has `size` pixels; None if it has no more than that."""
-    pixels = read_pixels(content_path)
+    pixels = read_pixels(path)
     height, width = pixels.shape[:2]
     if min(height, width) <= size:
         return None
     if height == width:  # decoded again at a power-of-two scale, if one is right: sharper and faster than resizing
-        return read_pixels(content_path, size)
-    scale = size / min(height, width)
-    planes = F.interpolate(
-        pixels.permute(2, 0, 1)[None], (round(height * scale), round(width * scale)), mode="bicubic", antialias=True
-    )
-    return planes[0].permute(1, 2, 0).contiguous()
+        return read_pixels(path, size)
+    sides = [round(side * (size / min(height, width))) for side in (height, width)]
+    return F.interpolate(pixels.permute(2, 0, 1)[None], sides, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
-def store(path, source, output, size, quality):
+def store(path: str, source: str | Path, output: str | Path, size: int, quality: int) -> str | None:
     """Puts one image into the cache -> None, or what is wrong with it. Never leaves half a file under its name."""
-    torch.set_num_threads(1)
-    origin, target = Path(source) / path, Path(output) / path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
+    origin, target = Path(source, path), Path(output, path)
     try:
-        time = origin.stat()
+        times = origin.stat()
         pixels = shrink(origin, size)
     except (ValueError, FileNotFoundError) as error:
         target.unlink(missing_ok=True)
         return str(error)
-    if pixels is None:
-        shutil.copyfile(origin, temporary)
-    else:
-        temporary.write_bytes(simplejpeg.encode_jpeg(pixels.numpy(), quality, colorsubsampling="420"))
-    os.utime(temporary, ns=(time.st_atime_ns, time.st_mtime_ns))
-    os.replace(temporary, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, sync=False) as file:
+        file.write(origin.read_bytes() if pixels is None else encode_jpeg(pixels.numpy(), quality))
+        file.flush()
+        os.utime(file.fileno(), ns=(times.st_atime_ns, times.st_mtime_ns))
     return None
 
 
-def claim(source, output, size, quality):
+def claim(source: Path, output: Path, size: int, quality: int) -> None:
     """Marks `output` as the cache of `source`. Raises ValueError where it is something else."""
     info = {"source": str(source.resolve()), "size": size, "quality": quality}
     file = output / INFO_FILE
-    if file.exists():
-        there = json.loads(file.read_text())
-        if there != info:
-            raise ValueError(f"{output}: holds a cache of {there}, not of {info}; remove it or choose another --output")
-    elif output.exists() and any(output.iterdir()):
+    there = json.loads(file.read_text()) if file.exists() else info
+    if there != info:
+        raise ValueError(f"{output}: holds a cache of {there}, not of {info}; remove it or choose another --output")
+    if not file.exists() and output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: is not empty and no cache; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(info, indent=2) + "\n")
 
 
-def make_cache(source, output, size=512, quality=90, num_workers=2):
+def make_cache(
+    source: str | Path, output: str | Path, size: int = 512, quality: int = 90, num_workers: int = 2
+) -> tuple[int, list[str]]:
     """Fills folder `output` -> number of images made now, and a list of what could not be read.
 
-    Raises ValueError or FileNotFoundError that names the folder or the flag.
+    Raises ValueError or FileNotFoundError that names the folder.
     """
     source, output = Path(source), Path(output)
-    if size < 1 or not 1 <= quality <= 100 or num_workers < 0:
-        raise ValueError(
-            f"--size {size}, --quality {quality}, --num_workers {num_workers}: size is at least 1, "
-            f"quality 1 to 100, and workers are not negative"
-        )
     if not (source / "database").is_dir():
         raise FileNotFoundError(f"{source / 'database'}: no such folder; give the folder of a data set")
     claim(source, output, size, quality)
@@ -127,30 +116,22 @@ def make_cache(source, output, size=512, quality=90, num_workers=2):
     paths, orphans = stale(stamps(source), stamps(output))
     for path in orphans:
         (output / path).unlink()
-    job = partial(store, source=source, output=output, size=size, quality=quality)
-    bar = partial(tqdm, total=len(paths), desc=f"caching at {size} px", unit="img")
-    if num_workers:
-        with multiprocessing.Pool(num_workers) as pool:
-            errors = [error for error in bar(pool.imap_unordered(job, paths, chunksize=16)) if error]
-    else:
-        errors = [error for error in bar(map(job, paths)) if error]
+    put = partial(store, source=source, output=output, size=size, quality=quality)
+    errors = [error for error in jobs.run(paths, put, num_workers, f"caching at {size} px") if error]
     if (source / INTERSECTIONS_FILE).exists():
         shutil.copyfile(source / INTERSECTIONS_FILE, output / INTERSECTIONS_FILE)
     unfit = {os.path.dirname(path) for found in stale(stamps(source), stamps(output)) for path in found}
+    states = {folder: os.stat(output / folder) for folder in folder_times(output)}
     kept = {
         "source": {folder: UNSETTLED if folder in unfit else each for folder, each in times.items()},
-        "cache": {
-            folder: (state.st_mtime_ns, state.st_ctime_ns)
-            for folder in folder_times(output)
-            for state in [os.stat(output / folder)]
-        },
+        "cache": {folder: (state.st_mtime_ns, state.st_ctime_ns) for folder, state in states.items()},
     }
     with replacing(output / FOLDERS_FILE) as opened:
         opened.write(json.dumps(kept).encode())
     return len(paths) - len(errors), errors
 
 
-def cache_note(dataset_path, loaded_size):
+def cache_note(dataset_path: str | Path, loaded_size: int) -> str | None:
     """A sentence for the log where the data set is a cache: of what, and whether it is up to date. Otherwise None.
 
     Images are compared in folders whose times have changed since the cache was made. An image that was overwritten in
@@ -169,11 +150,8 @@ def cache_note(dataset_path, loaded_size):
     kept = json.loads(kept.read_text()) if kept.exists() else {"source": {}, "cache": {}}
     for root, known in ((info["source"], kept["source"]), (dataset_path, kept["cache"])):
         now = folder_times(root, known)
-        changed |= {
-            folder
-            for folder in {*now, *known}
-            if known.get(folder) in (None, list(UNSETTLED)) or list(now.get(folder, ())) != known[folder]
-        }
+        settled = {folder for folder in now if tuple(known.get(folder, UNSETTLED)) == now[folder] != UNSETTLED}
+        changed |= {*now, *known} - settled
     old, orphans = stale(stamps(info["source"], changed), stamps(dataset_path, changed))
     if old or orphans:
         return (
@@ -184,26 +162,15 @@ def cache_note(dataset_path, loaded_size):
     return f"{note}, up to date"
 
 
-def add_command(commands, formatter):
-    parser = commands.add_parser(
-        "cache", help="a data set made smaller once, so that reading it is fast for ever", formatter_class=formatter
-    )
-    parser.add_argument("dataset_path", help="folder with database/ and queries/")
-    parser.add_argument(
-        "--size",
-        type=positive,
-        default=512,
-        help="pixels of the shorter side; train.py loads 512 for its default --image_size",
-    )
-    parser.add_argument("--quality", type=positive, default=90, help="of the JPEGs")
-    parser.add_argument("--output", help="default: the data set's folder with _SIZE after its name")
-    parser.add_argument("--num_workers", type=whole, default=os.cpu_count())
-    parser.set_defaults(command_main=main)
-
-
-def main(args):
-    output = args.output or f"{Path(args.dataset_path)}_{args.size}"
-    made, errors = make_cache(args.dataset_path, output, args.size, args.quality, args.num_workers)
+def main(
+    dataset_path: Annotated[Path, "folder with database/ and queries/"],
+    size: Annotated[int, "pixels of the shorter side; train.py loads 512 by default", {"type": positive}] = 512,
+    quality: flags.Quality = 90,
+    output: Annotated[Path | None, "default: the data set's folder with _SIZE after its name"] = None,
+    num_workers: flags.Workers = flags.CORES,
+) -> str:
+    output = output or Path(f"{dataset_path}_{size}")
+    made, errors = make_cache(dataset_path, output, size, quality, num_workers)
     for error in errors:
         print(f"left out: {error}")
     return f"{output}: {made} images made now, {len(errors)} left out; use it with --dataset_path {output}"

@@ -5,15 +5,14 @@ PATH is a data set's folder, or a text file of names, one a line. Exit code 0: f
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 
+from datasets.build import flags, jobs
 from datasets.build.check_names import NOTE, PROBLEM, Finding, check_database, check_queries, count_zooms, parse_names
 from datasets.images import decode, read_bytes
 from datasets.listing import list_files
@@ -29,7 +28,7 @@ FLAT = {
 }
 
 
-def list_folder(root):
+def list_folder(root: Path) -> tuple[list[str], list[str], list[str]]:
     """Folder -> paths of the database and of the queries, relative to it, and of other files in them."""
     (database, others), (queries, more) = (list_files(root, part) for part in ("database", "queries"))
     if not (database or queries):
@@ -37,7 +36,7 @@ def list_folder(root):
     return database, queries, sorted(others + more)
 
 
-def list_file(path):
+def list_file(path: Path) -> tuple[list[str], list[str], list[str]]:
     """Text file of names -> the same. A name with a year for its timestamp is a database image's."""
     try:
         lines = [line.strip().replace("\\", "/") for line in path.read_text().splitlines()]
@@ -53,7 +52,7 @@ def list_file(path):
     return database, queries, []
 
 
-def look_at(path):
+def look_at(path: Path) -> tuple[tuple[int, int], bytes, str | None] | str:
     """Image file -> ((width, height), digest of its bytes, key of FLAT or None), or a string: what is wrong."""
     try:
         content = read_bytes(path)
@@ -63,7 +62,7 @@ def look_at(path):
     return pixels.shape[1::-1], hashlib.blake2b(content, digest_size=16).digest(), flatness(pixels)
 
 
-def flatness(pixels):
+def flatness(pixels: np.ndarray) -> str | None:
     """uint8 (H, W, 3) -> key of FLAT, or None where more than 1 % of the pixels are off the median by more than 3."""
     if all(np.ptp(pixels[..., band]) <= NEARLY for band in range(3)):
         return "one"
@@ -74,90 +73,93 @@ def flatness(pixels):
     return "extreme" if (median <= NEARLY).all() or (median >= 255 - NEARLY).all() else "nearly"
 
 
-def check_images(root, database, queries, size=None, num_workers=2):
+def check_images(
+    root: Path, database: list[str], queries: list[str], size: int | None = None, num_workers: int = 2
+) -> tuple[list[Finding], dict[str, int]]:
     """Reads every image, once -> Findings, and {size: number of database images}. size: what the database's should be;
-    None: what most of them are."""
+    None: what most of their folder YEAR_ZOOM are, as a zoom can have its own."""
     paths = database + queries
-    # Decoding leaves Python's lock, so threads use all cores; in pieces, so that few futures wait at a time.
-    bar = tqdm(total=len(paths), desc="images", unit="image", mininterval=0.5)
-    with ThreadPoolExecutor(max(1, num_workers)) as pool, bar:
-        seen = []
-        for start in range(0, len(paths), 4096):
-            for result in pool.map(look_at, [root / path for path in paths[start : start + 4096]]):
-                seen.append(result)
-                bar.update()
-    sizes = Counter(result[0] for result in seen[: len(database)] if not isinstance(result, str))
-    expected = (size, size) if size else max(sizes, key=sizes.get) if sizes else None
+    # Decoding leaves Python's lock, so threads use all cores.
+    seen = list(jobs.run([root / path for path in paths], look_at, num_workers, "images", threads=True))
+    sizes = {}
+    for path, result in zip(database, seen):
+        if not isinstance(result, str):
+            sizes.setdefault(zoom_of(path), Counter())[result[0]] += 1
+    expected = {zoom: (size, size) if size else max(counts, key=counts.get) for zoom, counts in sizes.items()}
     unreadable, wrong_size, same, digests, flat = [], [], [], {}, {key: [] for key in FLAT}
     for i, (path, result) in enumerate(zip(paths, seen)):
         if isinstance(result, str):
             unreadable.append(f"{path}: {result}")
             continue
-        (width, height), digest, flatness_key = result
-        if i < len(database) and ((width, height) != expected or width != height):
-            wrong_size.append(f"{path}: {width} × {height}")
+        found, digest, flatness_key = result
+        if i < len(database) and (found != expected[zoom_of(path)] or found[0] != found[1]):
+            wrong_size.append(f"{path}: {_text(found)}, not {_text(expected[zoom_of(path)])} and square")
         if flatness_key:
             flat[flatness_key].append(path)
         if flatness_key != "one" and digests.setdefault(digest, path) != path:
             same.append(f"{path}: as {digests[digest]}")
-    wanted = f"{expected[0]} × {expected[1]}" if expected else ""
+    what = "the size asked for" if size else "the size of most of their zoom"
     return [
         Finding("images that cannot be read", PROBLEM, unreadable),
-        Finding(f"database images that are not {wanted} and square", PROBLEM, wrong_size),
+        Finding(f"database images that do not have {what}, or are not square", PROBLEM, wrong_size),
         *[Finding(what, level, flat[key]) for key, (what, level) in FLAT.items()],
         Finding("images with the very bytes of another", PROBLEM, same),
-    ], {f"{width} × {height}": number for (width, height), number in sizes.most_common()}
+    ], {_text(each): number for each, number in sum(sizes.values(), Counter()).most_common()}
 
 
-def check_positives(root, database, queries):
+def zoom_of(path: str) -> str:
+    """database/YEAR_ZOOM/… -> ZOOM; '' for other paths."""
+    return path.split("/")[1].partition("_")[2]
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"
+
+
+def check_positives(root: Path, database: list[str], queries: list[str]) -> list[Finding]:
     """The intersections file against the images -> Findings. Images are matched by file name, as in evaluation."""
-    path = root / INTERSECTIONS_FILE
     try:
-        table = load_intersections(path)
+        table = load_intersections(root / INTERSECTIONS_FILE)
     except (ValueError, FileNotFoundError) as error:
         return [Finding("intersections file that cannot be used", PROBLEM, [str(error)])]
     present = {name.rsplit("/", 1)[-1] for name in database}
-    names = [name.rsplit("/", 1)[-1] for name in queries]
-    known = set(names)
-    gone, absurd, empty = [], [], []
-    for query, entries in table.items():
-        for entry in entries:
-            if not (
-                isinstance(entry, (tuple, list))
-                and len(entry) == 2
-                and isinstance(entry[0], str)
-                and 0 < entry[1] <= 1 + 1e-6
-            ):
-                absurd.append(f"{query}: {entry!r}")
-            elif entry[0].rsplit("/", 1)[-1] not in present:
-                gone.append(f"{query}: {entry[0]}")
-        if not entries and query in known:
-            empty.append(query)
+    names = dict.fromkeys(name.rsplit("/", 1)[-1] for name in queries)
+    entries = [(query, path, iou) for query, found in table.items() for path, iou in found]
     remedy = f"python -m datasets.overlap {root} writes {INTERSECTIONS_FILE} anew"
     return [
-        Finding(f"positives that are not in the database ({remedy})", PROBLEM, gone),
-        Finding("positives that are no (path, IoU from 0 to 1)", PROBLEM, absurd),
+        Finding(
+            f"positives that are not in the database ({remedy})",
+            PROBLEM,
+            [f"{query}: {path}" for query, path, iou in entries if path.rsplit("/", 1)[-1] not in present],
+        ),
+        Finding(
+            "positives that have no IoU from 0 to 1",
+            PROBLEM,
+            [f"{query}: {path}, {iou}" for query, path, iou in entries if not 0 < iou <= 1 + 1e-6],
+        ),
         Finding(
             f"queries that the intersections file does not list ({remedy})",
             PROBLEM,
             [name for name in names if name not in table],
         ),
-        Finding("listed queries that are not there", PROBLEM, [name for name in table if name not in known]),
-        Finding("queries without a positive (evaluation leaves them out)", NOTE, empty),
+        Finding("listed queries that are not there", PROBLEM, [name for name in table if name not in names]),
+        Finding(
+            "queries without a positive (evaluation leaves them out)",
+            NOTE,
+            [name for name, found in table.items() if not found and name in names],
+        ),
     ]
 
 
-def check(path, names_only=False, size=None, num_workers=2):
+def check(path: str | Path, names_only: bool = False, size: int | None = None, num_workers: int = 2) -> dict:
     """Folder or text file -> the report: a dict of counts and Findings (all of them, also the empty ones)."""
     path, began = Path(path), time.monotonic()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     is_folder = path.is_dir()
     database, queries, others = list_folder(path) if is_folder else list_file(path)
-    findings, sizes = [], {}
-    database_names, wrong = parse_names(database)
-    query_names, also_wrong = parse_names(queries)
-    findings += [Finding(wrong[0].what, PROBLEM, wrong[0].items + also_wrong[0].items)]
+    (database_names, wrong), (query_names, also_wrong) = parse_names(database), parse_names(queries)
+    findings, sizes = [Finding("names that do not parse", PROBLEM, wrong + also_wrong)], {}
     findings += check_database(database_names) + check_queries(query_names)
     if is_folder and queries:
         findings += check_positives(path, database, queries)
@@ -165,13 +167,12 @@ def check(path, names_only=False, size=None, num_workers=2):
     if is_folder and not names_only:
         more, sizes = check_images(path, database, queries, size, num_workers)
         findings += more
-    years = Counter(query_names.years.tolist())
     return {
         "path": str(path),
         "database": len(database),
         "queries": len(queries),
         "zooms": count_zooms(database_names),
-        "query_years": dict(sorted(years.items())),
+        "query_years": dict(sorted(Counter(query_names.columns.years.tolist()).items())),
         "sizes": sizes,
         "images_read": is_folder and not names_only,
         "seconds": round(time.monotonic() - began, 2),
@@ -179,11 +180,12 @@ def check(path, names_only=False, size=None, num_workers=2):
     }
 
 
-def problems(report):
+def problems(report: dict) -> int:
+    """How many items are wrong."""
     return sum(len(finding.items) for finding in report["findings"] if finding.level == PROBLEM)
 
 
-def to_text(report, show=3):
+def to_text(report: dict, show: int = 3) -> str:
     """The report for people; up to `show` items of each finding."""
     lines = [
         f"{report['path']}: {report['database']:,} database images, {report['queries']:,} queries, "
@@ -214,7 +216,7 @@ def to_text(report, show=3):
     return "\n".join(lines + ["", f"{count:,} problems" if count else "fine: no problem found"])
 
 
-def to_json(report):
+def to_json(report: dict) -> str:
     findings = [
         {"what": finding.what, "level": finding.level, "count": len(finding.items), "items": finding.items}
         for finding in report["findings"]
@@ -223,27 +225,21 @@ def to_json(report):
     return json.dumps({**report, "problems": problems(report), "findings": findings}, indent=1, ensure_ascii=False)
 
 
-def add_command(commands, formatter):
-    parser = commands.add_parser(
-        "check", help="what is in a data set, and what is wrong with it", formatter_class=formatter
-    )
-    parser.add_argument("path", type=Path, help="folder of a data set, or a text file of names, one a line")
-    parser.add_argument("--names_only", action="store_true", help="read no image")
-    parser.add_argument("--image_size", type=positive, help="side of a database image; default: what most of them have")
-    parser.add_argument("--num_workers", type=whole, default=os.cpu_count(), help="threads that read images")
-    parser.add_argument("--show", type=whole, default=3, help="items printed of each finding")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the whole report")
-    parser.set_defaults(command_main=main)
-
-
-def main(args):
-    """-> exit code."""
-    if args.image_size is not None and args.image_size < 1:
-        raise ValueError(f"--image_size {args.image_size}: expected 1 or more")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
-    report = check(args.path, args.names_only, args.image_size, args.num_workers)
-    print(to_text(report, max(args.show, 0)))
-    if args.json:
-        args.json.write_text(to_json(report))
+def main(
+    path: Annotated[Path, "folder of a data set, or a text file of names, one a line"],
+    names_only: Annotated[bool, "read no image"] = False,
+    image_size: Annotated[
+        int | None, "side of a database image; default: what most of its zoom have", {"type": positive}
+    ] = None,
+    num_workers: flags.Workers = flags.CORES,
+    show: Annotated[int, "items printed of each finding", {"type": whole}] = 3,
+    json: Annotated[Path | None, "the whole report", {"metavar": "FILE"}] = None,
+) -> int:
+    """-> Exit code."""
+    if json and not json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {json}: its folder does not exist; make it first")
+    report = check(path, names_only, image_size, num_workers)
+    print(to_text(report, show))
+    if json:
+        json.write_text(to_json(report))
     return 1 if problems(report) else 0

@@ -3,19 +3,21 @@
 A mosaic is a uint8 tensor (3, H, 2H): 180 W to 180 E, 90 N to 90 S. All results are pure functions of the arguments.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from datasets import grid
-from datasets.build.camera import Camera, footprint, ground_points, incidence, orientation
+from datasets.build.camera import Camera, footprint, great_circle, ground_points, incidence, orientation
 from datasets.names import ImageName
 from utils import geo
 
 QUERY_SIZE = (384, 256)  # width, height: 3:2, as the station's cameras
-PHOTOS = ("full", "hazy", "clear")  # what a query goes through, see render_query
+Photos = Literal["full", "hazy", "clear"]  # what a query goes through, see render_query
 MAX_NADIR_LATITUDE = 51.6  # the station's orbit
 MAX_DISTANCE_KM = 2500  # the farthest ground that the data set's photos show (paper, sec. 3.1)
 AREAS_KM2 = (100_000, 1_500_000)
@@ -55,7 +57,7 @@ class Query:
     date: str
 
 
-def query_name(query, seed, mission="DEMO"):
+def query_name(query: Query, seed: int, mission: str = "DEMO") -> ImageName:
     """Planned photo -> its ImageName, with the label from the ray-Earth intersections."""
     corners = footprint(query.camera)
     # + 0.0 turns a rounded -0.0 into 0.0
@@ -72,17 +74,25 @@ def query_name(query, seed, mission="DEMO"):
     )
 
 
+def planned(fields: Sequence) -> Query:
+    """As the plan's JSON holds it, `list(dataclasses.asdict(query).values())` -> Query."""
+    index, group, camera, date = fields
+    return Query(index, group, Camera(**camera), date)
+
+
 # ---- planning: which photos are taken ----
 
 
-def group_of(index, groups=GROUPS):
+def group_of(index: int, groups: dict = GROUPS) -> str:
     """Group of query number `index`: a low-discrepancy walk, so every prefix of the queries has the same shares."""
     bounds = np.cumsum([share for share, _, _ in groups.values()])
     position = (index + 0.5) * (np.sqrt(5) - 1) / 2 % 1 * bounds[-1]
     return list(groups)[int(np.searchsorted(bounds, position, side="right"))]
 
 
-def draw_nadir(rng, center, radius_km):
+def draw_nadir(
+    rng: np.random.Generator, center: tuple[float, float] | None, radius_km: float | None
+) -> tuple[float, float]:
     """Uniform over the circle on the sphere (or over the whole Earth), within the orbit's latitudes -> (lat, lon)."""
     while True:
         if center is None:
@@ -90,19 +100,14 @@ def draw_nadir(rng, center, radius_km):
         else:
             # Uniform in area: 1 - cos(angle) is uniform.
             angle = np.arccos(1 - rng.uniform() * (1 - np.cos(radius_km / geo.EARTH_RADIUS_KM)))
-            bearing = rng.uniform(0, 2 * np.pi)
-            lat0, lon0 = np.radians(center)
-            sin_lat = np.sin(lat0) * np.cos(angle) + np.cos(lat0) * np.sin(angle) * np.cos(bearing)
-            lat = np.degrees(np.arcsin(np.clip(sin_lat, -1, 1)))
-            lon = np.degrees(
-                lon0
-                + np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat0), np.cos(angle) - np.sin(lat0) * sin_lat)
-            )
+            lat, lon = great_circle(center, rng.uniform(0, 2 * np.pi), angle)
         if abs(lat) <= MAX_NADIR_LATITUDE:
             return float(lat), float(geo.wrap_longitude(lon))
 
 
-def draw_camera(rng, center=None, radius_km=None):
+def draw_camera(
+    rng: np.random.Generator, center: tuple[float, float] | None = None, radius_km: float | None = None
+) -> Camera:
     """A random camera whose photo lies on Earth, near enough and of a usable area. Draws until one fits."""
     while True:
         nadir = draw_nadir(rng, center, radius_km)
@@ -123,14 +128,14 @@ def draw_camera(rng, center=None, radius_km=None):
             return camera
 
 
-def _sees_database(camera, regions):
+def _sees_database(camera: Camera, regions: tuple[np.ndarray, np.ndarray]) -> bool:
     """Whether a region of (centres (N, 2), radii (N,) km) could share ground with the photo; never wrongly no."""
     corners = footprint(camera)
     center = geo.centers(corners)
     return bool((geo.distance_km(center, regions[0]) < geo.distance_km(center, corners).max() + regions[1]).any())
 
 
-def plan_query(seed, index, regions, is_land):
+def plan_query(seed: int, index: int, regions: tuple[np.ndarray, np.ndarray], is_land: Callable) -> Query:
     """Query number `index` of world `seed` -> Query. regions: database (centres (N, 2), radii (N,) km).
 
     is_land: function of (lat, lon) arrays, degrees -> bool.
@@ -162,7 +167,7 @@ def plan_query(seed, index, regions, is_land):
 # ---- rendering ----
 
 
-def _resampling_weights(positions):
+def _resampling_weights(positions: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
     """positions (N,) in source pixels -> source pixels (M,) int, may lie outside, and their weights (N, M) float32.
 
     Cubic convolution, widened where the source is finer than the output so that nothing aliases.
@@ -176,7 +181,7 @@ def _resampling_weights(positions):
     return source, torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def render_region(mosaic, zoom, row, col, size):
+def render_region(mosaic: torch.Tensor, zoom: int, row: int, col: int, size: int) -> torch.Tensor:
     """mosaic (3, H, 2H) uint8 and a region of the grid -> (3, size, size) uint8, north up, Web Mercator."""
     height, width = mosaic.shape[1:]
     steps = (np.arange(size) + 0.5) / size * grid.TILES
@@ -188,7 +193,7 @@ def render_region(mosaic, zoom, row, col, size):
     return (row_weights @ patch @ col_weights.T).round().clamp(0, 255).to(torch.uint8)
 
 
-def sample_mosaic(mosaic, latlon):
+def sample_mosaic(mosaic: torch.Tensor, latlon: np.ndarray) -> torch.Tensor:
     """mosaic (3, H, 2H) uint8, latlon (..., 2) of shape (h, w, 2) -> (3, h, w) float32 in 0...255, bicubic."""
     height, width = mosaic.shape[1:]
     middle = latlon[latlon.shape[0] // 2, latlon.shape[1] // 2, 1]
@@ -203,17 +208,17 @@ def sample_mosaic(mosaic, latlon):
     return sampled[0].clamp(0, 255)
 
 
-def _pixel_grid(size, factor=1):
+def _pixel_grid(size: tuple[int, int], factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
     width, height = size[0] * factor, size[1] * factor
     return np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height, sparse=True)
 
 
-def render_ground(mosaic, camera, size=QUERY_SIZE):
+def render_ground(mosaic: torch.Tensor, camera: Camera, size: tuple[int, int] = QUERY_SIZE) -> torch.Tensor:
     """What the camera sees through perfectly clear air: (3, h, w) float32 in 0...255. size: (width, height)."""
     return _supersampled(mosaic, camera, ground_points(camera, *_pixel_grid(size)))
 
 
-def _supersampled(mosaic, camera, latlon):
+def _supersampled(mosaic: torch.Tensor, camera: Camera, latlon: np.ndarray) -> torch.Tensor:
     """latlon (h, w, 2) of pixel centres -> (3, h, w), each the mean of as many samples as the coarsest pixel needs."""
     across = np.linalg.norm(np.diff(geo.to_unit_vectors(latlon[::16]), axis=1), axis=-1).max()
     down = np.linalg.norm(np.diff(geo.to_unit_vectors(latlon[:, ::16]), axis=0), axis=-1).max()
@@ -227,7 +232,7 @@ def _supersampled(mosaic, camera, latlon):
     return F.avg_pool2d(sample_mosaic(mosaic, latlon)[None], factor)[0]
 
 
-def _fractal(rng, cells, size):
+def _fractal(rng: np.random.Generator, cells: float, size: int) -> torch.Tensor:
     """Smooth random field (size, size), mean 0, spread 1, power falling beyond `cells` waves across."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     amplitude = (1 + (frequency / cells) ** 2) ** -0.85
@@ -236,7 +241,7 @@ def _fractal(rng, cells, size):
     return torch.from_numpy((field / field.std()).astype(np.float32))
 
 
-def ground_plane(camera, latlon):
+def ground_plane(camera: Camera, latlon: np.ndarray) -> np.ndarray:
     """latlon (h, w, 2) -> (h, w, 2) km to the east and north in the plane that touches the ground at the centre."""
     up = geo.to_unit_vectors(ground_points(camera, 0.5, 0.5))
     east = np.array([-up[1], up[0], 0]) / np.hypot(up[0], up[1])
@@ -244,7 +249,9 @@ def ground_plane(camera, latlon):
     return np.stack([offsets @ east, offsets @ np.cross(up, east)], axis=-1) * geo.EARTH_RADIUS_KM
 
 
-def _clouds(rng, plane, cloud_km):
+def _clouds(
+    rng: np.random.Generator, plane: np.ndarray, cloud_km: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
     extent = np.abs(plane).max() * 1.05
     field = _fractal(rng, 2 * extent / rng.uniform(*cloud_km), max(plane.shape))
@@ -258,7 +265,13 @@ def _clouds(rng, plane, cloud_km):
     return opacity * float(rng.uniform(0.75, 1.0)), 0.7 + 0.25 * torch.tanh(above)
 
 
-def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
+def render_query(
+    mosaic: torch.Tensor,
+    camera: Camera,
+    rng: np.random.Generator,
+    size: tuple[int, int] = QUERY_SIZE,
+    photos: Photos = "full",
+) -> torch.Tensor:
     """A photo as an astronaut might have taken it: clouds, haze, exposure, colour, lens, noise -> (3, h, w) uint8.
 
     photos: "full", "hazy" without the clouds (and otherwise with the same draws), "clear" with the geometry alone.
@@ -270,7 +283,14 @@ def render_query(mosaic, camera, rng, size=QUERY_SIZE, photos="full"):
     return photograph(light, camera, ground_plane(camera, latlon), rng, photos)
 
 
-def photograph(light, camera, plane, rng, photos="full", cloud_km=CLOUD_KM):
+def photograph(
+    light: torch.Tensor,
+    camera: Camera,
+    plane: np.ndarray,
+    rng: np.random.Generator,
+    photos: Photos = "full",
+    cloud_km: tuple[float, float] = CLOUD_KM,
+) -> torch.Tensor:
     """What the camera sees through clear air, linear light (3, h, w) in 0...1, is overwritten -> (3, h, w) uint8 photo.
 
     plane: ground_plane of its pixels, or of fewer (h', w', 2) spread alike, for coarser clouds in less time. cloud_km:

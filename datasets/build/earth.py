@@ -5,36 +5,56 @@ of a region are other months of it: the raster's fine detail times the ratio of 
 smoothed, so colours, snow and vegetation change and the ground stays where it is.
 """
 
-import multiprocessing
+import argparse
+import dataclasses
 import tempfile
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 from kornia.filters import gaussian_blur2d
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from datasets import grid
-from datasets.build.area import add_area_arguments, image_paths, select_regions
-from datasets.build.plan import fingerprint, read_plan, write_plan
-from datasets.images import read_image, resize
+from datasets.build import flags, jobs
+from datasets.build.area import select_regions
+from datasets.build.demo import read_mosaic
+from datasets.build.plan import fingerprint, kept_plan
+from datasets.images import encode_jpeg, resize
 from datasets.names import YEARS
 from utils.files import replacing
+from utils.geo import MERCATOR_HALF
+
+if TYPE_CHECKING:
+    from rasterio import DatasetReader
 
 MONTHS = (2, 5, 11, 8)  # of YEARS: a winter, a spring, an autumn, and the raster's own, in which evaluation searches
 RASTER_MONTH = 8
 SMOOTH = 2.0  # pixels of the monthly mosaics, the standard deviation of the smoothing: about 15 km
-MERCATOR_HALF = np.pi * 6378137  # metres: the edge of Web Mercator's square
 MIN_SIDE = 32  # pixels: a region that shows fewer is too small for the raster
 VERSION = 1  # raise when the same parameters begin to give other pictures
 
 
-def open_raster(path):
-    """-> open rasterio file in Web Mercator, and how many of its pixels go around the Earth. Raises ValueError."""
+def image_side(text: str) -> int:
+    """Type of a flag: pixels a side."""
+    if int(text) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"{text}: at least {MIN_SIDE}")
+    return int(text)
+
+
+class MercatorRaster(NamedTuple):
+    """An open file in Web Mercator, and how many of its pixels go around the Earth."""
+
+    source: "DatasetReader"
+    around: int
+
+
+def open_raster(path: str | Path) -> MercatorRaster:
+    """Raises FileNotFoundError or ValueError naming what is wrong with the file."""
     import rasterio  # here, not above: only this command and `raster` need GDAL
 
     if not Path(path).is_file():
@@ -57,11 +77,12 @@ def open_raster(path):
             f"--raster {path}: {around:.2f} of its pixels go around the Earth; they must be square, and a "
             f"whole number of them"
         )
-    return source, round(around)
+    return MercatorRaster(source, round(around))
 
 
-def windows(source, around, regions):
+def windows(raster: MercatorRaster, regions: Sequence) -> np.ndarray:
     """regions (N, 3) -> (N, 3) int: left, top, side in the raster's pixels. ValueError where a region has too few."""
+    source, around = raster
     zoom, row, col = np.asarray(regions).reshape(-1, 3).T
     tile = around / 2.0**zoom
     if len(tile) and (tile.min() * grid.TILES < MIN_SIDE or (tile % 1).any()):
@@ -75,11 +96,11 @@ def windows(source, around, regions):
     return np.stack([left, top, grid.TILES * tile], axis=1).astype(np.int64)
 
 
-def read_window(source, around, left, top, width, height):
-    """Open raster -> uint8 (height, width, 3). Rows end with the raster; columns go on around the Earth, if it does."""
+def read_window(raster: MercatorRaster, left: int, top: int, width: int, height: int) -> np.ndarray:
+    """-> uint8 (height, width, 3). Rows end with the raster; columns go on around the Earth, if it does."""
     from rasterio.windows import Window
 
-    parts = []
+    (source, around), parts = raster, []
     while width > 0:
         left = left % around if source.width == around else left
         here = min(width, source.width - left)
@@ -88,21 +109,15 @@ def read_window(source, around, left, top, width, height):
     return np.concatenate(parts, axis=2).transpose(1, 2, 0)
 
 
-def smooth_month(path):
+def smooth_month(path: Path) -> torch.Tensor:
     """Equirectangular picture of the whole Earth -> float32 (3, H, W), smoothed, brighter by 8. ValueError."""
-    mosaic = read_image(path)
-    if mosaic.shape[2] != 2 * mosaic.shape[1]:
-        raise ValueError(
-            f"{path}: {mosaic.shape[2]} × {mosaic.shape[1]} pixels; a monthly mosaic is equirectangular, "
-            f"the whole Earth, so exactly twice as wide as high"
-        )
     pad = int(4 * SMOOTH)
-    padded = F.pad(F.pad(mosaic[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
+    padded = F.pad(F.pad(read_mosaic(path)[None].float(), (pad, pad, 0, 0), "circular"), (0, 0, pad, pad), "replicate")
     blurred = gaussian_blur2d(padded, 2 * pad + 1, (SMOOTH, SMOOTH))
     return blurred[0, :, pad:-pad, pad:-pad] + 8  # not 0: in the dark a ratio says nothing
 
 
-def month_ratios(folder, months):
+def month_ratios(folder: Path, months: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Folder of 01.jpg … 12.jpg -> yields month, float16 (H, W, 3): that month over the raster's, both smoothed."""
     months = sorted(set(months) - {RASTER_MONTH})
     if not months:
@@ -116,7 +131,7 @@ def month_ratios(folder, months):
 
 
 @contextmanager
-def stored_ratios(folder, months):
+def stored_ratios(folder: Path, months: Sequence[int]) -> Iterator[dict[int, Path]]:
     """As month_ratios, but a dict of files for np.load, which many processes share; they go at the block's end."""
     with tempfile.TemporaryDirectory() as place:
         paths = {}
@@ -126,7 +141,7 @@ def stored_ratios(folder, months):
         yield paths
 
 
-def sample_ratio(ratio, region, size):
+def sample_ratio(ratio: np.ndarray, region: Sequence[int], size: int) -> np.ndarray:
     """Ratio (H, W, 3) at the size × size pixel centres of a region, bilinear -> float32 (size, size, 3)."""
     height, width = ratio.shape[:2]
     zoom, row, col = region
@@ -140,185 +155,127 @@ def sample_ratio(ratio, region, size):
     return (down @ wide.reshape(len(wide), -1)).reshape(size, size, 3)
 
 
-def _linear_weights(positions):
+def _linear_weights(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N,) ascending -> the whole positions around them (M,), and (N, M) float32 weights of linear interpolation."""
     whole = np.arange(int(np.floor(positions[0])), int(np.floor(positions[-1])) + 2)
     return whole, (1 - np.abs(positions[:, None] - whole)).clip(0).astype(np.float32)
 
 
-class Renderer:
-    """Makes the images of one region after another; a worker process has one."""
+@dataclasses.dataclass
+class Opened:
+    """What a worker opens once: the raster, and the months' ratios. path: the raster's. ratios: {month: file}."""
 
-    def __init__(self, output, raster, ratios, months, image_size, quality):
-        self.output, self.months, self.image_size, self.quality = Path(output), months, image_size, quality
-        self.source, self.around = open_raster(raster)
-        self.ratios = {month: np.load(path, mmap_mode="r") for month, path in ratios.items()}
+    output: Path
+    path: Path
+    ratios: dict
 
-    def __call__(self, region):
-        """(zoom, row, col) -> number of images made: those of its years that are not there yet."""
-        paths = [self.output / path for path in image_paths(region, YEARS)]
+    @cached_property
+    def raster(self) -> MercatorRaster:
+        return open_raster(self.path)
+
+    @cached_property
+    def of_month(self) -> dict:
+        return {month: np.load(path, mmap_mode="r") for month, path in self.ratios.items()}
+
+
+@dataclasses.dataclass
+class Renderer(Opened):
+    """(zoom, row, col) -> number of images made: those of its years that are not there yet."""
+
+    months: Sequence[int]
+    image_size: int | None
+    quality: int
+
+    def __call__(self, region: tuple) -> int:
+        paths = [self.output / path for path in grid.image_paths(region, YEARS)]
         missing = [(path, month) for path, month in zip(paths, self.months) if not path.exists()]
         if not missing:
             return 0
-        left, top, side = windows(self.source, self.around, [region])[0].tolist()
-        pixels = read_window(self.source, self.around, left, top, side, side)
+        left, top, side = windows(self.raster, [region])[0].tolist()
+        pixels = np.ascontiguousarray(read_window(self.raster, left, top, side, side))
         if self.image_size is not None and side != self.image_size:
-            pixels = resize(torch.from_numpy(np.ascontiguousarray(pixels)), self.image_size).numpy()
-        pixels = np.ascontiguousarray(pixels)
+            pixels = resize(torch.from_numpy(pixels), self.image_size).numpy()
         for path, month in missing:
             season = pixels
             if month != RASTER_MONTH:
-                ratio = sample_ratio(self.ratios[month], region, len(pixels))
+                ratio = sample_ratio(self.of_month[month], region, len(pixels))
                 season = np.multiply(pixels, ratio, out=ratio)
                 season += 0.5
                 season = np.minimum(season, 255, out=season).astype(np.uint8)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, sync=False) as file:
-                file.write(simplejpeg.encode_jpeg(np.ascontiguousarray(season), self.quality, colorsubsampling="420"))
+                file.write(encode_jpeg(season, self.quality))
         return len(missing)
 
 
-_work_on = None  # of a worker process: set once by its initializer
-
-
-def _start_worker(kind, setup):
-    global _work_on
-    torch.set_num_threads(1)
-    _work_on = kind(*setup)
-
-
-def _work(job):
-    return _work_on(job)
-
-
-def run_jobs(jobs, kind, setup, num_workers, chunk=8):
-    """Yields kind(*setup)(job) of each job, in order, each process with a `kind` of its own; few jobs are done here.
-
-    One thread a process, so that sums come out the same whatever the number of workers.
-    """
-    num_workers = min(num_workers, len(jobs) // 64)  # a process takes seconds to start
-    if num_workers == 0:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield from map(kind(*setup), jobs)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    with multiprocessing.get_context("spawn").Pool(num_workers, _start_worker, (kind, setup)) as pool:
-        yield from pool.imap(_work, jobs, chunksize=chunk)
-
-
-def build_earth(output, raster, months_folder, regions, months=MONTHS, image_size=None, quality=92, num_workers=2):
-    """regions (N, 3) rows of the grid -> Counter of images made now, and there already. A second run goes on.
-
-    raster: file in Web Mercator. months_folder: 01.jpg … 12.jpg of the whole Earth. months: one for each of YEARS.
-    image_size: pixels a side; None: the raster's own, so that each zoom has another. ValueError, FileNotFoundError.
-    """
-    output = Path(output)
-    source, around = open_raster(raster)
-    places = windows(source, around, regions)
-    inside = (
-        (places[:, 0] >= 0)
-        & (places[:, 1] >= 0)
-        & (places[:, 0] + places[:, 2] <= source.width)
-        & (places[:, 1] + places[:, 2] <= source.height)
-    )
+def main(
+    output: flags.Output,
+    *,
+    raster: Annotated[Path, "Web Mercator GeoTIFF of the whole Earth, August; `earth_raster` makes it"],
+    months: Annotated[
+        Path,
+        "01.jpg … 12.jpg, equirectangular; NASA's Visible Earth has them, August as "
+        "https://eoimages.gsfc.nasa.gov/images/imagerecords/74000/74117/world.200408.3x5400x2700.jpg",
+        {"metavar": "FOLDER"},
+    ],
+    seasons: Annotated[
+        list[int],
+        f"the months that stand for the years {YEARS[0]} to {YEARS[-1]}",
+        {"nargs": len(YEARS), "choices": range(1, 13), "metavar": "MONTH"},
+    ] = MONTHS,
+    image_size: Annotated[
+        int | None, "pixels a side; default: the raster's own at each zoom", {"type": image_side}
+    ] = None,
+    regions: Annotated[int | None, "only so many, drawn by --seed; default: all", {"metavar": "N"}] = None,
+    seed: flags.Seed = 0,
+    quality: flags.Quality = 92,
+    num_workers: flags.Workers = 2,
+    zooms: flags.Zooms = (9, 10, 11),
+    bbox: flags.Box = None,
+    land_only: flags.LandOnly = True,
+) -> str:
+    """-> How many images were made now, and were there. Raises ValueError or FileNotFoundError naming the flag."""
+    chosen = sample_of(select_regions(zooms, bbox, land_only), regions, seed)
+    parameters = {
+        "version": VERSION,
+        "kind": "earth",
+        "raster": fingerprint(raster),
+        "zooms": sorted(set(zooms)),
+        "months": month_prints(months, seasons),
+        "seasons": seasons,
+        "image_size": image_size,
+        "bbox": bbox,
+        "regions": regions,
+        "seed": seed,
+        "land_only": land_only,
+        "quality": quality,
+    }
+    opened = open_raster(raster)
+    places, source = windows(opened, chosen), opened.source
+    kept_plan(output, parameters, folders=("database",))
+    ends = places[:, :2] + places[:, 2:]
+    inside = (places[:, :2] >= 0).all(axis=1) & (ends <= (source.width, source.height)).all(axis=1)
     # Along the raster's rows of blocks, so that each block is decoded about once.
     block = source.block_shapes[0][0]
     order = np.lexsort((places[:, 0] // block, places[:, 1] // block))
-    jobs = [tuple(region) for region in np.asarray(regions)[order][inside[order]].tolist()]
-    with stored_ratios(months_folder, months) as ratios:
-        setup = (output, raster, ratios, months, image_size, quality)
-        counts = Counter(made=0, outside=int((~inside).sum()))
-        with tqdm(total=len(YEARS) * len(jobs), desc="earth", unit="image", mininterval=0.5) as bar:
-            for made in run_jobs(jobs, Renderer, setup, num_workers, chunk=64):
-                counts["made"] += made
-                bar.update(len(YEARS))
-    counts["there"] = len(YEARS) * len(jobs) - counts["made"]
-    return counts
+    wanted = [tuple(region) for region in chosen[order][inside[order]].tolist()]
+    with stored_ratios(months, seasons) as ratios:
+        render = Renderer(Path(output), raster, ratios, seasons, image_size, quality)
+        made = sum(jobs.run(wanted, render, num_workers, "earth", "region"))
+    return (
+        f"{output}: {made:,} images made now, {len(YEARS) * len(wanted) - made:,} were there, {(~inside).sum():,} "
+        f"regions lie outside the raster"
+    )
 
 
-def sample_of(regions, count, seed):
+def month_prints(folder: Path, months: Sequence[int]) -> dict:
+    """Of a plan: {month: sha256} of the mosaics that the months need."""
+    needed = sorted({*months, RASTER_MONTH})
+    return {f"{month:02d}": fingerprint(Path(folder) / f"{month:02d}.jpg")["sha256"] for month in needed}
+
+
+def sample_of(regions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """(N, 3) -> at most `count` rows of it, drawn by seed, in order; all where count is None."""
     if count is None or count >= len(regions):
         return regions
     return regions[np.sort(np.random.default_rng(seed).choice(len(regions), count, replace=False))]
-
-
-def add_command(commands, formatter):
-    parser = commands.add_parser(
-        "earth",
-        help="the Earth at true scale, from a Web Mercator raster and monthly mosaics",
-        formatter_class=formatter,
-    )
-    parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
-    parser.add_argument(
-        "--raster",
-        type=Path,
-        required=True,
-        help="Web Mercator GeoTIFF of the whole Earth, August; `earth_raster` makes it",
-    )
-    parser.add_argument(
-        "--months",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="01.jpg … 12.jpg, equirectangular; NASA's Visible Earth has them, August as "
-        "https://eoimages.gsfc.nasa.gov/images/imagerecords/74000/74117/world.200408.3x5400x2700.jpg",
-    )
-    parser.add_argument(
-        "--seasons",
-        type=int,
-        nargs=len(YEARS),
-        default=list(MONTHS),
-        choices=range(1, 13),
-        metavar="MONTH",
-        help=f"the months that stand for the years {YEARS[0]} to {YEARS[-1]}",
-    )
-    parser.add_argument("--image_size", type=int, help="pixels a side; default: the raster's own at each zoom")
-    parser.add_argument("--regions", type=int, metavar="N", help="only so many, drawn by --seed; default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quality", type=int, default=92, help="of the JPEGs")
-    parser.add_argument("--num_workers", type=int, default=2)
-    add_area_arguments(parser, years=False)
-    parser.set_defaults(command_main=main)
-
-
-def main(args):
-    if args.image_size is not None and args.image_size < MIN_SIDE:
-        raise ValueError(f"--image_size {args.image_size}: at least {MIN_SIDE}")
-    parameters = {
-        "version": VERSION,
-        "kind": "earth",
-        "raster": fingerprint(args.raster),
-        "zooms": sorted(set(args.zooms)),
-        "months": {
-            f"{m:02d}": fingerprint(args.months / f"{m:02d}.jpg")["sha256"]
-            for m in sorted({*args.seasons, RASTER_MONTH})
-        },
-        "seasons": args.seasons,
-        "image_size": args.image_size,
-        "bbox": args.bbox,
-        "regions": args.regions,
-        "seed": args.seed,
-        "land_only": args.land_only,
-        "quality": args.quality,
-    }
-    if read_plan(args.output, parameters, folders=("database",)) is None:
-        write_plan(args.output, {"parameters": parameters})
-    regions = sample_of(select_regions(args.zooms, args.bbox, args.land_only), args.regions, args.seed)
-    counts = build_earth(
-        args.output,
-        args.raster,
-        args.months,
-        regions,
-        tuple(args.seasons),
-        args.image_size,
-        args.quality,
-        args.num_workers,
-    )
-    return (
-        f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['outside']:,} "
-        f"regions lie outside the raster"
-    )

@@ -12,44 +12,51 @@ much ground a photo shows, how far from the nadir, among how many images), not w
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import simplejpeg
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets import grid
-from datasets.build.camera import Camera, footprint, ground_points
+from datasets.build import flags, jobs
+from datasets.build.camera import Camera, footprint, great_circle, ground_points
 from datasets.build.demo_world import (
     ALTITUDES_KM,
     GAMMA,
     MAX_DISTANCE_KM,
-    PHOTOS,
+    Photos,
     Query,
     draw_nadir,
     ground_plane,
     group_of,
     photograph,
+    planned,
     query_name,
 )
 from datasets.build.earth import (
-    MERCATOR_HALF,
     MIN_SIDE,
-    RASTER_MONTH,
+    MercatorRaster,
+    Opened,
+    image_side,
+    month_prints,
     open_raster,
     read_window,
-    run_jobs,
     stored_ratios,
 )
-from datasets.build.plan import fingerprint, read_plan, write_plan
+from datasets.build.plan import fingerprint, kept_plan
+from datasets.images import encode_jpeg
 from datasets.names import Catalogue
-from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections
+from datasets.overlap import INTERSECTIONS_FILE, write_positives
 from datasets.sets import DATABASE_YEAR, POINTS_OF_INTEREST, QUERY_RADIUS_KM, VALIDATION, VALIDATION_QUERY_RADIUS_KM
 from utils import geo
+from utils.arguments import positive
 from utils.files import replacing
+from utils.geo import MERCATOR_HALF
 
 VERSION = 1  # raise when the same parameters begin to give other pictures
 FILE = "photos.json"
@@ -78,12 +85,12 @@ _LINEAR = (torch.arange(256) / 255.0) ** GAMMA
 # ---- planning: which photos are taken ----
 
 
-def smallest_area(around):
+def smallest_area(around: int) -> float:
     """Pixels around the Earth -> km² of the smallest photo: MIN_SIDE of a raster's pixels high at the equator, 3:2."""
     return (MIN_SIDE * 2 * np.pi * grid.AREA_RADIUS_KM / around) ** 2 * SENSOR_MM[0] / SENSOR_MM[1]
 
 
-def draw_size(rng, areas=None):
+def draw_size(rng: np.random.Generator, areas: Sequence[float] | None = None) -> tuple[float, float]:
     """-> area km², distance of the centre from the nadir km. areas: (low, high), log-uniform; None: as in the names.
 
     The two are independent: in the names their rank correlation is 0.1.
@@ -93,7 +100,9 @@ def draw_size(rng, areas=None):
     return float(np.exp(np.interp(chance, known, np.log(bounds)))), float(np.interp(far, PROBABILITIES, DISTANCES_KM))
 
 
-def aim(nadir, altitude_km, azimuth, roll, area_km2, distance_km):
+def aim(
+    nadir: Sequence[float], altitude_km: float, azimuth: float, roll: float, area_km2: float, distance_km: float
+) -> Camera | None:
     """-> the Camera whose footprint has that area and its centre at that distance from the nadir; None if none has.
 
     A few steps of a fixed point: each lens and tilt are corrected by what the last ones gave.
@@ -123,16 +132,14 @@ def aim(nadir, altitude_km, azimuth, roll, area_km2, distance_km):
     return None
 
 
-def destination(start, azimuth, distance_km):
-    """(lat, lon), compass degrees, km -> (2,) lat, lon at the end of the great circle."""
-    lat, lon = np.radians(start)
-    bearing, angle = np.radians(azimuth), distance_km / geo.EARTH_RADIUS_KM
-    sin_lat = np.sin(lat) * np.cos(angle) + np.cos(lat) * np.sin(angle) * np.cos(bearing)
-    across = np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat), np.cos(angle) - np.sin(lat) * sin_lat)
-    return np.array([np.degrees(np.arcsin(np.clip(sin_lat, -1, 1))), geo.wrap_longitude(np.degrees(lon + across))])
-
-
-def plan_photo(seed, index, covers, groups, months, areas=None):
+def plan_photo(
+    seed: int,
+    index: int,
+    covers: Callable[[Camera], bool],
+    groups: dict,
+    months: Sequence[int],
+    areas: Sequence[float] | None = None,
+) -> Query:
     """Photo number `index` -> Query. covers: function of a camera -> bool, whether all that it sees can be rendered.
 
     Where an area and distance find no place in TRIES, others are drawn. ValueError where none do.
@@ -149,7 +156,7 @@ def plan_photo(seed, index, covers, groups, months, areas=None):
             upright = rng.uniform() < UPRIGHT_SHARE
             roll = float(rng.normal(0, UPRIGHT_DEGREES) if upright else rng.uniform(-180, 180))
             altitude = float(rng.uniform(*ALTITUDES_KM))
-            if grid.is_land(*destination(nadir, azimuth, distance)) != wants_land:
+            if grid.is_land(*great_circle(nadir, np.radians(azimuth), distance / geo.EARTH_RADIUS_KM)) != wants_land:
                 continue
             camera = aim(nadir, altitude, azimuth, roll, area, distance)
             if camera is None:
@@ -171,28 +178,29 @@ def plan_photo(seed, index, covers, groups, months, areas=None):
 
 
 @lru_cache(maxsize=64)
-def _interpolation(count):
+def _interpolation(count: int) -> torch.Tensor:
     """-> (count, NODES) float64: values at _nodes() -> values at the centres of `count` pixels, by a polynomial."""
     vander = np.polynomial.chebyshev.chebvander
     pixels = (np.arange(count) + 0.5) / count
     return torch.from_numpy(vander(2 * pixels - 1, NODES - 1) @ np.linalg.inv(vander(2 * _nodes() - 1, NODES - 1)))
 
 
-def _nodes():
+def _nodes() -> np.ndarray:
     """-> (NODES,) Chebyshev's in (0, 1)."""
     return 0.5 - 0.5 * np.cos(np.pi * (np.arange(NODES) + 0.5) / NODES)
 
 
-def spread(at_nodes, height, width):
+def spread(at_nodes: np.ndarray, height: int, width: int) -> torch.Tensor:
     """(NODES, NODES) of something smooth at the nodes -> (height, width) float64 tensor, at the pixels' centres."""
     return _interpolation(height) @ torch.from_numpy(at_nodes) @ _interpolation(width).T
 
 
-def raster_places(latlon, source, around):
+def raster_places(latlon: np.ndarray, raster: MercatorRaster) -> tuple[np.ndarray, np.ndarray]:
     """(..., 2) degrees of one photo -> x (...), y (...) in the raster's pixels, of which the first covers 0 to 1.
 
     x goes on beyond the antimeridian.
     """
+    source, around = raster
     lat, lon = np.radians(latlon[..., 0]), latlon[..., 1]
     first = lon.reshape(-1)[0]
     x = (first + geo.wrap_longitude(lon - first) + 180) / 360 * around
@@ -201,14 +209,14 @@ def raster_places(latlon, source, around):
     return x - (source.transform.c + MERCATOR_HALF) / pixel, y - (MERCATOR_HALF - source.transform.f) / pixel
 
 
-def covers(camera, source, around, margin=8):
+def covers(camera: Camera, raster: MercatorRaster, margin: int = 8) -> bool:
     """Whether the raster holds all that the camera sees, and `margin` pixels more."""
     edge = np.linspace(0, 1, 9)
     u, v = np.concatenate([edge, edge, 0 * edge, 0 * edge + 1]), np.concatenate([0 * edge, 0 * edge + 1, edge, edge])
     latlon = ground_points(camera, u, v)
     if np.isnan(latlon).any():
         return False
-    x, y = raster_places(latlon, source, around)
+    (x, y), (source, around) = raster_places(latlon, raster), raster
     return bool(
         y.min() >= margin
         and y.max() <= source.height - margin
@@ -216,34 +224,44 @@ def covers(camera, source, around, margin=8):
     )
 
 
-def render_ground(source, around, ratio, camera, size):
+def render_ground(
+    raster: MercatorRaster, ratio: np.ndarray | None, camera: Camera, size: int
+) -> tuple[torch.Tensor, np.ndarray]:
     """-> float32 (3, size, size) in 0…1, linear light, and latlon (NODES, NODES, 2): the ground in clear air.
 
     ratio: (H, W, 3), the month's colours; None: the raster's own.
     """
     latlon = ground_points(camera, *np.meshgrid(_nodes(), _nodes()))
-    x, y = raster_places(latlon, source, around)
+    x, y = raster_places(latlon, raster)
     # The raster's pixels from one pixel of the photo to the next, at most.
     coarse = torch.stack([spread(place, 32, 32) for place in (x, y)]) * 32 / size
     step_u, step_v = (float(coarse.diff(dim=axis).norm(dim=0).max()) for axis in (2, 1))
     if max(step_u, step_v) <= 0.5 and size % 2 == 0:
-        ground = _sampled(source, ratio, around, latlon, (x, y), size // 2, (1, 1), 1)
+        ground = _sampled(raster, ratio, latlon, (x, y), size // 2, (1, 1), 1)
         # Half the pixels hold all that the raster does; with antialias it is torch's fast filter.
         ground = F.interpolate(ground[None], (size, size), mode="bicubic", antialias=True)[0]
     else:
         shrink = max(1, int(min(step_u, step_v)))  # the mean of so many pixels first
         over = tuple(int(np.clip(np.ceil(0.8 * step / shrink), 1, 4)) for step in (step_v, step_u))
-        ground = _sampled(source, ratio, around, latlon, (x, y), size, over, shrink)
+        ground = _sampled(raster, ratio, latlon, (x, y), size, over, shrink)
     return ground.clamp_(0, 1), latlon
 
 
-def _sampled(source, ratio, around, latlon, at_nodes, size, over, shrink):
+def _sampled(
+    raster: MercatorRaster,
+    ratio: np.ndarray | None,
+    latlon: np.ndarray,
+    at_nodes: tuple[np.ndarray, np.ndarray],
+    size: int,
+    over: tuple[int, int],
+    shrink: int,
+) -> torch.Tensor:
     """As render_ground's; each pixel is the mean of over (down, across) samples, of the raster made smaller."""
     x, y = at_nodes
     left, top, right, bottom = (int(np.floor(end)) for end in _bounds(x, y, margin=3 * shrink))
-    top, bottom = max(top, 0), min(bottom, source.height)
+    top, bottom = max(top, 0), min(bottom, raster.source.height)
     columns, rows = (right - left) // shrink, (bottom - top) // shrink
-    pixels = torch.from_numpy(read_window(source, around, left, top, columns * shrink, rows * shrink))
+    pixels = torch.from_numpy(read_window(raster, left, top, columns * shrink, rows * shrink))
     patch = _LINEAR[pixels.int()].permute(2, 0, 1)[None]
     patch = F.avg_pool2d(patch, shrink) if shrink > 1 else patch
     at_nodes = ((x - left) / shrink / columns * 2 - 1, (y - top) / shrink / rows * 2 - 1)
@@ -257,7 +275,7 @@ def _sampled(source, ratio, around, latlon, at_nodes, size, over, shrink):
     return ground
 
 
-def _bounds(x, y, margin):
+def _bounds(x: np.ndarray, y: np.ndarray, margin: float) -> tuple[float, float, float, float]:
     """Places at the nodes -> left, top, right, bottom of all pixels between, and a margin."""
     x, y = (spread(place, 64, 64).numpy() for place in (x, y))
     # The outermost of 64 lies half a 64th inside the edge: that much more.
@@ -265,13 +283,13 @@ def _bounds(x, y, margin):
     return x.min() - margin_x, y.min() - margin_y, x.max() + margin_x + 1, y.max() + margin_y + 1
 
 
-def _unwrapped(latlon):
+def _unwrapped(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, N, 2) -> lat (N, N), lon (N, N) without a jump at the antimeridian."""
     first = latlon[0, 0, 1]
     return latlon[..., 0], first + geo.wrap_longitude(latlon[..., 1] - first)
 
 
-def sample_colours(ratio, latlon):
+def sample_colours(ratio: np.ndarray, latlon: np.ndarray) -> np.ndarray:
     """Ratio (H, W, 3) of an equirectangular picture at latlon (h, w, 2) -> float32 (h, w, 3), bilinear."""
     height, width = ratio.shape[:2]
     y = ((90 - latlon[..., 0]) / 180 * height - 0.5).clip(0, height - 1)
@@ -284,9 +302,16 @@ def sample_colours(ratio, latlon):
     return upper * (1 - down) + lower * down
 
 
-def render_photo(source, around, ratio, camera, rng, size, photos="full"):
-    """-> uint8 (3, size, size): a 3:2 photo squashed to a square, as the public ones are. photos: demo_world.PHOTOS."""
-    ground, latlon = render_ground(source, around, ratio, camera, size)
+def render_photo(
+    raster: MercatorRaster,
+    ratio: np.ndarray | None,
+    camera: Camera,
+    rng: np.random.Generator | None,
+    size: int,
+    photos: Photos = "full",
+) -> torch.Tensor:
+    """-> uint8 (3, size, size): a 3:2 photo squashed to a square, as the public ones are."""
+    ground, latlon = render_ground(raster, ratio, camera, size)
     if photos == "clear":
         return (ground ** (1 / GAMMA) * 255).round().to(torch.uint8)
     plane = ground_plane(camera, latlon)
@@ -294,168 +319,96 @@ def render_photo(source, around, ratio, camera, rng, size, photos="full"):
     return photograph(ground, camera, half.numpy(), rng, photos, CLOUD_KM)
 
 
-class Renderer:
-    """Makes one photo after another; a worker process has one."""
+@dataclasses.dataclass
+class Renderer(Opened):
+    """(path, Query) -> the file."""
 
-    def __init__(self, output, raster, ratios, size, seed, photos):
-        self.output, self.size, self.seed, self.photos = Path(output), size, seed, photos
-        self.source, self.around = open_raster(raster)
-        self.ratios = {month: np.load(path, mmap_mode="r") for month, path in ratios.items()}
+    size: int
+    seed: int
+    weather: Photos
 
-    def __call__(self, job):
-        """(path, Query) -> the file."""
-        path, query = job
+    def __call__(self, photo: tuple[str, Query]) -> None:
+        path, query = photo
         rng = np.random.default_rng([self.seed, query.index, 4])
         quality = int(rng.integers(80, 96))
-        ratio = self.ratios.get(int(query.date[4:6]))
-        pixels = render_photo(self.source, self.around, ratio, query.camera, rng, self.size, self.photos)
-        content = simplejpeg.encode_jpeg(pixels.permute(1, 2, 0).contiguous().numpy(), quality, colorsubsampling="420")
+        ratio = self.of_month.get(int(query.date[4:6]))
+        pixels = render_photo(self.raster, ratio, query.camera, rng, self.size, self.weather)
         with replacing(self.output / path, sync=False) as file:
-            file.write(content)
+            file.write(encode_jpeg(pixels.permute(1, 2, 0).numpy(), quality))
 
 
-def build_photos(
-    output,
-    raster,
-    months_folder,
-    count,
-    seed=0,
-    size=512,
-    months=MONTHS,
-    areas=None,
-    groups=SETS,
-    photos="full",
-    num_workers=2,
-):
-    """Renders `count` photos into output/queries -> number of photos made now. A second run goes on.
+def main(
+    output: Annotated[Path, "the data set that gets queries/; build its database first"],
+    *,
+    raster: Annotated[Path, "Web Mercator GeoTIFF, as for `earth`"],
+    months: Annotated[Path, "01.jpg … 12.jpg, as for `earth`", {"metavar": "FOLDER"}],
+    photos: Annotated[int, "how many", {"type": positive}] = 3000,
+    seed: flags.Seed = 0,
+    image_size: Annotated[int, "pixels a side; 3:2 is squashed to a square", {"type": image_side}] = 512,
+    seasons: Annotated[
+        list[int],
+        "the photos' months; the default has none of `earth`'s years",
+        {"choices": range(1, 13), "metavar": "MONTH"},
+    ] = MONTHS,
+    areas: Annotated[
+        tuple[float, float] | None,
+        "km², log-uniform, as far as a lens of 24 mm and the horizon go (400,000); default: as in the public "
+        "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
+        {"metavar": ("LOW", "HIGH")},
+    ] = None,
+    whole_earth: Annotated[bool, "nadirs anywhere; default: the six sets' areas and validation's"] = False,
+    weather: Annotated[
+        Photos, "full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone"
+    ] = "full",
+    num_workers: flags.Workers = 2,
+) -> str:
+    """Renders photos into output/queries -> how many were made now. Raises ValueError naming the flag.
 
-    areas: (low, high) km²; None: as in the names. groups: {name: (share, (lat, lon), radius km)} of the nadirs. Every
-    photo depends on its index and the seed alone. Positives among the folder's database of 2021, if it has one, are
-    written anew. Raises ValueError where the folder holds photos of other parameters.
+    Every photo depends on its index and the seed alone. Positives among the folder's database of 2021, if it has one,
+    are written anew.
     """
-    output = Path(output)
-    source, around = open_raster(raster)
-    smallest = smallest_area(around)
-    if (areas or AREAS_KM2)[0] < smallest or areas and not areas[0] < areas[1]:
+    groups = WHOLE_EARTH if whole_earth else SETS
+    opened = open_raster(raster)
+    smallest, (low, high) = smallest_area(opened.around), areas or (AREAS_KM2[0], AREAS_KM2[-1])
+    if not smallest <= low < high:
         raise ValueError(
-            f"--areas {' '.join(map(str, areas or (AREAS_KM2[0], AREAS_KM2[-1])))}: expected LOW HIGH, and LOW at "
+            f"--areas {low} {high}: expected LOW HIGH, and LOW at "
             f"least {smallest:,.0f} km², which is {MIN_SIDE} of the raster's pixels high"
         )
     parameters = {
         "version": VERSION,
         "raster": fingerprint(raster),
-        "months": {
-            f"{month:02d}": fingerprint(Path(months_folder) / f"{month:02d}.jpg")["sha256"]
-            for month in sorted({*months, RASTER_MONTH})
-        },
-        "count": count,
+        "months": month_prints(months, seasons),
+        "count": photos,
         "seed": seed,
-        "size": size,
+        "size": image_size,
         "areas": areas,
         "groups": groups,
-        "photos": photos,
+        "photos": weather,
     }
-    plan = read_plan(output, parameters, FILE, ("queries",))
-    if plan is None:
+
+    def make() -> dict:
         queries = [
-            plan_photo(seed, index, lambda camera: covers(camera, source, around), groups, sorted(set(months)), areas)
-            for index in tqdm(range(count), desc="cameras", unit="photo", mininterval=0.5)
+            plan_photo(seed, index, lambda camera: covers(camera, opened), groups, sorted(set(seasons)), areas)
+            for index in tqdm(range(photos), desc="cameras", unit="photo", mininterval=0.5)
         ]
-        plan = {
-            "parameters": parameters,
-            "queries": [(query.index, query.group, dataclasses.asdict(query.camera), query.date) for query in queries],
-        }
-        write_plan(output, plan, FILE)
-    jobs = [(f"queries/{query_name(query, seed, 'EARTH')}", query) for query in map(_as_query, plan["queries"])]
-    missing = [job for job in jobs if not (output / job[0]).exists()]
+        return {"queries": [list(dataclasses.asdict(query).values()) for query in queries]}
+
+    plan = kept_plan(output, parameters, make, FILE, ("queries",))
+    wanted = [(f"queries/{query_name(query, seed, 'EARTH')}", query) for query in map(planned, plan["queries"])]
+    missing = [photo for photo in wanted if not (output / photo[0]).exists()]
     if missing:
         # Along the raster's rows of blocks, so that a block is still decoded when the next photo wants it.
-        missing.sort(key=lambda job: (job[1].camera.nadir[0] // 2, job[1].camera.nadir[1]))
+        missing.sort(key=lambda photo: (photo[1].camera.nadir[0] // 2, photo[1].camera.nadir[1]))
         (output / "queries").mkdir(parents=True, exist_ok=True)
-        wanted = {int(query.date[4:6]) for _, query in missing}
-        with stored_ratios(months_folder, wanted) as ratios:
-            setup = (output, raster, ratios, size, seed, photos)
-            done = run_jobs(missing, Renderer, setup, num_workers)
-            for _ in tqdm(done, total=len(missing), desc="photos", unit="photo", mininterval=0.5):
+        with stored_ratios(months, {int(query.date[4:6]) for _, query in missing}) as ratios:
+            render = Renderer(output, raster, ratios, image_size, seed, weather)
+            for _ in jobs.run(missing, render, num_workers, "photos", "photo"):
                 pass
-    if any((output / "database").glob(f"{DATABASE_YEAR}_*")):
-        database = Catalogue.read(output, "database", year=DATABASE_YEAR)
-        queries = Catalogue.from_paths(output, sorted(path for path, _ in jobs))
-        save_intersections(output / INTERSECTIONS_FILE, intersections_table(queries, database))
-    return len(missing)
-
-
-def _as_query(fields):
-    """Of a plan's JSON -> Query."""
-    index, group, camera, date = fields
-    tuples = {key: tuple(camera[key]) for key in ("nadir", "sensor_mm")}
-    return Query(index, group, Camera(**{**camera, **tuples}), date)
-
-
-def add_command(commands, formatter):
-    parser = commands.add_parser(
-        "earth_photos",
-        help="astronaut-like photos at the real archive's scale, from earth's sources",
-        formatter_class=formatter,
-    )
-    parser.add_argument("output", type=Path, help="the data set that gets queries/; build its database first")
-    parser.add_argument("--raster", type=Path, required=True, help="Web Mercator GeoTIFF, as for `earth`")
-    parser.add_argument("--months", type=Path, required=True, metavar="FOLDER", help="01.jpg … 12.jpg, as for `earth`")
-    parser.add_argument("--photos", type=int, default=3000, metavar="N", help="how many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image_size", type=int, default=512, help="pixels a side; 3:2 is squashed to a square")
-    parser.add_argument(
-        "--seasons",
-        type=int,
-        nargs="+",
-        default=list(MONTHS),
-        choices=range(1, 13),
-        metavar="MONTH",
-        help="the photos' months; the default has none of `earth`'s years",
-    )
-    parser.add_argument(
-        "--areas",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="km², log-uniform, as far as a lens of 24 mm and the horizon go (400,000); default: as in the public "
-        "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
-    )
-    parser.add_argument(
-        "--whole_earth", action="store_true", help="nadirs anywhere; default: the six sets' areas and validation's"
-    )
-    parser.add_argument(
-        "--weather",
-        choices=PHOTOS,
-        default="full",
-        help="full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone",
-    )
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.set_defaults(command_main=main)
-
-
-def main(args):
-    if args.photos < 1 or args.image_size < MIN_SIDE or args.seed < 0:
-        raise ValueError(
-            f"--photos {args.photos} --image_size {args.image_size} --seed {args.seed}: expected at least 1, "
-            f"{MIN_SIDE} and 0"
+    if not any((output / "database").glob(f"{DATABASE_YEAR}_*")):
+        return (
+            f"{output}: {len(missing):,} photos made now; no database of {DATABASE_YEAR} there: build one, and run "
+            f"again for the positives"
         )
-    made = build_photos(
-        args.output,
-        args.raster,
-        args.months,
-        args.photos,
-        args.seed,
-        args.image_size,
-        tuple(args.seasons),
-        tuple(args.areas) if args.areas else None,
-        WHOLE_EARTH if args.whole_earth else SETS,
-        args.weather,
-        args.num_workers,
-    )
-    listed = (args.output / INTERSECTIONS_FILE).exists()
-    return f"{args.output}: {made:,} photos made now" + (
-        f"; their positives are in {INTERSECTIONS_FILE}"
-        if listed
-        else f"; no database of {DATABASE_YEAR} there: build one, and run again for the positives"
-    )
+    write_positives(output / INTERSECTIONS_FILE, Catalogue.from_paths(output, sorted(path for path, _ in wanted)))
+    return f"{output}: {len(missing):,} photos made now; their positives are in {INTERSECTIONS_FILE}"

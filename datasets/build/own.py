@@ -1,30 +1,39 @@
-"""Your own images in the data set's layout: python -m datasets.build own OUTPUT --list FILE --as queries
+"""Your own images, from a CSV or GeoJSON list: python -m datasets.build own OUTPUT --list FILE --as queries
 
-FILE is a CSV or a GeoJSON. Each row is an image: its path, its date, and its four corners or its centre and size.
+Each row of the list is an image. Columns (GeoJSON: properties and geometry): path, date; lat1 lon1 … lat4 lon4 around
+the image, or lat lon size_km (or width_km height_km, and azimuth of the image's up); and if known nadir_lat nadir_lon
+orientation id zoom. A database image is north-up, its date can be a year; one id for the years of a region. What is no
+JPEG becomes one: transparency over black, 65,535 of 16 bits white; other depths are refused.
 """
 
-import csv
 import json
 import os
 import re
-import shutil
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import shapely
 from PIL import Image
 
 from datasets import grid
-from datasets.build.check_names import corner_orientations, crossing
+from datasets.build import flags
+from datasets.build.camera import great_circle
+from datasets.build.check_names import corner_orientations
+from datasets.csv_rows import read_csv
 from datasets.images import read_header, read_pixels, save_jpeg
-from datasets.names import CORNER_FIELDS, DATABASE_YEAR, Catalogue, ImageName
-from datasets.overlap import INTERSECTIONS_FILE, degenerate, intersections_table, ring, save_intersections
+from datasets.names import CORNER_FIELDS, DATABASE_YEAR, ImageName
+from datasets.overlap import INTERSECTIONS_FILE, degenerate, ring, self_crossing, write_positives
 from utils import geo
+from utils.files import replacing
 
 OPTIONAL = ("nadir_lat", "nadir_lon", "orientation", "id", "zoom")
 CENTER = ("lat", "lon", "size_km", "width_km", "height_km", "azimuth")
 COLUMNS = ("path", "date", *CORNER_FIELDS, *CENTER, *OPTIONAL)
+NEEDED = f"path, date, and {CORNER_FIELDS[0]} … {CORNER_FIELDS[-1]} or lat, lon, size_km"
 MAX_ERRORS = 10  # reported at a time
 
 
@@ -35,10 +44,10 @@ class Row:
     place: str
     columns: dict
 
-    def error(self, column, problem):
+    def error(self, column: str, problem: object) -> ValueError:
         return ValueError(f"{self.place}, column {column}: {problem}")
 
-    def number(self, column, default=None, limit=np.inf):
+    def number(self, column: str, default: float | None = None, limit: float = np.inf) -> float:
         text = self.columns.get(column, "")
         if not text and default is not None:
             return default
@@ -51,100 +60,64 @@ class Row:
         return value
 
 
-def read_list(path):
-    """CSV or GeoJSON file -> [Row]. Raises ValueError naming the file, the row and the column."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a .csv or .geojson list of images")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no UTF-8 text ({error}); save the list as UTF-8") from error
-    rows = read_geojson(path, text) if path.suffix.lower() in (".json", ".geojson") else read_csv(path, text)
+def read_list(path: Path) -> list[Row]:
+    """CSV or GeoJSON file -> rows. Raises ValueError naming the file, the row and the column."""
+    rows = list((rows_of_geojson if path.suffix.lower() in (".json", ".geojson") else rows_of_csv)(path))
     if not rows:
         raise ValueError(f"{path}: holds no image")
     return rows
 
 
-def read_csv(path, text):
-    lines = text.splitlines()
-    header = next(csv.reader(lines[:1]), [])
-    names = [name.strip().lower() for name in header]
-    unknown = [name for name in names if name not in COLUMNS]
+def rows_of_csv(path: Path) -> Iterator[Row]:
+    lines = read_csv(path, NEEDED)
+    _, header = next(lines)
+    names = [name.lower() for name in header]
     if "path" not in names or "date" not in names:
+        raise ValueError(f"{path}, line 1: expected a header with {NEEDED}, separated by commas; found {header}")
+    wrong = [name for name in names if name not in COLUMNS or names.count(name) > 1]
+    if wrong:
         raise ValueError(
-            f"{path}, line 1: expected a header with path, date, and {CORNER_FIELDS[0]} … "
-            f"{CORNER_FIELDS[-1]} or lat, lon, size_km, separated by commas; "
-            f"found {', '.join(names) or 'nothing'}"
+            f"{path}, line 1: column {wrong[0]!r} is unknown or there twice; columns are {', '.join(COLUMNS)}"
         )
-    if unknown or len(set(names)) < len(names):
-        raise ValueError(
-            f"{path}, line 1: column {(unknown or names)[0]!r} is unknown or there twice; columns are "
-            f"{', '.join(COLUMNS)}"
-        )
-    rows, reader = [], csv.reader(lines)
-    next(reader)
-    for fields in reader:
-        place = f"{path}, line {reader.line_num}"
-        if not any(field.strip() for field in fields):
-            continue
-        if len(fields) != len(names):
-            raise ValueError(f"{place}: {len(fields)} columns, the header has {len(names)}")
-        rows.append(Row(place, {name: field.strip() for name, field in zip(names, fields)}))
-    return rows
+    for line, cells in lines:
+        yield Row(f"{path}, line {line}", dict(zip(names, cells)))
 
 
-def read_geojson(path, text):
+def rows_of_geojson(path: Path) -> Iterator[Row]:
     """Features with a Polygon of four corners, or a Point and size_km; coordinates are lon, lat, as in GeoJSON."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a .csv or .geojson list of images")
     try:
-        features = json.loads(text)["features"]
-        features = [
-            (feature["properties"] or {}, feature["geometry"]["type"], feature["geometry"]["coordinates"])
-            for feature in features
-        ]
+        features = json.loads(path.read_text(encoding="utf-8-sig"))["features"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: is no GeoJSON FeatureCollection whose features have properties and a geometry "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    rows = []
-    for number, (properties, kind, coordinates) in enumerate(features, start=1):
+        raise ValueError(f"{path}: is no GeoJSON FeatureCollection ({type(error).__name__}: {error})") from error
+    for number, feature in enumerate(features, start=1):
         place = f"{path}, feature {number}"
-        columns = {str(name).lower(): "" if value is None else str(value) for name, value in properties.items()}
-        columns = {name: value for name, value in columns.items() if name in COLUMNS}
         try:
-            if kind == "Point":
-                columns["lon"], columns["lat"] = map(str, coordinates[:2])
-            elif kind == "Polygon":
-                corners = [tuple(point[:2]) for point in coordinates[0]]
-                corners = corners[:-1] if corners[0] == corners[-1] else corners
-                if len(corners) != 4:
-                    raise ValueError(f"{place}, geometry: a Polygon of {len(corners)} corners, expected 4")
-                columns |= {
-                    name: str(value)
-                    for name, value in zip(CORNER_FIELDS, (value for lon, lat in corners for value in (lat, lon)))
-                }
-            else:
-                raise ValueError(
-                    f"{place}, geometry: is a {kind}, expected a Polygon of 4 corners, or a Point and size_km"
-                )
-        except (TypeError, IndexError) as error:
-            raise ValueError(f"{place}, geometry: coordinates are not those of a {kind}") from error
-        rows.append(Row(place, columns))
-    return rows
+            found, properties = shapely.geometry.shape(feature["geometry"]), dict(feature["properties"] or {})
+        except (KeyError, TypeError, AttributeError, ValueError, shapely.GEOSException) as error:
+            raise ValueError(f"{place}, geometry: cannot be read ({type(error).__name__}: {error})") from error
+        names = {"Point": ("lat", "lon"), "Polygon": CORNER_FIELDS}.get(found.geom_type, ())
+        points = shapely.get_coordinates(found)[: -1 if found.geom_type == "Polygon" else None].tolist()
+        if not names or 2 * len(points) != len(names):
+            raise ValueError(
+                f"{place}, geometry: is a {found.geom_type} of {len(points)} corners, expected a Polygon of 4, or a "
+                f"Point and size_km"
+            )
+        columns = {str(name).lower(): "" if value is None else str(value) for name, value in properties.items()}
+        columns |= dict(zip(names, (str(value) for lon, lat in points for value in (lat, lon))))
+        yield Row(place, {name: value for name, value in columns.items() if name in COLUMNS})
 
 
-def square_corners(center, width_km, height_km, azimuth):
+def square_corners(center: tuple[float, float], width_km: float, height_km: float, azimuth: float) -> np.ndarray:
     """Centre (lat, lon), km, and the compass direction of the picture's up -> (4, 2): BL, TL, TR, BR, on the sphere."""
     right, up = np.array([-1, -1, 1, 1]) * width_km / 2, np.array([-1, 1, 1, -1]) * height_km / 2
     bearing = np.arctan2(right, up) + np.radians(azimuth)
-    angle = np.hypot(right, up) / geo.EARTH_RADIUS_KM
-    lat, lon = np.radians(center)
-    sin_lat = np.sin(lat) * np.cos(angle) + np.cos(lat) * np.sin(angle) * np.cos(bearing)
-    east = np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat), np.cos(angle) - np.sin(lat) * sin_lat)
-    return np.stack([np.degrees(np.arcsin(sin_lat)), geo.wrap_longitude(np.degrees(lon + east))], axis=1)
+    lat, lon = great_circle(center, bearing, np.hypot(right, up) / geo.EARTH_RADIUS_KM)
+    return np.stack([lat, geo.wrap_longitude(lon)], axis=1)
 
 
-def footprint_of(row):
+def footprint_of(row: Row) -> np.ndarray:
     """-> (4, 2) degrees. ValueError where it is no quadrilateral."""
     if any(row.columns.get(name) for name in CORNER_FIELDS):
         numbers = [row.number(name, limit=90 if "lat" in name else 360) for name in CORNER_FIELDS]
@@ -159,12 +132,13 @@ def footprint_of(row):
     corners[:, 1] = np.where(np.abs(corners[:, 1]) <= 180, corners[:, 1], geo.wrap_longitude(corners[:, 1]))
     if degenerate(corners[None])[0]:
         raise row.error(CORNER_FIELDS[0], "the four corners have no area; are latitude and longitude right?")
-    if crossing(corners[None])[0]:
+    if self_crossing(corners[None])[0]:
         raise row.error(CORNER_FIELDS[0], "the edges cross over; list the corners in the order around the image")
     return corners
 
 
-def date_of(row, is_query):
+def date_of(row: Row, is_query: bool) -> str:
+    """-> yyyymmdd of a query, yyyy of a database image."""
     text = row.columns.get("date", "")
     digits = re.sub(r"(\d{4})-(\d\d)-(\d\d)([T ].*)?", r"\1\2\3", text)
     try:
@@ -176,7 +150,7 @@ def date_of(row, is_query):
     return digits if is_query else digits[:4]
 
 
-def source_of(row, folder, is_query):
+def source_of(row: Row, folder: Path, is_query: bool) -> tuple[Path, bool]:
     """-> the image's file, and whether it is a JPEG that can stay as it is."""
     text = row.columns.get("path", "")
     if not text:
@@ -193,7 +167,7 @@ def source_of(row, folder, is_query):
     return path, kind == "JPEG"
 
 
-def plan_image(row, folder, is_query):
+def plan_image(row: Row, folder: Path, is_query: bool) -> tuple[Path, bool, str]:
     """Row -> (its file, whether that is a JPEG, path in the data set)."""
     source, is_jpeg = source_of(row, folder, is_query)
     for column in ("azimuth", "orientation"):
@@ -234,7 +208,7 @@ def plan_image(row, folder, is_query):
     return source, is_jpeg, f"database/{date}_{zoom:02d}/{lat10}_{lon10}/{name}"
 
 
-def plan_images(rows, folder, is_query):
+def plan_images(rows: list[Row], folder: Path, is_query: bool) -> list[tuple[Path, bool, str]]:
     """-> [(file, is JPEG, path in the data set)], nothing written. Raises ValueError with the rows' first errors."""
     images, errors, seen = [], [], {}
     for row in rows:
@@ -261,55 +235,35 @@ def plan_images(rows, folder, is_query):
     return images
 
 
-def place(source, is_jpeg, target, link):
+def place(source: Path, is_jpeg: bool, target: Path, link: bool) -> None:
     """Puts the image there, whole or not at all. What is no JPEG becomes one, as read_image reads it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not is_jpeg:
         return save_jpeg(target, Image.fromarray(read_pixels(source).numpy()), 95)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    os.symlink(source, temporary) if link else shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, sync=False) as file:
+        if link:
+            os.unlink(file.name)
+            os.symlink(source, file.name)
+        else:
+            file.write(source.read_bytes())
 
 
-def build_own(output, list_file, is_query, link=False):
-    """-> images placed, and a sentence on the intersections file, which is written anew where there are both kinds."""
-    output, list_file = Path(output), Path(list_file)
-    images = plan_images(read_list(list_file), list_file.parent, is_query)
+def main(
+    output: flags.Output,
+    *,
+    list_file: Annotated[Path, ".csv, .geojson or .json", {"option": "--list", "metavar": "FILE"}],
+    kind: Annotated[Literal["queries", "database"], "what they are", {"option": "--as"}],
+    link: Annotated[bool, "symbolic links instead of copies"] = False,
+) -> str:
+    """-> How many images were placed; the intersections file is written anew where there are both kinds."""
+    images = plan_images(read_list(list_file), list_file.parent, kind == "queries")
     for source, is_jpeg, path in images:
         place(source, is_jpeg, output / path, link)
+    placed = f"{output}: {len(images):,} images as {kind}"
     if not ((output / "queries").is_dir() and any(output.glob(f"database/{DATABASE_YEAR}_*"))):
-        return len(images), (
-            f"evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
+        return (
+            f"{placed}; evaluation needs queries and a database of {DATABASE_YEAR}: the other part comes from "
             f"another list, or from datasets.build tiles or raster"
         )
-    queries, database = Catalogue.read(output, "queries"), Catalogue.read(output, "database", DATABASE_YEAR)
-    table = intersections_table(queries, database)
-    save_intersections(output / INTERSECTIONS_FILE, table)
-    found = sum(bool(positives) for positives in table.values())
-    return len(images), f"{found:,} of {len(table):,} queries have a positive among {len(database):,} images"
-
-
-def add_command(commands, formatter):
-    parser = commands.add_parser(
-        "own",
-        help="your own images, from a CSV or GeoJSON list",
-        formatter_class=formatter,
-        description="Columns (GeoJSON: properties and geometry): path, date; lat1 lon1 … lat4 lon4 around the image, "
-        "or lat lon size_km (or width_km height_km, and azimuth of the image's up); and if known nadir_lat nadir_lon "
-        "orientation id zoom. A database image is north-up, its date can be a year; one id for the years of a region. "
-        "What is no JPEG becomes one: transparency over black, 65,535 of 16 bits white; other depths are refused.",
-    )
-    parser.add_argument("output", type=Path, help="folder of the data set; can hold one already")
-    parser.add_argument("--list", required=True, type=Path, metavar="FILE", help=".csv, .geojson or .json")
-    parser.add_argument("--as", required=True, choices=("queries", "database"), dest="kind")
-    parser.add_argument("--link", action="store_true", help="symbolic links instead of copies")
-    parser.set_defaults(command_main=main)
-
-
-def main(args):
-    """The command -> what to tell at its end."""
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"{args.output}: is a file; name a folder for the data set")
-    count, sentence = build_own(args.output, args.list, args.kind == "queries", args.link)
-    return f"{args.output}: {count:,} images as {args.kind}; {sentence}"
+    table = write_positives(output / INTERSECTIONS_FILE)
+    return f"{placed}; {sum(map(bool, table.values())):,} of {len(table):,} queries have a positive"

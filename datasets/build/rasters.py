@@ -1,32 +1,37 @@
-"""Builds the database from raster files, one a year: python -m datasets.build raster OUTPUT --rasters 2021=FILE …
+"""A database from raster files, one a year: python -m datasets.build raster OUTPUT --rasters 2021=FILE …
 
 Any file that GDAL reads and knows the place of (GeoTIFF; several files as one .vrt), in any projection, or a picture of
 the whole Earth (equirectangular, 180 W to 180 E, twice as wide as high). Regions outside of it, or mostly without data,
 are left out. Written whole or not at all: a second run continues.
 """
 
-import argparse
 import threading
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from datasets import grid
-from datasets.build.area import add_area_arguments, check_years, image_paths, select_regions
+from datasets.build import flags, jobs
+from datasets.build.area import check_years, select_regions
 from datasets.images import save_jpeg
+from utils.geo import MERCATOR_HALF
 
-MERCATOR_HALF = np.pi * 6378137  # metres: the edge of Web Mercator's square
+if TYPE_CHECKING:
+    from rasterio import DatasetReader
 
 
 class Raster:
     """One file, opened once in each thread that reads it."""
 
-    def __init__(self, path, bands=None, scale=None):
+    def __init__(
+        self, path: str | Path, bands: Sequence[int] | None = None, scale: tuple[float, float] | None = None
+    ) -> None:
         self.path, self.scale = Path(path), scale
         self.local, self.opened = threading.local(), []
         source = self.source()
@@ -44,7 +49,7 @@ class Raster:
         self.crs, self.transform = _place(path, source)
         self.is_geographic = self.crs.is_geographic
 
-    def source(self):
+    def source(self) -> "DatasetReader":
         """This thread's open file."""
         import rasterio  # here, not above: only this command needs GDAL
 
@@ -61,20 +66,19 @@ class Raster:
             self.local.source = source
         return self.local.source
 
-    def read(self, region, size):
+    def read(self, region: Sequence[int], size: int) -> tuple[np.ndarray | None, float]:
         """(zoom, row, col) -> uint8 (size, size, 3), north up in Web Mercator, and the share of pixels with data."""
         zoom, row, col = region
         tile = 2 * MERCATOR_HALF / 2**zoom
         left, top = col * tile - MERCATOR_HALF, MERCATOR_HALF - row * tile
-        pixels, there = None, None
-        for turn in self._turns(region):
-            found, mask = self._warp(left, top, grid.TILES * tile, size, turn, self._scales(region, size))
-            if pixels is None:
-                pixels, there = found, mask
-            else:
-                pixels, there = np.where(there, pixels, found), there | mask
-        if pixels is None:
+        turns = self._turns(region)
+        if not turns:
             return None, 0.0
+        there = np.zeros((size, size), dtype=bool)
+        pixels = np.zeros((), dtype=np.uint8)
+        for turn in turns:
+            found, mask = self._warp(left, top, grid.TILES * tile, size, turn, self._scales(region, size))
+            pixels, there = np.where(there, pixels, found), there | mask
         if self.scale is not None:
             low, high = self.scale
             pixels = np.round((np.nan_to_num(pixels.astype(np.float64)) - low) * (255 / (high - low))).clip(0, 255)
@@ -83,15 +87,12 @@ class Raster:
             pixels = np.repeat(pixels, 3, axis=0)
         return pixels.transpose(1, 2, 0), float(there.mean())
 
-    def corners(self):
+    def corners(self) -> tuple[tuple, tuple]:
         """x (4,) and y (4,) of the file's corners in its own coordinate system."""
-        source, move = self.source(), self.transform
-        places = [(col, row) for col in (0, source.width) for row in (0, source.height)]
-        return tuple(
-            zip(*[(move.a * col + move.b * row + move.c, move.d * col + move.e * row + move.f) for col, row in places])
-        )
+        source = self.source()
+        return tuple(zip(*[self.transform * (col, row) for col in (0, source.width) for row in (0, source.height)]))
 
-    def _turns(self, region):
+    def _turns(self, region: Sequence[int]) -> Sequence[int]:
         """Whole turns by which the file's longitudes are to be moved to see the region: files can run from 0 to 360."""
         if not self.is_geographic:
             return (0,)
@@ -99,7 +100,7 @@ class Raster:
         west, east = grid.tile_longitude(region[0], region[2]), grid.tile_longitude(region[0], region[2] + grid.TILES)
         return [turn for turn in (0, -360, 360) if min(ends) + turn < east and max(ends) + turn > west]
 
-    def _scales(self, region, size):
+    def _scales(self, region: Sequence[int], size: int) -> dict[str, str]:
         """GDAL's warp options XSCALE and YSCALE, an image's pixels for one of the file's, where both are degrees.
 
         GDAL guesses them from the ground that it reads, too much of it where a region touches the file's seam at 0
@@ -111,7 +112,9 @@ class Raster:
         height, width = np.abs(corners[2] - corners[0]) / size
         return {"XSCALE": str(abs(self.transform.a) / width), "YSCALE": str(abs(self.transform.e) / height)}
 
-    def _warp(self, left, top, side, size, turn, options):
+    def _warp(
+        self, left: float, top: float, side: float, size: int, turn: int, options: dict
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Square of Web Mercator -> (bands, size, size) of the file's type, bool (size, size) where there is data."""
         from affine import Affine
         from rasterio.enums import Resampling
@@ -134,12 +137,12 @@ class Raster:
         ) as view:
             return view.read(self.bands), view.read(view.count) > 0
 
-    def close(self):
+    def close(self) -> None:
         for source in self.opened:
             source.close()
 
 
-def _place(path, source):
+def _place(path: str | Path, source: "DatasetReader") -> tuple:
     """-> (coordinate system, affine transform) of an open file. ValueError where nothing says where it lies."""
     from rasterio.crs import CRS
     from rasterio.transform import from_bounds
@@ -155,7 +158,7 @@ def _place(path, source):
     )
 
 
-def within(raster, regions):
+def within(raster: Raster, regions: np.ndarray) -> np.ndarray:
     """regions (N, 3) -> (N,) bool: the box around the file, in degrees, could show some of it; saves reading others."""
     from rasterio.warp import transform_bounds
 
@@ -170,21 +173,28 @@ def within(raster, regions):
     return across & (boxes[:, 0, 0] < north) & (boxes[:, 2, 0] > south)
 
 
-def build_rasters(output, rasters, regions, image_size=1024, min_coverage=0.5, quality=90, num_workers=2):
+def build_rasters(
+    output: str | Path,
+    rasters: dict[int, Raster],
+    regions: np.ndarray,
+    image_size: int = 1024,
+    min_coverage: float = 0.5,
+    quality: int = 90,
+    num_workers: int = 2,
+) -> Counter:
     """rasters: {year: Raster} -> Counter of made, there, outside (the file's box) and empty (too little data).
 
     A region's share of pixels with data must be at least min_coverage; what lacks is black.
     """
     output, years = Path(output), sorted(rasters)
     visible = np.stack([within(rasters[year], regions) for year in years], axis=1)
-    counts, jobs = Counter(outside=int((~visible).sum())), []
+    wanted = []
     for region, seen in zip(regions.tolist(), visible.tolist()):
-        paths = image_paths(region, years)
-        jobs += [(output / path, year, region) for path, year, sees in zip(paths, years, seen) if sees]
-    missing = [job for job in jobs if not job[0].exists()]
-    counts["there"] = len(jobs) - len(missing)
+        paths = grid.image_paths(region, years)
+        wanted += [(output / path, year, region) for path, year, sees in zip(paths, years, seen) if sees]
+    missing = [job for job in wanted if not job[0].exists()]
 
-    def make(job):
+    def make(job: tuple) -> str:
         path, year, region = job
         pixels, share = rasters[year].read(region, image_size)
         if share < min_coverage or not share:
@@ -192,85 +202,51 @@ def build_rasters(output, rasters, regions, image_size=1024, min_coverage=0.5, q
         save_jpeg(path, Image.fromarray(pixels), quality)
         return "made"
 
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        try:
-            with tqdm(total=len(jobs), initial=counts["there"], desc="rasters", unit="image", mininterval=0.5) as bar:
-                for result in pool.map(make, missing):
-                    counts[result] += 1
-                    bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    counts = Counter(outside=int((~visible).sum()), there=len(wanted) - len(missing))
+    counts.update(jobs.run(missing, make, num_workers, "rasters", threads=True))
     return counts
 
 
-def year_and_file(text):
-    year, _, file = text.partition("=")
-    if not (year.isdigit() and file):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected YEAR=FILE")
-    return int(year), Path(file)
-
-
-def add_command(commands, formatter):
-    parser = commands.add_parser(
-        "raster", help="a database from GeoTIFFs or equirectangular pictures, one a year", formatter_class=formatter
-    )
-    parser.add_argument("output", type=Path, help="folder of the data set; a second run continues")
-    parser.add_argument(
-        "--rasters",
-        type=year_and_file,
-        nargs="+",
-        required=True,
-        metavar="YEAR=FILE",
-        help="GeoTIFF, .vrt (gdalbuildvrt joins files), or equirectangular picture of the whole Earth",
-    )
-    add_area_arguments(parser, years=False)
-    parser.add_argument("--image_size", type=int, default=1024, help="side of an image, pixels")
-    parser.add_argument("--bands", type=int, nargs="+", help="red, green and blue, or grey; default: the first three")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values that become black and white; needed unless the bands are 8 bit",
-    )
-    parser.add_argument("--min_coverage", type=float, default=0.5, help="share of an image that must hold data")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG files")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads")
-    parser.set_defaults(command_main=main)
-
-
-def main(args):
-    """The command -> what to tell at its end."""
-    years = [year for year, _ in args.rasters]
+def main(
+    output: flags.Output,
+    *,
+    rasters: Annotated[
+        list[tuple[int, Path]],
+        "GeoTIFF, .vrt (gdalbuildvrt joins files), or equirectangular picture of the whole Earth",
+        {"type": flags.year_and_file, "metavar": "YEAR=FILE"},
+    ],
+    zooms: flags.Zooms = (9, 10, 11),
+    bbox: flags.Box = None,
+    land_only: flags.LandOnly = True,
+    image_size: flags.Side = 1024,
+    bands: Annotated[list[int] | None, "red, green and blue, or grey; default: the first three"] = None,
+    scale: Annotated[
+        tuple[float, float] | None,
+        "values that become black and white; needed unless the bands are 8 bit",
+        {"metavar": ("LOW", "HIGH")},
+    ] = None,
+    min_coverage: Annotated[float, "share of an image that must hold data", {"type": flags.share}] = 0.5,
+    quality: flags.Quality = 90,
+    num_workers: flags.Workers = 2,
+) -> str:
+    """-> How many images were made now, were there, and were left out."""
+    years = [year for year, _ in rasters]
     check_years(years)
     if len(set(years)) < len(years):
         raise ValueError(f"--rasters: {max(years, key=years.count)} is there twice; join its files with gdalbuildvrt")
-    if args.image_size < 1 or not 0 <= args.min_coverage <= 1 or not 1 <= args.quality <= 100:
-        raise ValueError(
-            f"--image_size {args.image_size} --min_coverage {args.min_coverage} --quality {args.quality}: "
-            f"expected 1 or more, 0 to 1, and 1 to 100"
-        )
-    if args.scale and args.scale[0] >= args.scale[1]:
-        raise ValueError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: LOW must be less than HIGH")
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"{args.output}: is a file; name a folder for the data set")
-    rasters = {year: Raster(file, args.bands, args.scale) for year, file in args.rasters}
-    try:
-        regions = select_regions(args.zooms, args.bbox, args.land_only)
-        counts = build_rasters(
-            args.output, rasters, regions, args.image_size, args.min_coverage, args.quality, args.num_workers
-        )
-    finally:
-        for raster in rasters.values():
-            raster.close()
+    if scale and scale[0] >= scale[1]:
+        raise ValueError(f"--scale {scale[0]:g} {scale[1]:g}: LOW must be less than HIGH")
+    with ExitStack() as stack:
+        opened = {year: stack.enter_context(closing(Raster(file, bands, scale))) for year, file in rasters}
+        regions = select_regions(zooms, bbox, land_only)
+        counts = build_rasters(output, opened, regions, image_size, min_coverage, quality, num_workers)
     if not counts["made"] + counts["there"]:
         raise ValueError(
-            f"none of {len(regions):,} regions lies within the rasters with {args.min_coverage:.0%} of "
-            f"data; do --zooms {args.zooms} and --bbox fit them? A region of zoom 9 is 300 km wide at the "
+            f"none of {len(regions):,} regions lies within the rasters with {min_coverage:.0%} of "
+            f"data; do --zooms {zooms} and --bbox fit them? A region of zoom 9 is 300 km wide at the "
             f"equator"
         )
     return (
-        f"{args.output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['empty']:,} "
+        f"{output}: {counts['made']:,} images made now, {counts['there']:,} were there, {counts['empty']:,} "
         f"left out for lack of data, {counts['outside']:,} lie outside of their raster"
     )

@@ -1,16 +1,24 @@
 """A client for tile servers (XYZ, WMTS): URL templates, the rate, retries, and what counts as a tile."""
 
+import argparse
 import io
 import random
 import re
 import threading
 import time
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
 import urllib3
 from PIL import Image
 
+from datasets.build.flags import ABOVE_0
 from datasets.images import open_image, to_rgb
+from utils.arguments import positive, whole
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 0.5, 60, 900
@@ -30,7 +38,7 @@ class ServerError(ValueError):
     """The server serves nothing that could be used: going on makes no sense."""
 
 
-def check_template(template, years):
+def check_template(template: str, years: Iterable[int]) -> str:
     """URL template -> the same one with {z} {x} {y} (or {-y}, rows counted from the south) and {year}. ValueError."""
     for other, ours in PLACEHOLDERS.items():
         template = template.replace(other, ours)
@@ -54,12 +62,12 @@ def check_template(template, years):
     return template
 
 
-def tile_url(template, year, zoom, row, col):
+def tile_url(template: str, year: int, zoom: int, row: int, col: int) -> str:
     values = {"{z}": zoom, "{x}": col, "{y}": row, "{-y}": 2**zoom - 1 - row, "{year}": year}
     return re.sub("|".join(map(re.escape, values)), lambda match: str(values[match[0]]), template)
 
 
-def open_tile(data, size):
+def open_tile(data: bytes, size: int) -> Image.Image:
     """Bytes -> RGB picture of size × size. Raises TileError where they hold no such image, or not all of it."""
     try:
         with open_image(io.BytesIO(data)) as image:
@@ -70,67 +78,89 @@ def open_tile(data, size):
         raise TileError(f"is no whole image ({error})") from None
 
 
-def is_blank(tile, tolerance=3):
+def is_blank(tile: Image.Image, tolerance: int = 3) -> bool:
     """RGB picture -> whether it is one colour but for compression."""
     return all(high - low <= tolerance for low, high in tile.getextrema())
 
 
-def black_tile(size):
+def black_tile(size: int) -> bytes:
     """-> bytes of a PNG."""
     stream = io.BytesIO()
     Image.new("RGB", (size, size)).save(stream, "PNG")
     return stream.getvalue()
 
 
+def name_and_value(text: str) -> tuple[str, str]:
+    """Type of a flag: NAME:VALUE."""
+    if not re.match(r"[\w-]+:", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME:VALUE")
+    name, _, value = text.partition(":")
+    return name, value.strip()
+
+
 class RateLimit:
     """At most `rate` requests a second over all threads; a pause holds all of them."""
 
-    def __init__(self, rate, stop):
+    def __init__(self, rate: float, stop: threading.Event) -> None:
         self.interval, self.stop = 1 / rate, stop
         self.next, self.lock = 0.0, threading.Lock()
 
-    def wait(self):
+    def wait(self) -> None:
         with self.lock:
             turn = max(self.next, time.monotonic())
             self.next = turn + self.interval
         self.stop.wait(max(0.0, turn - time.monotonic()))
 
-    def pause(self, seconds):
+    def pause(self, seconds: float) -> None:
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 
 
 class TileServer:
-    """Fetches tiles, from many threads, within the rate. error_tiles: pictures (bytes) that it sends for nothing.
+    """Fetches tiles, from many threads, within the rate.
 
-    blank_status: HTTP statuses that stand for a tile without ground; it comes as a black one. After a failure that is
-    no single tile's, `failure` is that, and no further request is made.
+    What has one of the blank_status comes as a black tile. After a failure that is no single tile's, `failure` is that,
+    and no further request is made.
     """
 
     def __init__(
         self,
-        template,
-        tile_size=256,
-        rate=10.0,
-        concurrency=8,
-        retries=5,
-        timeout=30.0,
-        headers=None,
-        error_tiles=(),
-        blank_status=(),
-    ):
-        self.template, self.tile_size, self.retries = template, tile_size, retries
+        template: str,
+        tile_size: Annotated[int, "side of the server's tiles, pixels", {"type": positive}] = 256,
+        rate: Annotated[float, "requests a second at most: ask what the server allows", ABOVE_0] = 10.0,
+        concurrency: Annotated[int, "requests under way at a time", {"type": positive}] = 8,
+        retries: Annotated[int, "of a tile, after errors that may pass", {"type": whole}] = 5,
+        timeout: Annotated[float, "seconds without an answer", ABOVE_0] = 30.0,
+        blank_status: Annotated[
+            list[int],
+            "HTTP statuses that count as a one-coloured tile, not as a missing one: 404 for servers without any at sea",
+            {"nargs": "*", "metavar": "STATUS"},
+        ] = (),
+        header: Annotated[
+            list[tuple[str, str]] | None,
+            "sent with each request",
+            {"type": name_and_value, "nargs": None, "action": "append", "metavar": "NAME:VALUE"},
+        ] = None,
+        error_tile: Annotated[
+            list[Path] | None,
+            "what the server sends where it has nothing, as it comes from it",
+            {"nargs": None, "action": "append", "metavar": "FILE"},
+        ] = None,
+    ) -> None:
+        if any(not 201 <= status <= 599 for status in blank_status):
+            raise ValueError(f"--blank_status {' '.join(map(str, blank_status))}: expected 201 to 599, such as 404")
+        self.template, self.tile_size, self.retries, self.concurrency = template, tile_size, retries, concurrency
         self.stop, self.failure = threading.Event(), None
         self.limit = RateLimit(rate, self.stop)
-        headers = {"User-Agent": "EarthLoc datasets.build", **(headers or {})}
+        headers = {"User-Agent": "EarthLoc datasets.build", **dict(header or [])}
         self.http = urllib3.PoolManager(
             maxsize=concurrency, block=True, headers=headers, timeout=urllib3.Timeout(connect=timeout, read=timeout)
         )
-        self.error_tiles = {bytes(data) for data in error_tiles}
+        self.error_tiles = {file.read_bytes() for file in error_tile or []}
         self.blank_status, self.blank = frozenset(blank_status), black_tile(tile_size)
-        self.lock, self.requests, self.received, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0, 0
+        self.lock, self.requests, self.got, self.failed, self.absent = threading.Lock(), 0, 0, 0, 0
 
-    def fetch(self, tile):
+    def fetch(self, tile: tuple[int, int, int, int]) -> bytes:
         """(year, zoom, row, col) -> the bytes of a whole image of the right size.
 
         Raises TileError, or ServerError after many tiles in a row that could not be had.
@@ -152,7 +182,7 @@ class TileServer:
             return data
 
     @contextmanager
-    def _ends_all(self):
+    def _ends_all(self) -> Iterator[None]:
         """What is raised within it, but for one tile's TileError, is kept, and nobody asks for anything after it."""
         try:
             yield
@@ -163,7 +193,7 @@ class TileServer:
             self.stop.set()
             raise
 
-    def _try(self, url, attempt):
+    def _try(self, url: str, attempt: int) -> tuple[bytes | None, str | None, float, bool]:
         """One request -> (bytes or None, problem, seconds until the next try, whether one makes sense)."""
         delay = min(BACKOFF_SECONDS * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1)
         self.limit.wait()
@@ -176,8 +206,6 @@ class TileServer:
             response = self.http.request("GET", url, retries=REDIRECTS_ONLY)
         except urllib3.exceptions.HTTPError as error:
             return None, f"no answer ({type(getattr(error, 'reason', None) or error).__name__})", delay, True
-        with self.lock:
-            self.received += len(response.data)
         if response.status == 200:
             if response.data in self.error_tiles:
                 return None, "is the server's error tile", delay, False
@@ -197,7 +225,7 @@ class TileServer:
             delay = 0
         return None, f"HTTP {response.status}", delay, response.status in RETRIED_STATUS
 
-    def _count_failure(self, problem, answered):
+    def _count_failure(self, problem: str, answered: bool) -> None:
         with self.lock, self._ends_all():  # within the lock: no other thread counts or asks on meanwhile
             if self.stop.is_set():  # the end has a reason already
                 return
@@ -217,6 +245,47 @@ class TileServer:
                     f"--header, --zooms and --years fit what the server has?"
                 )
 
-    def close(self):
+    def fetch_all(self, jobs: Sequence[tuple[Hashable, Sequence[tuple]]]) -> Iterator[tuple[Hashable, dict]]:
+        """jobs: (key, tiles) -> yields (key, {tile: bytes or TileError}), in order.
+
+        Each tile is asked for once, and kept until the last job that needs it is yielded. Raises what ended fetching;
+        jobs that lack a tile because of it are not yielded.
+        """
+        uses = Counter(tile for _, tiles in jobs for tile in tiles)
+        futures, window = {}, deque()
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="tiles")
+
+        def finish(key: Hashable, tiles: Sequence[tuple]) -> tuple[Hashable, dict]:
+            results = {}
+            for tile in tiles:
+                try:
+                    results[tile] = futures[tile].result()
+                except TileError as error:
+                    results[tile] = error
+            if self.failure and any(isinstance(each, TileError) for each in results.values()):
+                raise self.failure
+            for tile in tiles:
+                uses[tile] -= 1
+                if not uses[tile]:
+                    del futures[tile]
+            return key, results
+
+        try:
+            for key, tiles in jobs:
+                for tile in tiles:
+                    if tile not in futures:
+                        futures[tile] = pool.submit(self.fetch, tile)
+                window.append((key, tiles))
+                if len(window) > 4 * self.concurrency:  # so far ahead, a tile that must wait does not hold up others
+                    yield finish(*window.popleft())
+            while window:
+                yield finish(*window.popleft())
+        except BaseException:
+            self.stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
         self.stop.set()
         self.http.clear()

@@ -26,7 +26,7 @@ class GeM(nn.Module):
         gem_grid: Annotated[int, "pools over so many cells a side"] = 1,
         p: float = 3.0,
         eps: float = 1e-6,
-    ):
+    ) -> None:
         super().__init__()
         if not 1 <= gem_grid <= min(height, width):
             raise ValueError(

@@ -12,7 +12,7 @@ from models.normalise import l2_normalise
 class FeatureMixer(nn.Module):
     """(..., positions) -> (..., positions): a residual MLP over the spatial positions. Ali-bey et al. 2023, eq. 2."""
 
-    def __init__(self, positions: int):
+    def __init__(self, positions: int) -> None:
         super().__init__()
         self.mix = nn.Sequential(
             nn.LayerNorm(positions), nn.Linear(positions, positions), nn.ReLU(), nn.Linear(positions, positions)
@@ -40,7 +40,7 @@ class MixVPR(nn.Module):
         mix_depth: Annotated[int, "mixers"] = 4,
         mix_channels: Annotated[int | None, "output channels; default: descriptor_dim / out_rows"] = None,
         out_rows: Annotated[int, "rows of the output"] = 4,
-    ):
+    ) -> None:
         super().__init__()
         for flag, value, least in (
             ("mix_depth", mix_depth, 0),

@@ -1,5 +1,9 @@
 """NAME.parquet: places as GeoParquet 1.1, which geopandas, DuckDB and QGIS open."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
@@ -8,7 +12,7 @@ from utils.files import printable, replacing
 from utils.outlines import GEO, outlines
 
 
-def table(places, footprints) -> pa.Table:
+def table(places: Sequence[dict], footprints: np.ndarray) -> pa.Table:
     """places: dicts, of as many photos as there are, footprints (P, 4, 2) degrees -> a column a property, the corners
     lat1, lon1 … lat4, lon4 in the photo's own order, and "geometry", cut at the antimeridian."""
     names = list(dict.fromkeys(name for place in places for name in place))
@@ -20,16 +24,23 @@ def table(places, footprints) -> pa.Table:
     return pa.table(columns).replace_schema_metadata(GEO)
 
 
-def write_table(file, places, footprints):
+def write_table(file: Path, places: Sequence[dict], footprints: np.ndarray) -> Path:
     """-> the file, whole or not at all; for one photo's places or those of a whole run."""
     with replacing(file) as out:
         pq.write_table(table(places, footprints), out, compression="zstd")
     return file
 
 
-def write(folder, photo, places, footprints, pictures=(), matches=()):
-    return write_table(folder / f"{photo.stem}.parquet", places, footprints)
+def write(
+    folder: Path,
+    photo: Path,
+    places: Sequence[dict],
+    footprints: np.ndarray,
+    pictures: Sequence = (),
+    matches: Sequence = (),
+) -> Path:
+    return write_table(folder / f"{photo.name}.parquet", places, footprints)
 
 
-def _value(value):
+def _value(value: object):
     return printable(value) if isinstance(value, str) else value

@@ -3,6 +3,9 @@
 A GIS turns four points into an affine map or a spline of its own; NAME_map.tif (cog.py) is warped by the homography.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from datasets.images import read_pixels
@@ -11,13 +14,20 @@ from utils.files import replacing
 from utils.mercator import require_view
 
 
-def write(folder, photo, places, footprints, pictures=(), matches=()):
+def write(
+    folder: Path,
+    photo: Path,
+    places: Sequence[dict],
+    footprints: np.ndarray,
+    pictures: Sequence = (),
+    matches: Sequence = (),
+) -> Path:
     """Lossless, as a viewer shows the photo. ValueError where the first place's corners are no view of a camera."""
     from rasterio.io import MemoryFile
 
     pixels = read_pixels(photo, upright=True).numpy()
     height, width = pixels.shape[:2]
-    file = folder / f"{photo.stem}.tif"
+    file = folder / f"{photo.name}.tif"
     with MemoryFile() as memory:
         with memory.open(
             driver="GTiff",
@@ -39,7 +49,7 @@ def write(folder, photo, places, footprints, pictures=(), matches=()):
     return file
 
 
-def control_points(footprint, width: int, height: int) -> list:
+def control_points(footprint: np.ndarray, width: int, height: int) -> list:
     """Corners (4, 2) -> rasterio's points: x longitude, y latitude, col and row from the photo's outer edge."""
     from rasterio.control import GroundControlPoint
 

@@ -2,6 +2,8 @@
 
 import io
 import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from xml.etree import ElementTree as xml
 
 import numpy as np
@@ -18,18 +20,25 @@ MAX_SIDE = 8192  # pixels: what graphics cards take
 OUTLINE, BEST_OUTLINE = "ffffffff", "ff3cd7ff"  # alpha, blue, green, red
 
 
-def write(folder, photo, places, footprints, pictures=(), matches=()):
+def write(
+    folder: Path,
+    photo: Path,
+    places: Sequence[dict],
+    footprints: np.ndarray,
+    pictures: Sequence = (),
+    matches: Sequence = (),
+) -> Path:
     """The first place's drape is shown, the others' can be switched on. ValueError where the first one's corners are no
     view of a camera (`require_view`)."""
     require_view(footprints[0])
-    file = folder / f"{photo.stem}.kmz"
+    file = folder / f"{photo.name}.kmz"
     with replacing(file, sync=False) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("doc.kml", document(printable(photo.name), places, footprints))
         archive.writestr("photo.jpg", upright_jpeg(photo), zipfile.ZIP_STORED)
     return file
 
 
-def document(name: str, places, footprints) -> bytes:
+def document(name: str, places: Sequence[dict], footprints: np.ndarray) -> bytes:
     """-> KML that refers to photo.jpg beside it."""
     xml.register_namespace("", KML)
     xml.register_namespace("gx", GX)
@@ -51,7 +60,7 @@ def document(name: str, places, footprints) -> bytes:
     return xml.tostring(root, encoding="utf-8", xml_declaration=True)
 
 
-def upright_jpeg(photo) -> bytes:
+def upright_jpeg(photo: Path) -> bytes:
     """A photo's file -> JPEG as a viewer shows it: the file itself where it is that already, else anew."""
     content = read_bytes(photo)
     pixels = decode(content, photo, upright=True).numpy()  # also where the file is taken: it must be sound
@@ -70,7 +79,7 @@ def to_jpeg(pixels: np.ndarray, max_side: int, quality: int = 85) -> bytes:
     return out.getvalue()
 
 
-def _overlay(group, footprint, shown):
+def _overlay(group: xml.Element, footprint: np.ndarray, shown: bool):
     try:
         corners = require_view(footprint)
     except ValueError:
@@ -85,7 +94,7 @@ def _overlay(group, footprint, shown):
     _add(_add(overlay, "LatLonQuad", space=GX), "coordinates", _coordinates(quad[:, ::-1]))
 
 
-def _outline(group, place, footprint, title, style):
+def _outline(group: xml.Element, place: dict, footprint: np.ndarray, title: str, style: str):
     mark = _add(group, "Placemark")
     _add(mark, "name", title)
     _add(mark, "styleUrl", f"#{style}")
@@ -103,11 +112,11 @@ def _outline(group, place, footprint, title, style):
         _add(ring, "coordinates", _coordinates(part.exterior.coords))
 
 
-def _coordinates(points):
+def _coordinates(points: Iterable):
     return " ".join(f"{lon:.7f},{lat:.7f}" for lon, lat in points)
 
 
-def _add(parent, tag, text=None, space=KML, **attributes):
+def _add(parent: xml.Element, tag: str, text: str | None = None, space: str = KML, **attributes):
     child = xml.SubElement(parent, f"{{{space}}}{tag}", attributes)
     child.text = text
     return child

@@ -1,11 +1,16 @@
 """NAME.stac.json: a STAC item of the photo at its first place, with the other files beside it as assets."""
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import numpy as np
 import shapely
 from PIL import ExifTags
 
@@ -14,6 +19,9 @@ from datasets.names import ImageName
 from utils import geo
 from utils.files import printable, replacing
 from utils.outlines import outlines
+
+if TYPE_CHECKING:
+    import pystac
 
 FIRST_PHOTO = datetime(1961, 1, 1, tzinfo=UTC)  # nobody was up there before: the start where the time is not known
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
@@ -28,19 +36,26 @@ ASSETS = {
 }
 
 
-def write(folder, photo, places, footprints, pictures=(), matches=()):
+def write(
+    folder: Path,
+    photo: Path,
+    places: Sequence[dict],
+    footprints: np.ndarray,
+    pictures: Sequence = (),
+    matches: Sequence = (),
+) -> Path:
     one = item(photo, places[0], footprints[0])
     one.add_asset("photo", _asset(folder, photo, f"image/{read_header(photo)[1].lower()}", "data"))
     for suffix, (name, kind, role) in ASSETS.items():
-        if (file := folder / f"{photo.stem}{suffix}").exists():
+        if (file := folder / f"{photo.name}{suffix}").exists():
             one.add_asset(name, _asset(folder, file, kind, role))
-    file = folder / f"{photo.stem}.stac.json"
+    file = folder / f"{photo.name}.stac.json"
     with replacing(file, sync=False) as out:
         out.write((json.dumps(one.to_dict(include_self_link=False), indent=2) + "\n").encode())
     return file
 
 
-def item(photo: Path, place: dict, footprint):
+def item(photo: Path, place: dict, footprint: np.ndarray) -> pystac.Item:
     """-> pystac.Item without assets. Its time is that of `time_taken`, or from the first photo ever to the file's."""
     import pystac
 
@@ -58,7 +73,7 @@ def item(photo: Path, place: dict, footprint):
     properties["title"] = printable(PurePath(str(place.get("image", photo))).name)
     shape = outlines(footprint)[0]
     return pystac.Item(
-        id=printable(photo.stem),
+        id=printable(photo.name),
         geometry=json.loads(json.dumps(shapely.geometry.mapping(shape))),  # tuples become lists
         bbox=box_of(footprint),
         datetime=taken,
@@ -67,7 +82,7 @@ def item(photo: Path, place: dict, footprint):
     )
 
 
-def box_of(footprint) -> list[float]:
+def box_of(footprint: np.ndarray) -> list[float]:
     """Corners (4, 2) -> west, south, east, north in degrees; west > east over the antimeridian (RFC 7946)."""
     lat, lon = geo.unwrap_footprints(footprint).T
     if len(getattr(shape := outlines(footprint)[0], "geoms", ())) > 1:
@@ -91,7 +106,7 @@ def time_taken(photo: Path) -> datetime | None:
         return None
 
 
-def _asset(folder, file, kind, role):
+def _asset(folder: Path, file: Path, kind: str, role: str):
     import pystac
 
     href = quote(os.fsencode(os.path.relpath(file, folder)))

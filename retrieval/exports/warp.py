@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from utils.mercator import apply, bounds, photo_to_ground, require_view, to_mercator
+from utils.geo import to_mercator
+from utils.mercator import apply, bounds, photo_to_ground, require_view
 
 MAX_SIDE = 8192  # pixels of a warped photo; beyond, it comes out coarser
 
@@ -47,7 +48,7 @@ def warp(photo: np.ndarray, footprint: np.ndarray, box: tuple, columns: int, row
     return laid
 
 
-def _pixels_a_pixel(to_ground, width, height, metres):
+def _pixels_a_pixel(to_ground: np.ndarray, width: int, height: int, metres: float):
     """How many of the photo's pixels a pixel of the map is wide, on average."""
     x, y = apply(to_ground, np.array([(0, 0), (width, 0), (width, height), (0, height)])).T
     area = abs((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2

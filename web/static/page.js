@@ -9,12 +9,19 @@ const EXPORTS = {
 let photos = [], selected = null, place = 0, moved = null, editing = false, picking = null, shownKey = "", about = {};
 
 const current = () => photos.find(each => each.id === selected);
-const percent = value => value == null ? "" : value > 0.995 ? "> 99 %" : `${Math.round(value * 100)} %`;
+const percent = value => value == null ? "" : value > 0.9995 ? "> 99.9 %"
+  : value > 0.9 ? `${(value * 100).toFixed(1)} %` : `${Math.round(value * 100)} %`;
 const degrees = ([lat, lon]) =>
   `${Math.abs(lat).toFixed(2)}° ${lat < 0 ? "S" : "N"}, ${Math.abs(lon).toFixed(2)}° ${lon < 0 ? "W" : "E"}`;
 
 /** EarthLoc's file names are long: of them, the number of the photo. */
 const shortName = name => /@([A-Z0-9]+-E-\d+)@/.exec(name)?.[1] ?? name;
+
+/** CSS that turns a north-up square like the photo, and lets it fill its frame. */
+function upright(rotation) {
+  const angle = rotation * Math.PI / 180;
+  return `transform: rotate(${-rotation}deg) scale(${Math.abs(Math.cos(angle)) + Math.abs(Math.sin(angle))})`;
+}
 
 function element(tag, attributes = {}, ...children) {
   const made = Object.assign(document.createElement(tag), attributes);
@@ -77,7 +84,7 @@ function drawMap() {
   if (photo.nadir) {
     const icon = L.divIcon({ className: "nadir-mark", html: "✛", iconSize: [24, 24] });
     L.marker(photo.nadir, { icon, interactive: false }).addTo(layers);
-    L.circle(photo.nadir, { radius: 2.5e6, className: "reach", interactive: false }).addTo(layers);
+    L.circle(photo.nadir, { radius: 1000 * (about.near_km ?? 2500), className: "reach", interactive: false }).addTo(layers);
   }
   photo.places.forEach((each, k) => {
     if (k === place) return;
@@ -156,6 +163,7 @@ function badge(photo) {
   if (photo.decision === "rejected") return ["bad", "rejected"];
   const best = photo.places[0];
   if (best.verified) return ["good soft", `verified, ${percent(best.probability)}`];
+  if (best.probability != null && !best.inliers) return ["doubt", "no match"];
   return ["doubt", best.probability == null ? "to be judged" : `not verified, ${percent(best.probability)}`];
 }
 
@@ -192,7 +200,7 @@ function drawPanel() {
     $("#own-nadir .lat").value = lat;
     $("#own-nadir .lon").value = lon;
   }
-  $("#nadir-note").textContent = photo.nadir ? "searched within 2,500 km of it" : "unknown: the whole Earth is searched";
+  $("#nadir-note").textContent = photo.nadir ? `searched within ${(about.near_km ?? 2500).toLocaleString("en")} km of it` : "unknown: the whole Earth is searched";
   const has = photo.places.length > 0;
   $("#found").hidden = !has;
   if (!has) return;
@@ -200,14 +208,14 @@ function drawPanel() {
     const facts = [each.inliers ? `${each.inliers} inliers` : null, `similarity ${each.score.toFixed(2)}`].filter(Boolean).join(" · ");
     const picture = each.picture
       ? element("img", { src: `/api/photos/${photo.id}/places/${k}.jpg?run=${photo.run}`, alt: "",
-        style: `transform: rotate(${-each.rotation}deg)` })
+        style: upright(each.rotation) })
       : element("span", { className: "none" });
     const item = element("li", { className: k === place ? "selected" : "", tabIndex: 0 },
       element("span", { className: "frame" }, picture), element("div", {},
         element("b", { textContent: degrees([each.latitude, each.longitude]) }),
         element("span", { textContent: facts }),
         element("span", { className: `badge-text ${each.verified ? "good" : "doubt"}`,
-          textContent: !each.inliers ? "not registered"
+          textContent: each.probability == null ? "not registered" : !each.inliers ? "no match"
             : `${each.verified ? "verified" : "not verified"}, ${percent(each.probability)}` })),
       element("kbd", { textContent: k + 1 }));
     item.onclick = () => choose(k);
@@ -233,7 +241,7 @@ function drawPanel() {
 
 function hint() {
   $("#hint").textContent = !editing ? "" : moved && !isView(moved)
-    ? "These corners fold the photo." : "Drag a corner, or the middle to move all of it.";
+    ? "These corners fold or mirror the photo." : "Drag a corner, or the middle to move all of it.";
 }
 
 function draw() { drawList(); drawPanel(); drawMap(); }

@@ -1,0 +1,91 @@
+"""What the Earth's index loses by being small: python -m experiments.index_size --resume WEIGHTS --dataset_path FOLDER
+
+Recalls of a data set's photos among the images near their nadir: with whole descriptors in float16, and with indexes of
+fewer and fewer bytes a region. Every line turns the photo; the first turns the images, as eval.py does by default.
+"""
+
+import numpy as np
+import torch
+
+from datasets.names import Catalogue
+from datasets.overlap import intersections
+from datasets.sets import QUERY_RADIUS_KM, read_database
+from models.earthloc import load_model
+from models.weights import weights_fingerprint
+from retrieval.describe import ROTATIONS, Describer
+from retrieval.earth_index import TURNS, compress
+from retrieval.recall import first_of_each, recall_at, take
+from retrieval.search import search
+from utils import geo
+from utils.arguments import make_parser, positive, run
+from utils.precision import PRECISIONS
+
+RANKS = (1, 10, 50)
+CANDIDATES = 4 * max(RANKS)  # a region can be there in each of its turns
+
+
+def main(args):
+    photos, database = Catalogue.read(args.dataset_path, "queries"), read_database(args.dataset_path)
+    pairs, _ = intersections(photos.footprints, database.footprints)
+    positives = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(photos))))
+    near = geo.distance_km(photos.nadirs[:, None], database.footprints.mean(axis=1)[None]) <= args.near_km
+    near = [np.flatnonzero(each) for each in near]
+    asked = [row for row, right in enumerate(positives) if np.isin(right, near[row]).any()]
+    print(f"{len(asked)} photos, {len(database):,} images, {np.mean([len(near[row]) for row in asked]):,.0f} near each")
+
+    model = load_model(args.resume).eval()
+    how = model.config.image_size, args.batch_size, args.num_workers, args.device, args.precision
+    kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
+        args.descriptors, catalogue.root, catalogue.paths, catalogue.root.name
+    )[0]
+    turned = np.stack([np.asarray(each, np.float32) for each in kept(photos, TURNS)])
+
+    print("| descriptors | bytes a region | " + " | ".join(f"R@{k}" for k in RANKS) + " |")
+    if not args.turned_photos_only:
+        images = np.concatenate([np.asarray(each, np.float32) for each in kept(database, ROTATIONS)])
+        found = {row: nearest(images, turned[:1, row], near[row], len(database)) for row in asked}
+        show("float16, images turned", 2 * images.shape[1] * len(ROTATIONS), found, positives)
+    vectors = np.asarray(kept(database, (0,))[0], np.float32)
+    found = {row: nearest(vectors, turned[:, row], near[row], len(database)) for row in asked}
+    show("float16", 2 * vectors.shape[1], found, positives)
+    regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
+    for dim in args.dims:
+        index = compress(regions, vectors, dim, weights_fingerprint(model))
+        found = {row: index.search(turned[:, [row]], near[row], max(RANKS))[1][0] for row in asked}
+        show("bytes", dim, found, positives)
+
+
+def nearest(vectors, photo, rows, count):
+    """vectors (turns * count, D), photo (turns, D), rows (m,) of the images -> (max(RANKS),) rows, best first, each
+    image once, in its best turn."""
+    turns = len(vectors) // count
+    rows = (rows + count * np.arange(turns)[:, None]).ravel()
+    scores, found = search(vectors, photo, min(CANDIDATES, len(rows)), rows)
+    best = np.argsort(-scores.ravel(), kind="stable")
+    images = (rows[found.ravel()[best]] % count)[None]
+    return take(images, first_of_each(images, max(RANKS)), -1)[0]
+
+
+def show(name, size, found, positives):
+    recalls = recall_at(np.stack(list(found.values())), [positives[row] for row in found], RANKS)
+    print(f"| {name} | {size:,} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + " |", flush=True)
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("--dataset_path", required=True, help="folder with database/, named by the grid, and queries/")
+    parser.add_argument("--resume", required=True, metavar="WEIGHTS")
+    parser.add_argument("--dims", type=positive, nargs="+", default=(512, 256, 128, 64), help="bytes a region")
+    parser.add_argument("--near_km", type=float, default=QUERY_RADIUS_KM)
+    parser.add_argument("--turned_photos_only", action="store_true", help="leave the first line out: half of the time")
+    parser.add_argument("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
+    parser.add_argument("--batch_size", type=positive, default=32)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

@@ -1,0 +1,243 @@
+"""Milvus beside faiss: recall, memory, time; a descriptor file into Milvus and back.
+
+python -m experiments.milvus                                               # the shipped index of the Earth, in a file
+python -m experiments.milvus --dataset_path FOLDER --resume WEIGHTS        # the descriptors of a data set's images
+python -m experiments.milvus --uri http://HOST:19530 --keys sq8 pq         # a cluster
+
+Queries are rows that are left out of the database. --rows more than there are: others around them (see
+benchmarks/speed_search.py). Each way runs in a process of its own. Without --uri a temporary file, removed at the end.
+pip install pymilvus milvus-lite
+"""
+
+import gc
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.speed_search import FaissFlat, spread
+from retrieval.locator import EARTH_INDEX
+from retrieval.milvus import KEYS, NAME, MilvusSearch, is_lite, lists_for
+from retrieval.search import CompressedSearch, search
+from utils import geo
+from utils.arguments import make_parser, positive, run
+
+WORLD = 46_000_000  # vectors: 11.5 million regions of zooms 9 to 14, four turns
+K, SINGLES = 10, 20
+
+
+def main(args) -> list[dict]:
+    """-> a row of the table for each way."""
+    vectors, centers = source(args)
+    rng = np.random.default_rng(0)
+    asked, rest = np.split(rng.permutation(len(vectors)), [args.queries])
+    queries, points = np.asarray(vectors[asked], np.float32), centers[asked]
+    rest = np.sort(rest[: args.rows])
+    real, centers = np.asarray(vectors[rest], np.float32), centers[rest]
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "database.npy"
+        if args.rows > len(real):
+            made, around = spread(real, args.rows, file)
+            centers = centers[around]
+        else:
+            np.save(file, real.astype(np.float16))
+        made = np.load(file, mmap_mode="c")
+        uri = args.uri or str(Path(temporary) / "earth.db")
+        print(f"{len(made):,} vectors of {made.shape[1]} values, {len(queries)} queries; Milvus at {uri}")
+        right = search(made, queries, K)[1]
+        near_rows = [np.flatnonzero(geo.distance_km(centers, point) <= args.near_km) for point in points[:SINGLES]]
+        near_right = [nearest(made, queries[q : q + 1], rows) for q, rows in enumerate(near_rows)]
+        ways = ["faiss flat", "faiss IVF, SQ8", "compressed", *(f"milvus {key}" for key in args.keys)]
+        print(
+            "| | recall@1 | recall@10 | memory, bytes/vector | disk | build s | ms, 100 at a time | ms, one | "
+            "ms, one near its nadir | recall@10 there | 46 million: GB of memory |\n" + "| --- " * 11 + "|"
+        )
+        table = []
+        for way in ways:
+            place, build = (uri, args.name, args.token), None
+            if way.startswith("milvus"):
+                build = alone(fill, way, file, centers, place)
+            found = alone(measure, way, file, queries, points, near_rows, place, args.near_km)
+            table.append(found | recalls(found, right, near_right) | {"way": way, "build": build or found["build"]})
+            print(line(table[-1]), flush=True)
+    return table
+
+
+def nearest(made, query, rows, engine=None):
+    """The K best of rows, at most, in order, by an engine or exactly."""
+    _, found = search(made, query, K, rows) if engine is None else engine.search(query, K, rows)
+    return rows[found[0][found[0] >= 0]]
+
+
+def source(args):
+    """-> vectors (N, D), an array or Rows, and centers (N, 2) degrees."""
+    if not args.dataset_path:
+        from retrieval.earth_index import EarthIndex
+
+        index = EarthIndex.load(args.index)
+        return index.vectors, geo.centers(index.footprints)
+    from datasets.sets import read_database
+    from models.earthloc import load_model
+    from retrieval.describe import Describer
+
+    model, database = load_model(args.resume).eval(), read_database(args.dataset_path)
+    how = model.config.image_size, 32, 2, args.device, "fp32"
+    descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Milvus")
+    rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
+    return np.asarray(descriptors[0, rows]), geo.centers(database.footprints[rows])
+
+
+def alone(work, *values):
+    """work(*values) in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *values).result()
+
+
+def fill(way, file, centers, place):
+    """Puts the vectors into Milvus, reads them back -> seconds that the first took. ValueError where they differ."""
+    made, (uri, name, token), key = np.load(file, mmap_mode="c"), place, way.split()[1]
+    began = time.perf_counter()
+    engine = MilvusSearch.fill(uri, made, centers, key, f"{name}_{key}", token)
+    seconds = time.perf_counter() - began
+    for start in range(0, len(made), 10_000):
+        part = slice(start, start + 10_000)
+        back, where = engine.read(np.arange(len(made))[part])
+        if not (np.array_equal(back, made[part].astype(np.float32)) and np.array_equal(where, centers[part])):
+            raise ValueError(f"{uri}: what comes back is not what was put in")
+    engine.close()
+    return seconds
+
+
+def measure(way, file, queries, points, near_rows, place, near_km):
+    """One way -> what it found and what it took. Memory: of faiss the bytes of its index, of milvus-lite what the
+    process has of its own, not mapped, after it opened the file, beyond what it has with a small one."""
+    made, milvus = np.load(file, mmap_mode="c"), way.startswith("milvus")
+    lite, memory = milvus and is_lite(place[0]), None
+    if lite:
+        with tempfile.TemporaryDirectory() as temporary:
+            small = MilvusSearch.fill(Path(temporary) / "small.db", made[:100], np.zeros((100, 2)))
+            small.search(queries[:2], K)
+            small.close()
+        gc.collect()
+        before = own_memory()
+    began = time.perf_counter()
+    engine = make(way, made, place)
+    build = time.perf_counter() - began
+    engine.search(queries[:2], K)
+    if lite:
+        gc.collect()
+        memory = (own_memory() - before) / len(made)
+    elif not milvus:
+        memory = index_bytes(engine) / len(made)
+    found = np.concatenate([engine.search(queries[q : q + 100], K)[1] for q in range(0, len(queries), 100)])
+    batch = clock(lambda: engine.search(queries[:100], K)) / len(queries[:100])
+    single = clock(lambda: [engine.search(queries[q : q + 1], K) for q in range(SINGLES)]) / SINGLES
+
+    def one_near(q):
+        if milvus:
+            return engine.search(queries[q : q + 1], K, near=points[q], km=near_km)[1][0]
+        return nearest(made, queries[q : q + 1], near_rows[q], None if way.startswith("faiss") else engine)
+
+    near = [one_near(q) for q in range(SINGLES)]
+    seconds = clock(lambda: [one_near(q) for q in range(SINGLES)]) / SINGLES
+    disk = 2 * made.shape[1] if way == "compressed" else folder_bytes(place[0]) / len(made) if milvus else 0
+    return dict(
+        found=found, near=near, memory=memory, disk=disk, build=build, batch=batch, single=single, near_time=seconds
+    )
+
+
+def index_bytes(engine) -> int:
+    import faiss
+
+    if hasattr(engine, "bytes_in_memory"):
+        return engine.bytes_in_memory
+    return faiss.serialize_index(getattr(engine, "index", engine)).nbytes
+
+
+def make(way, made, place):
+    import faiss
+
+    uri, name, token = place
+    if way == "faiss flat":
+        return FaissFlat(made)
+    if way == "compressed":
+        return CompressedSearch(made)
+    if way == "faiss IVF, SQ8":  # the same index as Milvus's sq8
+        lists = lists_for(len(made))
+        index = faiss.index_factory(made.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        index.train(made.astype(np.float32))
+        index.add(made.astype(np.float32))
+        index.nprobe = max(8, lists // 8)
+        return index
+    return MilvusSearch(uri, f"{name}_{way.split()[1]}", token)
+
+
+def own_memory() -> int:
+    """Bytes of memory that belong to this process alone; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def clock(work) -> float:
+    """Seconds, the best of three."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def folder_bytes(uri) -> int:
+    """Of a file of milvus-lite, which is a folder; 0 of a cluster."""
+    return sum(file.stat().st_size for file in Path(uri).rglob("*") if file.is_file()) if is_lite(uri) else 0
+
+
+def recalls(found, right, near_right) -> dict:
+    """Shares in percent of the true first and of the true first ten that were found."""
+    share = lambda some, true: 100 * np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(some, true) if len(b)])
+    return {
+        "recall1": share(found["found"][:, :1], right[:, :1]),
+        "recall10": share(found["found"], right),
+        "near_recall": share(found["near"], near_right),
+    }
+
+
+def line(row) -> str:
+    memory = "" if row["memory"] is None else f"{row['memory']:.0f}"
+    world = "" if row["memory"] is None else f"{row['memory'] * WORLD / 1e9:.0f}"
+    milliseconds = " | ".join(f"{1e3 * row[name]:.2f}" for name in ("batch", "single", "near_time"))
+    return (
+        f"| {row['way']} | {row['recall1']:.1f} | {row['recall10']:.1f} | {memory} | {row['disk']:.0f} | "
+        f"{row['build']:.1f} | {milliseconds} | {row['near_recall']:.1f} | {world} |"
+    )
+
+
+def parse_arguments(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--index", default=str(EARTH_INDEX), help="file of python -m retrieval.earth_index")
+    add("--dataset_path", help="in place of an index: a folder with database/, described by --resume")
+    add("--resume", help="weights, with --dataset_path")
+    add("--descriptors", default="logs/descriptors", help="folder where a data set's descriptors are kept")
+    add("--uri", help="a file that ends in .db, or http://HOST:PORT; default: a temporary file")
+    add("--name", default=NAME, help="collections made are NAME_KEY")
+    add("--token", default="", help="of a cluster: USER:PASSWORD or a key")
+    add("--keys", nargs="+", choices=list(KEYS), default=["sq8"], help="indexes of Milvus; pq: on a cluster")
+    add("--rows", type=positive, default=100_000, help="vectors")
+    add("--queries", type=positive, default=500)
+    add("--near_km", type=float, default=2500, help="for the search around a nadir")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
