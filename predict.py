@@ -24,10 +24,10 @@ from datasets.gps import check_points, each_image
 from datasets.nadirs import Nadirs, read_nadirs
 from retrieval.archive import Archive, make_folder, merge, parse_shard, read_places, shard_folder, shard_rows
 from retrieval.database import require_enough
-from retrieval.describe import kept_photos
+from retrieval.describe import Describer
 from retrieval.exports import EXPORTS, export_answer
 from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
-from retrieval.store import DescriptorFile, model_fingerprint, tidy
+from retrieval.store import DescriptorFile, tidy
 from retrieval.summary import save_map, save_sheet, tell
 from utils.arguments import make_parser, positive, run, whole
 from utils.logs import Bar, make_log_dir, setup_logging
@@ -120,11 +120,11 @@ def main(args: argparse.Namespace) -> Iterable[dict]:
     locator = Locator.from_files(args.resume, **{name: getattr(args, name) for name in LOCATOR})
     require_enough(locator.places, near, args.near_km, args.top_k)
     described = {name: locator.settings[name] for name in ("image_size", "device", "precision")}
-    fingerprint = model_fingerprint(locator.model, described["image_size"], described["precision"])
-    tidy(args.descriptors, fingerprint, args.forget_descriptors)
+    describer = Describer(locator.model, rotations=locator.places.turns, **described)
+    tidy(args.descriptors, describer.fingerprint, args.forget_descriptors)
 
     columns = COLUMNS | dict.fromkeys(own_columns(dict.fromkeys(nadirs.columns)), str)
-    settings = {"model": fingerprint, "columns": list(columns)}
+    settings = {"model": describer.fingerprint, "columns": list(columns)}
     settings |= {name: getattr(args, name) for name in DECIDING} | {"register": locator.register}
     with Archive.open(folder, settings, columns) as archive:
         rows = np.flatnonzero([not archive.is_done(photo) for photo in photos])
@@ -132,8 +132,7 @@ def main(args: argparse.Namespace) -> Iterable[dict]:
             logging.info(f"{folder}: {len(photos) - len(rows)} of {len(photos)} photos are done, {len(rows)} are left")
         left, keep = photos[rows], nullcontext()
         if args.keep_photos:
-            source, turns = [args.output or "", *args.inputs], locator.places.turns
-            keep = kept_photos(args.descriptors, source, shard, locator.model, left, rotations=turns, **described)
+            keep = describer.photos_file(args.descriptors, [args.output or "", *args.inputs], shard, left)
         with keep as kept:
             count = locate_all(locator, left, nadirs, archive, kept, args)
         if not count and args.output is None:

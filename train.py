@@ -8,36 +8,41 @@ bits. Several GPUs or machines: torchrun --nproc_per_node N train.py …
 """
 
 import logging
+from argparse import Namespace
 from contextlib import closing
+from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from augmentations.year_wise import GROUPS, Augmentation
 from datasets.batches import DRAWS, BatchLoader
 from datasets.build.cache import cache_note
 from datasets.names import DATABASE_YEAR
-from datasets.regions import RegionDataset, source_size
-from datasets.sets import VALIDATION, load_validation_data
+from datasets.regions import RegionDataset, Regions, source_size
+from datasets.sets import VALIDATION, EvaluationData, load_validation_data
 from datasets.training import iteration_seed, neutral_pairs, note_unreadable, read_regions, serve_period, serve_sample
 from losses import LOSSES
 from models.config import ModelConfig, add_model_arguments, model_config
 from models.earthloc import EarthLoc, build_model
 from models.whitening import whiten
+from retrieval.describe import ROTATIONS, Describer, Failures
 from retrieval.evaluation import describe_sets, score_sets
-from retrieval.reclustering import make_clusters, save_clusters_figure
+from retrieval.reclustering import make_clusters, save_clusters_figure, sizes_of
 from utils import distributed, figures
 from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
-from utils.logs import own_folder
+from utils.logs import Meter, own_folder
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
-from utils.precision import autocast, default_precision
+from utils.precision import autocast, chosen_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings, make
+from utils.signals import Stop
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", default="data", help="folder with database/, queries/ and the intersections")
@@ -63,12 +68,8 @@ def parse_arguments(argv=None):
     add("--lr", type=float, default=1e-4)
     add("--lr_schedule", choices=("constant", "cosine"), default="constant")
     add("--warmup", type=whole, default=0, help="iterations over which lr rises from 0")
-    add(
-        "--fc_init",
-        choices=("random", "whitening"),
-        default="random",
-        help="of the last layer (docs/decisions.md), and of netvlad's centres",
-    )
+    whitened = "of the last layer (docs/decisions.md), and of netvlad's centres"
+    add("--fc_init", choices=("random", "whitening"), default="random", help=whitened)
     add("--fc_std", type=float, default=1.0, help="scale of the whitening: larger moves slower")
     add("--fc_regulariser", type=float, default=0.1, help="of the whitening, times the mean variance")
     add = add_run_arguments(parser, "default", validate_every="recluster_every").add_argument
@@ -77,13 +78,15 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def make_loss(args, num_regions):
+def make_loss(args: Namespace, num_regions: int) -> nn.Module:
     settings, known = chosen_settings(args, LOSSES[args.loss]), {"descriptor_dim": args.descriptor_dim}
     return make(LOSSES[args.loss], settings, num_regions=num_regions, **known)
 
 
-def prepare(args):
+def prepare(args: Namespace) -> tuple[Regions, BatchLoader, Augmentation, EvaluationData | None]:
     """-> regions, loader, augmentation and validation data, as the flags have them."""
+    if note := cache_note(args.dataset_path, args.source_size):
+        logging.info(note)
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
     loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
@@ -94,7 +97,9 @@ def prepare(args):
     return regions, loader, augment, validation
 
 
-def start(args, regions, loader, augment, folder, device, precision):
+def start(
+    args: Namespace, regions: Regions, loader: BatchLoader, augment: Augmentation, folder: Path, device: torch.device
+) -> Run:
     """-> The Run to go on with, or a fresh one."""
     path, checkpoint = find_checkpoint(args.resume, args.log_dir, "model_config", "train.py")
     if checkpoint:
@@ -111,14 +116,17 @@ def start(args, regions, loader, augment, folder, device, precision):
         run.save_weights(folder / "initial.pt")  # what the trained model is compared with
         if args.fc_init == "whitening":
             batches = lambda: serve_sample(loader, len(regions), args.batch_size, args.seed)
-            whiten(model, batches, augment, args.seed, args.fc_std, args.fc_regulariser, device, precision)
+            how = args.fc_std, args.fc_regulariser, device, chosen_precision(args.precision, device)
+            whiten(model, batches, augment, args.seed, *how)
     run.network = distributed.wrap(model)
     if args.compile:
         model.compile()
     return run
 
 
-def update(run, views, labels, neutral, loss_fn, lr, device, precision):
+def update(
+    run: Run, views: Tensor, labels: Tensor, neutral: Tensor | None, loss_fn: nn.Module, lr: float, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step on views (N, 3, S, S) with labels (N,) and neutral (N, N) or None -> loss, norm of the gradient, both
     0-d, and descriptors (N, D) float32.
 
@@ -127,7 +135,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     """
 
     def forward():
-        with autocast(device, precision):
+        with autocast(views.device, precision):
             descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
         descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
         # Mining drops nan similarities: the loss would be a harmless 0.
@@ -137,7 +145,7 @@ def update(run, views, labels, neutral, loss_fn, lr, device, precision):
     return guarded_update(run, lr, forward)
 
 
-def scalars(loss_fn, descriptors, labels, neutral, lr):
+def scalars(loss_fn: nn.Module, descriptors: Tensor, labels: Tensor, neutral: Tensor | None, lr: float) -> dict:
     """What is logged besides the loss."""
     if not hasattr(loss_fn, "mined_shares"):
         return {"lr": lr}
@@ -145,12 +153,11 @@ def scalars(loss_fn, descriptors, labels, neutral, lr):
     return {"mined/anchors": anchors, "mined/pairs": pairs, "lr": lr}
 
 
-def validate(run, validation, writer, image_size, batch_size, num_workers, device, precision):
+def validate(run: Run, validation: EvaluationData | None, writer: SummaryWriter, describer: Describer) -> float | None:
     """R@1 of the validation set, logged and written; None without one."""
     if validation is None or not validation.sets:
         return None
-    how = image_size, batch_size, num_workers, device, precision
-    descriptors, data = describe_sets(run.model, validation, *how, progress=False)
+    descriptors, data = describe_sets(describer, validation)
 
     def score():
         result = score_sets(data, descriptors)
@@ -162,48 +169,38 @@ def validate(run, validation, writer, image_size, batch_size, num_workers, devic
     return score
 
 
-def train(args, folder, device, stop):
+def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bool:
     """The paper's method, from where the run stands -> whether it came to the last iteration: see utils.loop."""
-    precision = default_precision(device) if args.precision == "auto" else args.precision
-    mine = distributed.part(args.batch_size)
-    note = cache_note(args.dataset_path, args.source_size)
-    if note:
-        logging.info(note)
+    precision, mine = chosen_precision(args.precision, device), distributed.part(args.batch_size)
     with stop.at_once():
         regions, loader, augment, validation = prepare(args)
-    clustering = args.num_clusters, args.batch_size, args.seed
-    describing = args.image_size, args.num_workers, device, precision
-    period_of = args.recluster_every, args.iterations, args.seed
+    describing = args.image_size, 4 * args.batch_size, args.num_workers, device, precision
     served, unreadable = None, {}
 
-    def left_out(errors):
+    def left_out(errors: Failures):
         note_unreadable(errors, unreadable, len(regions), args.max_unreadable)
 
-    def step(meter):
+    def step(meter: Meter):
         nonlocal served
         # Clusters of look-alike regions, random ones first: each batch comes from one of them (sec. 4.2).
         period, since = divmod(run.iteration, args.recluster_every)
         if since == 0:
             with stop.at_once():
-                if args.batches == "random":
-                    clusters = [np.arange(len(regions))]
-                else:
-                    clusters = make_clusters(run.model, regions, period, *clustering, *describing, left_out)
+                clustering = args.batches, args.num_clusters, args.batch_size, args.seed, left_out
+                clusters = make_clusters(Describer(run.model, *describing), regions, period, *clustering)
             run.memory["clusters"] = clusters
-            sizes = [len(each) for each in clusters]
-            logging.info(f"Iteration {run.iteration}: {len(sizes)} clusters of {min(sizes)} to {max(sizes)} regions")
+            logging.info(f"Iteration {run.iteration}: {sizes_of(clusters)}")
             if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
                 save_clusters_figure(folder, regions, clusters)
         if since == 0 or served is None:
             with stop.at_once():
-                own = run.memory["clusters"], args.batch_size, run.iteration
-                served = serve_period(loader, *own, *period_of, mine, args.cluster_draw)
+                own = run.memory["clusters"], args.batch_size, run.iteration, args.recluster_every, args.iterations
+                served = serve_period(loader, *own, args.seed, mine, args.cluster_draw)
             meter.restart()
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
         rows, errors = distributed.gather(rows), sum(distributed.gather_objects_if(errors), [])
-        if errors:
-            left_out(errors)
+        left_out(errors)
         if (rows < 0).any():
             raise ValueError(f"{errors[0][1]}. No other region of {len(regions)} can take its place in the batch")
 
@@ -219,18 +216,17 @@ def train(args, folder, device, stop):
         labels = rows.to(device, non_blocking=True)[places]
         neutral = neutral_pairs(regions.footprints[rows.numpy()], places) if args.neutral == "on" else None
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, args.warmup)
-        loss, norm, descriptors = update(run, views.flatten(0, 1), labels, neutral, run.loss_fn, lr, device, precision)
+        loss, norm, descriptors = update(run, views.flatten(0, 1), labels, neutral, run.loss_fn, lr, precision)
         logged = lambda: scalars(run.loss_fn, descriptors, labels, neutral, lr)
         batch = lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]}
         return Outcome(run.iteration - 1, loss, norm, len(labels), logged, batch)
 
-    def validating(writer):
-        sizes = args.image_size, 4 * args.batch_size, args.num_workers
-        return validate(run, validation, writer, *sizes, device, precision)
+    def validating(writer: SummaryWriter):
+        return validate(run, validation, writer, Describer(run.model, *describing, ROTATIONS, progress=False))
 
     with closing(loader):
         with stop.at_once():
-            run = start(args, regions, loader, augment, folder, device, precision)
+            run = start(args, regions, loader, augment, folder, device)
         due = {name: getattr(args, name) for name in LOOP_FLAGS}
         finished = run_loop(run, step, validating, folder, stop, vars(args), pause_every=args.recluster_every, **due)
     if finished:
@@ -242,7 +238,7 @@ def train(args, folder, device, stop):
     return finished
 
 
-def main(args):
+def main(args: Namespace) -> Path:
     """-> the run's folder. Leaves with exit code 75 after a signal."""
     args.source_size = args.source_size or source_size(args.image_size)
     args.validate_every = args.validate_every or args.recluster_every
@@ -251,5 +247,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run_script(main, arguments)
+    run_script(main, parse_arguments())

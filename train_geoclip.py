@@ -8,12 +8,15 @@ Outputs go to logs/LOG_DIR/date_time; python eval_geoclip.py --resume …/best.p
 """
 
 import logging
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 
 from augmentations.turns import turn_and_flip
 from augmentations.year_wise import Augmentation
@@ -29,15 +32,16 @@ from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_pho
 from utils import distributed, figures, geo
 from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
+from utils.logs import Meter
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
-from utils.precision import autocast, default_precision
+from utils.precision import autocast, chosen_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings
-from utils.signals import ignore_signals, iterate
+from utils.signals import Stop, ignore_signals, iterate
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("data: a CSV, or an EarthLoc data set").add_argument
     add("--train_csv", help="IMG_ID,LAT,LON of the training images")
@@ -80,7 +84,7 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def load_photos(args):
+def load_photos(args: Namespace) -> tuple[Photos, Photos | None]:
     """Flags -> training Photos and validation Photos or None. ValueError names the flag that is missing."""
     if bool(args.train_csv) == bool(args.dataset_path):
         raise ValueError("give the training images by --train_csv FILE or --dataset_path FOLDER, one of the two")
@@ -98,7 +102,7 @@ def load_photos(args):
     return training, None
 
 
-def start(args, training, gallery, folder, device):
+def start(args: Namespace, training: Photos, gallery: np.ndarray, folder: Path, device: torch.device) -> Run:
     """-> The Run to go on with, or a fresh one. Its memory is the queue (Q, 2) of coordinates, degrees."""
     path, checkpoint = find_checkpoint(args.resume, args.log_dir, "geoclip_config", "train_geoclip.py")
     if checkpoint:
@@ -122,14 +126,23 @@ def start(args, training, gallery, folder, device):
     return run
 
 
-def augmented(images, augment, generator, args):
+def augmented(images: Tensor, augment: Augmentation, generator: torch.Generator, args: Namespace) -> Tensor:
     """uint8 (b, 3, s, s) -> float32 (b, 3, S, S) in [0, 1], each turned and mirrored on its own, then augmented."""
     if args.augmentation != "none":
         images = turn_and_flip(images, generator, args.turns == "on", args.flip == "on")
     return augment(images[:, None], generator)[:, 0]
 
 
-def loss_of(model, views, points, candidates, own, readable, neutral_km, precision):
+def loss_of(
+    model: nn.Module,
+    views: Tensor,
+    points: np.ndarray,
+    candidates: np.ndarray,
+    own: np.ndarray,
+    readable: Tensor,
+    neutral_km: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
     """One process's photos against all candidates -> loss, and the share of them whose own coordinate is the nearest.
 
     views (b, 3, S, S); points (B, 2) of the whole batch, candidates (B + Q, 2) degrees; own (b,): this process's rows
@@ -146,11 +159,12 @@ def loss_of(model, views, points, candidates, own, readable, neutral_km, precisi
     return gps_cross_entropy(logits, targets, neutral, readable), hits
 
 
-def update(run, views, points, candidates, own, readable, neutral_km, lr, device, precision):
-    """One step, as `loss_of` has it -> loss, norm of the gradient and share of hits of all processes, 0-d."""
+def update(run: Run, lr: float, *batch: object) -> tuple[Tensor, Tensor, Tensor]:
+    """One step on what `loss_of` takes after the model -> loss, norm of the gradient and share of hits of all
+    processes, 0-d."""
 
     def forward():
-        loss, hits = loss_of(run.network, views, points, candidates, own, readable, neutral_km, precision)
+        loss, hits = loss_of(run.network, *batch)
         return distributed.gather(loss[None]).mean(), distributed.gather(hits[None]).mean()
 
     loss, norm, hits = guarded_update(run, lr, forward)
@@ -158,15 +172,16 @@ def update(run, views, points, candidates, own, readable, neutral_km, lr, device
     return loss, norm, hits
 
 
-def validate(run, photos, gallery, writer, batch_size, num_workers, device, precision):
+def validate(
+    run: Run, photos: Photos | None, gallery: np.ndarray, writer: SummaryWriter, *describing: object
+) -> float | None:
     """Logs how far off photos are put, over the training gallery -> percent within 750 km; None without photos."""
     if not photos:
         return None
+    device = describing[2]
 
     def score():
-        embeddings, failures = embed_photos(
-            run.model, photos.paths, batch_size, num_workers, device, precision, progress=False
-        )
+        embeddings, failures = embed_photos(run.model, photos.paths, *describing, progress=False)
         readable = np.setdiff1d(np.arange(len(photos)), [row for row, _ in failures])
         points = embed_gallery(run.model.location_encoder, gallery, device, progress=False)
         rows, _ = locate(embeddings[readable], points, run.model.scale.item())
@@ -184,9 +199,9 @@ def validate(run, photos, gallery, writer, batch_size, num_workers, device, prec
     return share
 
 
-def train(args, folder, device, stop):
+def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bool:
     """The paper's method, from where the run stands -> whether it came to the last iteration: see utils.loop."""
-    precision = default_precision(device) if args.precision == "auto" else args.precision
+    precision = chosen_precision(args.precision, device)
     with stop.at_once():
         training, validation = load_photos(args)
     if args.batch_size % distributed.world() or not 0 < args.batch_size <= len(training):
@@ -205,16 +220,15 @@ def train(args, folder, device, stop):
     augment = Augmentation(size, args.augmentation, **chosen_settings(args, Augmentation))
     source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
     rank = distributed.rank()
-    schedule = Schedule(
-        len(training), args.batch_size, args.iterations, args.seed, rank, distributed.world(), run.iteration
-    )
+    own_part = rank, distributed.world(), run.iteration
+    schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, *own_part)
     own = np.arange(args.batch_size)[schedule.own()]
     photos = PhotoFiles(training.paths, source_size, encoder.fit)
     workers = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
     served = iterate(DataLoader(photos, batch_sampler=schedule, **workers))
     unreadable = set()
 
-    def step(meter):
+    def step(meter: Meter):
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
         note_unreadable(rows, errors, unreadable, len(training))
@@ -229,13 +243,13 @@ def train(args, folder, device, stop):
         readable = torch.tensor([not error for error in errors], device=device)
         decay = {"gamma": args.lr_gamma, "step": args.lr_step}
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, **decay)
-        loss, norm, hits = update(run, views, points, candidates, own, readable, args.neutral_km, lr, device, precision)
+        loss, norm, hits = update(run, lr, views, points, candidates, own, readable, args.neutral_km, precision)
         run.memory["queue"] = advance_queue(queue, points)
         logged = lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr}
         batch = lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]}
         return Outcome(run.iteration - 1, loss, norm, args.batch_size, logged, batch)
 
-    def validating(writer):
+    def validating(writer: SummaryWriter):
         sizes = args.batch_size, args.num_workers
         return validate(run, validation, gallery, writer, *sizes, device, precision)
 
@@ -252,11 +266,10 @@ def train(args, folder, device, stop):
     return finished
 
 
-def main(args):
+def main(args: Namespace) -> Path:
     """-> the run's folder. Leaves with exit code 75 after a signal."""
     return launch(train, args)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run_script(main, arguments)
+    run_script(main, parse_arguments())

@@ -1,9 +1,10 @@
 """Turns and mirrors of single images, by whole pixels."""
 
 import torch
+from torch import Tensor
 
 
-def turn_and_flip(images, generator, turns, flip):
+def turn_and_flip(images: Tensor, generator: torch.Generator, turns: bool, flip: bool) -> Tensor:
     """uint8 (B, 3, S, S): each image turned by a random multiple of 90 degrees and mirrored, where that is on."""
     images = images.clone()
     quarters = torch.randint(4, (len(images),), generator=generator) if turns else torch.zeros(len(images))

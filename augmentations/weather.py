@@ -6,6 +6,7 @@ images become such photos, the others stay clear, as the database is.
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 CELLS = (3, 6, 12, 24, 48)  # noise of so many cells a side, coarse to fine
@@ -16,7 +17,14 @@ MIDDLE_GREY = 0.42
 ALL = slice(None)
 
 
-def uniform(low, high, count, generator, rows=ALL, device="cpu"):
+def uniform(
+    low: float,
+    high: float,
+    count: int,
+    generator: torch.Generator,
+    rows: slice | Tensor = ALL,
+    device: str | torch.device = "cpu",
+) -> Tensor:
     """(count, 1, 1, 1) uniform draws, of which `rows` are returned: here and below, the others are drawn only.
 
     Drawn on the CPU, where the generator is; what is made of it is made on the device, which does not wait.
@@ -24,7 +32,9 @@ def uniform(low, high, count, generator, rows=ALL, device="cpu"):
     return torch.rand(count, 1, 1, 1, generator=generator)[rows].to(device, non_blocking=True) * (high - low) + low
 
 
-def fractal(count, size, generator, rows=ALL, device="cpu"):
+def fractal(
+    count: int, size: int, generator: torch.Generator, rows: slice | Tensor = ALL, device: str | torch.device = "cpu"
+) -> Tensor:
     """(count, 1, size, size) smooth random fields of mean 0 and spread 1, some rough, some soft."""
     roughness = uniform(0.5, 0.9, count, generator, rows, device)
     field = torch.zeros(len(roughness), 1, size, size, device=device)
@@ -35,7 +45,14 @@ def fractal(count, size, generator, rows=ALL, device="cpu"):
     return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6) if len(field) else field  # torch warns at none
 
 
-def cloud_opacity(coverage, count, size, generator, rows=ALL, device="cpu"):
+def cloud_opacity(
+    coverage: float,
+    count: int,
+    size: int,
+    generator: torch.Generator,
+    rows: slice | Tensor = ALL,
+    device: str | torch.device = "cpu",
+) -> Tensor:
     """(count, 1, size, size) in [0, 1): zero outside the clouds, which cover up to `coverage`, mostly less."""
     field = fractal(count, size, generator, rows, device)
     share = coverage * torch.rand(count, generator=generator)[rows].to(device, non_blocking=True) ** 2
@@ -45,7 +62,14 @@ def cloud_opacity(coverage, count, size, generator, rows=ALL, device="cpu"):
     return uniform(0.75, 1, count, generator, rows, device) * (1 - torch.exp(-depth))
 
 
-def haze_opacity(haze, count, size, generator, rows=ALL, device="cpu"):
+def haze_opacity(
+    haze: float,
+    count: int,
+    size: int,
+    generator: torch.Generator,
+    rows: slice | Tensor = ALL,
+    device: str | torch.device = "cpu",
+) -> Tensor:
     """(count, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
     places = torch.linspace(-1, 1, size, device=device)
     angle = uniform(0, 2 * torch.pi, count, generator, rows, device)
@@ -54,7 +78,7 @@ def haze_opacity(haze, count, size, generator, rows=ALL, device="cpu"):
     return thickest * (1 + spread * slope) / 2
 
 
-def expose(images, strength):
+def expose(images: Tensor, strength: Tensor) -> Tensor:
     """images (N, 3, S, S), strength (N, 1, 1, 1) -> each brought from its mean towards middle grey, a soft shoulder.
 
     Strength 1 is a camera's full automatic, 0 changes nothing but the shoulder.
@@ -63,7 +87,9 @@ def expose(images, strength):
     return 1 - torch.exp(-1.3 * gain * images)
 
 
-def add_weather(images, clouds, haze, exposure, generator, here=None):
+def add_weather(
+    images: Tensor, clouds: float, haze: float, exposure: float, generator: torch.Generator, here: Tensor | None = None
+) -> Tensor:
     """images (N, 3, S, S) float32 in [0, 1] -> half of them behind bluish air, under white clouds, exposed anew.
 
     clouds: largest share of an image under clouds. haze: largest opacity of the air. exposure: largest strength of the

@@ -6,12 +6,14 @@ for the hue, which is ours because kornia's takes longer than all the rest (benc
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from kornia import enhance
 from kornia.geometry import get_perspective_transform, transform_points
+from torch import Tensor
 from torch.nn import functional as F
 
 from augmentations.weather import add_weather
@@ -57,7 +59,7 @@ class Augmentation:
     haze: Annotated[float, "largest opacity of the air; see --exposure"] = 0.0
     exposure: Annotated[float, "of a camera, its largest strength; with clouds, haze or this half become photos"] = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.group not in GROUPS:
             raise ValueError(f"--augmentation {self.group}: choose one of {', '.join(GROUPS)}")
         if not 0 <= self.perspective < 2 / 3:
@@ -70,7 +72,9 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1]")
 
-    def __call__(self, images, generator, part=None, batch=None):
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, part: slice | None = None, batch: int | None = None
+    ) -> Tensor:
         """images uint8 (B, Y, 3, H, W), one column a year -> float32 (B, Y, 3, size, size) in [0, 1].
 
         generator: a CPU torch.Generator; the same state gives the same augmentation. Where the images are only a slice
@@ -96,7 +100,7 @@ class Augmentation:
             views = torch.cat([self.view(next(own) if mine else flat[:0], generator, mine[None]) for mine in here])
         return views.unflatten(0, (-1, years))
 
-    def view(self, images, generator, here):
+    def view(self, images: Tensor, generator: torch.Generator, here: Tensor) -> Tensor:
         """images uint8 (N, 3, H, W) -> float32 (N, 3, size, size), one draw for all but the weather. here (M,): which
         of the images that share it these are; where there are none, the draws are made all the same."""
         draw = self.draw(generator)
@@ -107,10 +111,10 @@ class Augmentation:
         )
         return add_weather(views, self.clouds, self.haze, self.exposure, generator, here)
 
-    def draw(self, generator):
+    def draw(self, generator: torch.Generator) -> Draw:
         """-> a Draw."""
 
-        def uniform(low, high, count=()):
+        def uniform(low: float, high: float, count: tuple = ()):
             return torch.rand(count, generator=generator) * (high - low) + low
 
         # The perspective moves each corner inwards by up to half the distortion scale of a side.
@@ -137,7 +141,7 @@ class Augmentation:
         )
 
 
-def warp(images, draw, size, samples=None):
+def warp(images: Tensor, draw: Draw, size: int, samples: int | None = None) -> Tensor:
     """A Draw's quadrilateral of all images (N, 3, H, W) uint8, or float32 in [0, 1] -> float32 (N, 3, size, size).
 
     One bilinear sampling, which alone would alias where the output is coarser than the source: there, several samples
@@ -156,7 +160,7 @@ def warp(images, draw, size, samples=None):
     return views if fine == size else F.avg_pool2d(views, fine // size)
 
 
-def crop_to(images, quad):
+def crop_to(images: Tensor, quad: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) and a quad in their half sizes -> the part that bilinear samples of the quad read, the quad
     in half sizes of that part."""
     whole = torch.tensor(images.shape[:-3:-1])  # width, height
@@ -167,14 +171,14 @@ def crop_to(images, quad):
     return images[..., top:bottom, left:right], (corners - low) * 2 / (high - low) - 1
 
 
-def samples_per_pixel(quad, source, size):
+def samples_per_pixel(quad: Tensor, source: Sequence[int], size: int) -> int:
     """How many bilinear samples an axis an output of size × size needs: about one for each pixel of the source."""
     x, y = ((quad + 1) / 2 * torch.tensor(source[::-1])).T
     area = (x * (y.roll(-1) - y.roll(1))).sum().item() / 2
     return max(1, round(abs(area) ** 0.5 / size))
 
 
-def jitter(images, draw):
+def jitter(images: Tensor, draw: Draw) -> Tensor:
     """Colour jitter with torchvision's maths, in the draw's order. (N, 3, H, W) in [0, 1] -> the same.
 
     kornia gets tensors: a float it would send to a GPU as a tensor, and wait for that.
@@ -191,7 +195,7 @@ def jitter(images, draw):
     return images
 
 
-def adjust_hue(images, turn):
+def adjust_hue(images: Tensor, turn: float) -> Tensor:
     """(N, 3, H, W) RGB in [0, 1], hue turned by a share of the circle -> the same; HSV, as torchvision.
 
     Value and saturation stay, so of HSV only the hue is needed: a channel is value - chroma · clamp(2 - |k - 2|, 0, 1)

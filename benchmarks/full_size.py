@@ -13,39 +13,33 @@ import os
 import resource
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.timing import show, timed, timed_twice
 from datasets import grid
 from datasets.names import DATABASE_YEAR, YEARS, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections, share_ground
 from datasets.regions import Regions
 from datasets.sets import load_evaluation_data
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 
-def made_up_queries(regions):
+def made_up_queries(regions: np.ndarray) -> list[str]:
     """One query name a region: its footprint, north up."""
-    names = []
-    for number, corners in enumerate(grid.footprints(regions)):
-        middle = corners.mean(axis=0).round(1)
-        names.append(
-            str(
-                ImageName(
-                    tuple(map(tuple, corners.tolist())),
-                    f"MADE00-E-{number}",
-                    "20200101",
-                    tuple(middle.tolist()),
-                    int(grid.quadrilateral_area(corners)),
-                    0.0,
-                )
-            )
-        )
-    return names
+
+    def name(number: int, corners: np.ndarray):
+        nadir, area = tuple(corners.mean(axis=0).round(1).tolist()), int(grid.quadrilateral_area(corners))
+        places = tuple(map(tuple, corners.tolist()))
+        return str(ImageName(places, f"MADE00-E-{number}", "20200101", nadir, area, 0.0))
+
+    return [name(number, corners) for number, corners in enumerate(grid.footprints(regions))]
 
 
-def make_tree(folder, queries, regions):
+def make_tree(folder: Path, queries: str | None, regions: Callable[[], np.ndarray]) -> int:
     """Empty files of the regions × four years and of the queries, and the intersections file -> number of files.
 
     regions: function that gives rows of zoom, row, col, sorted. queries: as for --queries, or None.
@@ -60,20 +54,13 @@ def make_tree(folder, queries, regions):
         raise ValueError(f"{folder}: is not empty and no tree of this script; name a new folder")
     done.write_text(json.dumps({"files": 0}))
     regions = regions()
-    names = (
-        [Path(path).name for path in Catalogue.read_source(queries, "queries").paths]
-        if queries
-        else made_up_queries(regions[regions[:, 0] == regions[0, 0]])
-    )
+    if queries:
+        names = [Path(path).name for path in Catalogue.read_source(queries, "queries").paths]
+    else:
+        names = made_up_queries(regions[regions[:, 0] == regions[0, 0]])
     paths = [grid.image_path(*region, DATABASE_YEAR) for region in regions.tolist()]
-    of_year = {
-        year: [
-            f"database/{year}{path[len('database/2021') : path.rfind('/')]}/{ImageName.parse(path).in_year(year)}"
-            for path in paths
-        ]
-        for year in YEARS
-    }
-    everything = [path for year in YEARS for path in of_year[year]] + [f"queries/{name}" for name in names]
+    everything = [grid.image_path(*region, year) for year in YEARS for region in regions.tolist()]
+    everything += [f"queries/{name}" for name in names]
     for place in {path.rsplit("/", 1)[0] for path in everything}:
         (folder / place).mkdir(parents=True, exist_ok=True)
     for path in everything:
@@ -84,16 +71,15 @@ def make_tree(folder, queries, regions):
     return len(everything)
 
 
-def measured(function, *args):
+def measured(function: Callable, *args: object) -> tuple[object, float, float, float, float]:
     """Runs it in a fresh process -> (what it returns, seconds, those of CPU, peak memory in GB before and after)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (function, *args))
 
 
-def _measure(function, *args):
-    before, began, spent = _peak_gb(), time.perf_counter(), time.process_time()
-    result = function(*args)
-    return result, time.perf_counter() - began, time.process_time() - spent, before, _peak_gb()
+def _measure(function: Callable, *args):
+    before = _peak_gb()
+    return *timed_twice(lambda: function(*args)), before, _peak_gb()
 
 
 def _peak_gb():
@@ -103,39 +89,36 @@ def _peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts in bytes
 
 
-def open_for_training(folder):
+def open_for_training(folder: Path) -> str:
     regions, missing = Regions.read(folder)
     return f"{len(regions):,} regions with four years, {len(missing)} without"
 
 
-def open_for_evaluation(folder):
+def open_for_evaluation(folder: Path) -> str:
     data = load_evaluation_data(folder)
     return f"{len(data.queries):,} queries, {len(data.database):,} images, {len(data.pairs):,} positives"
 
 
-def open_both(folder):
+def open_both(folder: Path) -> str:
     """As train.py does."""
     return f"{open_for_training(folder)}; {open_for_evaluation(folder)}"
 
 
-def neutral_test(folder, batches=100, size=32):
+def neutral_test(folder: Path, batches: int = 100, size: int = 32) -> str:
     """Milliseconds for one batch's table of which regions share ground."""
     footprints = Regions.read(folder)[0].footprints
     rng = np.random.default_rng(0)
-    began = time.perf_counter()
-    for _ in range(batches):
-        rows = rng.integers(len(footprints), size=size)
-        share_ground(footprints[rows], footprints[rows])
-    return f"{1000 * (time.perf_counter() - began) / batches:.1f} ms a batch of {size}"
+    drawn = [footprints[rng.integers(len(footprints), size=size)] for _ in range(batches)]
+    _, seconds = timed(lambda: [share_ground(each, each) for each in drawn])
+    return f"{1000 * seconds / batches:.1f} ms a batch of {size}"
 
 
-def main(args):
+def main(args: Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="full_size_") as temporary:
         folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        count = make_tree(folder, args.queries, lambda: grid.land_regions(args.zooms))
-        print(f"{folder}: {count:,} empty files, ready in {time.perf_counter() - began:.0f} s", flush=True)
+        count, seconds = timed(lambda: make_tree(folder, args.queries, lambda: grid.land_regions(args.zooms)))
+        print(f"{folder}: {count:,} empty files, ready in {seconds:.0f} s", flush=True)
         for file in folder.glob("index_*.parquet"):
             file.unlink()
         time.sleep(3)  # folders that changed a moment ago are not trusted
@@ -149,27 +132,37 @@ def main(args):
             ("both, one folder changed", open_both, one / "@stranger.txt"),
             ("neutral test", neutral_test, None),
         ]
-        print(f"{'':26}{'seconds':>8}{'CPU s':>8}{'GB imports':>12}{'GB peak':>9}")
-        for title, function, touched in steps:
-            if touched:
-                touched.touch()
-            said, seconds, cpu, before, peak = measured(function, folder)
-            print(f"{title:26}{seconds:8.2f}{cpu:8.2f}{before:12.2f}{peak:9.2f}   {said}", flush=True)
-            if touched:
-                touched.unlink()
+
+        def rows():
+            for title, function, touched in steps:
+                if touched:
+                    touched.touch()
+                said, *numbers = measured(function, folder)
+                yield title, *numbers, said
+                if touched:
+                    touched.unlink()
+
+        columns = {
+            "": "25",
+            "seconds": "7.2f",
+            "CPU s": "7.2f",
+            "GB imports": "11.2f",
+            "GB peak": "8.2f",
+            "  found": "<7",
+        }
+        show(columns, rows())
         for file in sorted(folder.glob("index_*.parquet")):
             print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--folder", help="where the tree goes and stays; default: a temporary folder")
     parser.add_argument("--queries", help="data set's folder, or a text file of query names")
     parser.add_argument("--zooms", type=int, nargs="+", default=[9, 10, 11])
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    run(main, parse_arguments())

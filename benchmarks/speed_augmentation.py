@@ -4,25 +4,27 @@ The pictures come from the demo world's mosaic. PSNR is against the same homogra
 sides take turns on the same thread, and its CPU time is counted, so that other jobs on the machine disturb little.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from kornia import enhance
+from torch import Tensor
 from torch.nn import functional as F
 
-from augmentations.year_wise import Augmentation, adjust_hue, jitter, warp
-from benchmarks.timing import seconds_on, take_turns
+from augmentations.year_wise import Augmentation, Draw, adjust_hue, jitter, warp
+from benchmarks.timing import seconds_on, show, take_turns
 from datasets.images import read_image
 from datasets.regions import source_size
 from experiments.chain import as_one, chain, draw_chain, geometry
-from utils.arguments import make_parser
+from utils.arguments import add_shared, make_parser
 from utils.arguments import run as run_script
 from utils.precision import require_device
 
 MOSAIC = Path(__file__).parent.parent / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
 
 
-def pictures(count, side, seed=0):
+def pictures(count: int, side: int, seed: int = 0) -> Tensor:
     """(count, 3, side, side) uint8: half-size views of the mosaic's land, so that they hold detail at every scale."""
     mosaic = read_image(MOSAIC)
     generator = torch.Generator().manual_seed(seed)
@@ -33,17 +35,17 @@ def pictures(count, side, seed=0):
     return torch.stack(cuts[:count])
 
 
-def psnr(a, b):
+def psnr(a: Tensor, b: Tensor) -> float:
     """Decibels, of images in [0, 1]."""
     return (-10 * torch.log10((a - b).square().mean())).item()
 
 
-def ideal(images, draw, size, fine=8):
+def ideal(images: Tensor, draw: Draw, size: int, fine: int = 8) -> Tensor:
     """The mean of fine × fine samples a pixel."""
     return torch.cat([warp(one[None], draw, size, samples=fine) for one in images])
 
 
-def quality(size, draws=6):
+def quality(size: int, draws: int = 6) -> dict[str, tuple[float, float]]:
     """-> {way: mean PSNR against the ideal, against the chain}."""
     full = pictures(4, 1024)
     half = F.interpolate(full.float(), scale_factor=0.5, mode="area").round().to(torch.uint8)
@@ -64,47 +66,46 @@ def quality(size, draws=6):
     return {name: tuple(sum(column) / len(column) for column in zip(*rows)) for name, rows in found.items()}
 
 
-def main(args):
+def main(args: Namespace) -> None:
     torch.set_num_threads(1)
-    device = require_device(args.device)
-    print(f"{'PSNR, dB':34} {'to the ideal':>12} {'to the chain':>12}")
-    for name, (best, chained) in quality(args.image_size).items():
-        print(f"{name:34} {best:12.1f} {chained:12.1f}")
+    device, size = require_device(args.device), args.image_size
+    rows = [(name, *values) for name, values in quality(size).items()]
+    show({"PSNR, dB": "34", "to the ideal": "12.1f", "to the chain": "12.1f"}, rows)
 
-    loaded = pictures(args.batch_size, source_size(args.image_size)).to(device, memory_format=torch.channels_last)
-    floats = F.interpolate(loaded.float() / 255, (round(2.5 * args.image_size),) * 2, mode="bilinear")
+    loaded = pictures(args.batch_size, source_size(size)).to(device, memory_format=torch.channels_last)
+    floats = F.interpolate(loaded.float() / 255, (round(2.5 * size),) * 2, mode="bilinear")
     generator = torch.Generator().manual_seed(0)
     everything = torch.ones(len(loaded), dtype=torch.bool)
-    views = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
-    cases = {}
-    for hue in (0.0, 0.05):
-        augment = Augmentation(args.image_size, hue=hue)
-        cases[f"chain, hue {hue}"] = lambda hue=hue: chain(
-            floats, draw_chain(args.image_size, generator, colours=(0.9, 0.9, 0.9, hue))
-        )
+    views = torch.rand(args.batch_size, 3, size, size, device=device)
+    cases, hues = {}, (0.0, 0.05)
+    for hue in hues:
+        augment = Augmentation(size, hue=hue)
+        drawn = lambda hue=hue: draw_chain(size, generator, colours=(0.9, 0.9, 0.9, hue))
+        cases[f"chain, hue {hue}"] = lambda drawn=drawn: chain(floats, drawn())
         cases[f"one warp, hue {hue}"] = lambda augment=augment: augment.view(loaded, generator, everything)
     draw = augment.draw(generator)
     cases |= {
-        "warp alone": lambda: warp(loaded, draw, args.image_size),
+        "warp alone": lambda: warp(loaded, draw, size),
         "colours alone": lambda: jitter(views, draw),
         "hue: kornia": lambda: enhance.adjust_hue(views, 0.3),
         "hue: ours": lambda: adjust_hue(views, 0.05),
     }
     found = take_turns(cases, args.repeats, seconds_on(device))
-    title = f"one year of {args.batch_size} images at {args.image_size} px, {device}"
-    print(f"\n{title:44} ms")
-    for name, value in found.items():
-        print(f"{name:40} {1000 * value:8.2f}")
-    for hue in (0.0, 0.05):
+    print()
+    title = f"one year of {args.batch_size} images at {size} px, {device}"
+    show({title: "40", "ms": "8.2f"}, [(name, 1000 * value) for name, value in found.items()])
+    for hue in hues:
         ratio = found[f"chain, hue {hue}"] / found[f"one warp, hue {hue}"]
         print(f"times faster than the chain, hue {hue}: {ratio:.1f}")
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--image_size", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    run_script(main, parser.parse_args())
+    add_shared(parser, "device", batch_size=16)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_arguments())

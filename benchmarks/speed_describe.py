@@ -11,22 +11,24 @@ Limit: the network alone, on the views of the union, in ours' precision.
 
 import copy
 import tempfile
-import time
+from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from datasets.sets import load_evaluation_data
+from benchmarks.timing import show, timed_twice
+from datasets.names import Catalogue
+from datasets.sets import EvaluationData, load_evaluation_data
 from models.earthloc import load_model
-from retrieval.describe import ROTATIONS
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import describe_sets
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, positive, run
 from utils.memory import GLIBC_KEEPS, keep_freed_blocks
 from utils.precision import autocast, default_precision, require_device
 
@@ -34,153 +36,106 @@ from utils.precision import autocast, default_precision, require_device
 class PlainImages(Dataset):
     """Paths -> float32 (3, size, size), rotated."""
 
-    def __init__(self, paths, size, rotation):
+    def __init__(self, paths: list, size: int, rotation: int) -> None:
         self.paths, self.size, self.rotation = paths, size, rotation
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> Tensor:
         with Image.open(self.paths[row]) as image:
             image = F.to_tensor(F.resize(image.convert("RGB"), [self.size, self.size]))
         return F.rotate(image, self.rotation) if self.rotation else image
 
 
 @torch.inference_mode()
-def describe_plainly(model, paths, size, rotation, batch_size, num_workers, device, bar):
-    """-> (N, D) float32."""
-    described = []
-    for images in DataLoader(PlainImages(paths, size, rotation), batch_size, num_workers=num_workers):
-        described.append(model(images.to(device)).cpu().numpy())
-        bar.update(len(images))
-    return np.concatenate(described)
-
-
-def plain(model, data, args, device):
-    """Every set on its own -> {set's name: (queries (Q, D), database (4, M, D))}, images read, seconds."""
+def plain(model: nn.Module, data: EvaluationData, args: Namespace, device: torch.device) -> dict[str, np.ndarray]:
+    """Every set on its own -> {set's name: descriptors of its database (4, M, D)}."""
     model = copy.deepcopy(model).to(device, memory_format=torch.contiguous_format).eval()
     model.backbone._run_folded = model.backbone._run  # BatchNorm as it is
-    count = sum(len(one.query_rows) + len(ROTATIONS) * len(one.database_rows) for one in data.sets)
-    began, results = clocks(), {}
-    with tqdm(total=count, desc="plain", unit="img", leave=False) as bar:
+    results = {}
+    with tqdm(total=views_of(data.sets), desc="plain", unit="img", leave=False) as bar:
+
+        def described(catalogue: Catalogue, rows: np.ndarray, turn: int):
+            paths, found = [catalogue.root / catalogue.paths[row] for row in rows], []
+            images = PlainImages(paths, model.config.image_size, turn)
+            for batch in DataLoader(images, args.batch_size, num_workers=args.num_workers):
+                found.append(model(batch.to(device)).cpu().numpy())
+                bar.update(len(batch))
+            return np.concatenate(found)
+
         for one in data.sets:
-            parts = []
-            for catalogue, rows, rotations in (
-                (data.queries, one.query_rows, (0,)),
-                (data.database, one.database_rows, ROTATIONS),
-            ):
-                paths = [catalogue.root / catalogue.paths[row] for row in rows]
-                parts.append(
-                    np.stack(
-                        [
-                            describe_plainly(
-                                model,
-                                paths,
-                                model.config.image_size,
-                                turn,
-                                args.batch_size,
-                                args.num_workers,
-                                device,
-                                bar,
-                            )
-                            for turn in rotations
-                        ]
-                    )
-                )
-            results[one.name] = (parts[0][0], parts[1])
-    return results, count, clocks() - began
+            described(data.queries, one.query_rows, 0)
+            results[one.name] = np.stack([described(data.database, one.database_rows, turn) for turn in ROTATIONS])
+    return results
 
 
-def clocks():
-    """Seconds -> (2,): on the clock, and of this process's threads, which other load on the machine disturbs less."""
-    return np.array([time.perf_counter(), time.process_time()])
+def views_of(sets: list) -> int:
+    """Sets, or the data with their union -> how many images the network sees."""
+    return sum(len(one.query_rows) + len(ROTATIONS) * len(one.database_rows) for one in sets)
 
 
-def network_alone(model, views, args, device, precision):
-    """Seconds for so many views, from a few batches of noise, the best of five."""
+def network_alone(
+    model: nn.Module, views: int, batch_size: int, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """Seconds for so many views, and of CPU, from a few batches of noise, the best of five."""
     size = model.config.image_size
-    images = torch.rand(args.batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    times = []
+    images = torch.rand(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), autocast(device, precision):
-        for _ in range(5):
-            began = clocks()
-            model(images)[0, 0].item()
-            times.append(clocks() - began)
-    return np.min(times, axis=0) * views / args.batch_size
+        times = [timed_twice(lambda: model(images)[0, 0].item())[1:] for _ in range(5)]
+    return tuple(np.min(times, axis=0) * views / batch_size)
 
 
-def thinned(data, every):
+def thinned(data: EvaluationData, every: int) -> EvaluationData:
     """Only each `every`-th image of the database, and each such query."""
     sets = [
         replace(
             one,
-            query_rows=one.query_rows[one.query_rows % every == 0],
-            database_rows=one.database_rows[one.database_rows % every == 0],
+            **{rows: getattr(one, rows)[getattr(one, rows) % every == 0] for rows in ("query_rows", "database_rows")},
         )
         for one in data.sets
     ]
     return replace(data, sets=[one for one in sets if not one.is_empty])
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset_path", default="data/demo_world")
     parser.add_argument("--resume", required=True, help="checkpoint")
-    parser.add_argument("--every", type=int, default=1, help="describe each so many-th image only")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--traceback", action="store_true")
+    parser.add_argument("--every", type=positive, default=1, help="describe each so many-th image only")
+    add_shared(parser, "batch_size", "num_workers", "device", dataset_path="data/demo_world")
     return parser.parse_args(argv)
 
 
-def main(args):
-    if args.every < 1:
-        raise ValueError(f"--every {args.every}: must be at least 1")
+def main(args: Namespace) -> None:
     device = require_device(args.device)
-    precision = default_precision(device)
-    model = load_model(args.resume)
+    precision, model = default_precision(device), load_model(args.resume)
     data = thinned(load_evaluation_data(args.dataset_path), args.every)
     keep_freed_blocks(GLIBC_KEEPS)  # its own way with memory
-    per_set, plain_views, plain_seconds = plain(model, data, args, device)
-
+    per_set, *slow = timed_twice(lambda: plain(model, data, args, device))
     keep_freed_blocks()
-    model = model.to(device, memory_format=torch.channels_last)
-    views = len(data.query_rows) + len(ROTATIONS) * len(data.database_rows)
+
+    model, seen = model.to(device, memory_format=torch.channels_last), views_of([data])
     images = len(data.query_rows) + len(data.database_rows)
-    rows = [("each set, plain", plain_views, plain_views, plain_seconds)]
+    how = model.config.image_size, args.batch_size, args.num_workers, device, precision, ROTATIONS
     with tempfile.TemporaryDirectory() as folder:
-        for title, read, seen in (("union once", images, views), ("again, kept", 0, 0)):
-            began = clocks()
-            found, _ = describe_sets(
-                model,
-                data,
-                model.config.image_size,
-                args.batch_size,
-                args.num_workers,
-                device,
-                precision,
-                keep=Path(folder),
-            )
-            rows.append((title, read, seen, clocks() - began))
-    rows.append((f"limit ({precision} alone)", 0, views, network_alone(model, views, args, device, precision)))
-    print(f"{len(data.sets)} sets, {images} images in their union, on {device}")
-    print(f"{'':20} {'images read':>12} {'views':>8} {'seconds':>9} {'ratio':>7} {'CPU s':>8} {'ratio':>7}")
-    for title, read, seen, (seconds, cpu) in rows:
-        print(
-            f"{title:20} {read:12} {seen:8} {seconds:9.1f} {plain_seconds[0] / seconds:6.1f}x {cpu:8.1f} "
-            f"{plain_seconds[1] / cpu:6.1f}x"
-        )
-    print("CPU s: of this process; with --num_workers 0 it does the reading as well")
-    agreement = [
-        np.sum(
-            per_set[one.name][1]
-            * found.database[:, np.searchsorted(found.database_rows, one.database_rows)].astype(np.float32),
-            axis=-1,
-        ).mean()
-        for one in data.sets
+        ours = lambda: describe_sets(Describer(model, *how), data, keep=folder)[0]
+        found, *once = timed_twice(ours)
+        _, *again = timed_twice(ours)
+    rows = [
+        ("each set, plain", views_of(data.sets), views_of(data.sets), *slow),
+        ("union once", images, seen, *once),
+        ("again, kept", 0, 0, *again),
+        (f"limit ({precision} alone)", 0, seen, *network_alone(model, seen, args.batch_size, device, precision)),
     ]
-    print(f"mean cosine of the two ways' descriptors: {np.mean(agreement):.4f}")
+    print(f"{len(data.sets)} sets, {images} images in their union, on {device}")
+    columns = {"": "20", "images read": "12", "views": "8", "seconds": "9.1f", "times": "7.1f", "CPU s": "8.1f"}
+    show(columns | {"times ": "7.1f"}, [(*row[:4], slow[0] / row[3], row[4], slow[1] / row[4]) for row in rows])
+    print("CPU s: of this process; with --num_workers 0 it does the reading as well")
+    cosines = []
+    for one in data.sets:
+        union = found.database[:, np.searchsorted(found.database_rows, one.database_rows)].astype(np.float32)
+        cosines.append((per_set[one.name] * union).sum(axis=-1).mean())
+    print(f"mean cosine of the two ways' descriptors: {np.mean(cosines):.4f}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import io
 import os
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,22 +17,23 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from benchmarks.speed_augmentation import pictures
-from benchmarks.timing import take_turns
+from benchmarks.timing import show, take_turns
 from datasets.batches import BatchLoader
 from datasets.build.cache import store
 from datasets.images import read_pixels, resize
 from datasets.names import YEARS
 from datasets.regions import RegionDataset, Regions
-from utils.arguments import make_parser
+from utils.arguments import add_shared, make_parser
 from utils.arguments import run as run_script
 
 SIDE, BYTES = 1024, 97_000
 
 
-def make_files(folder, count):
+def make_files(folder: str | Path, count: int) -> list[str]:
     """`count` JPEGs of the public data set's size in folder/database -> paths relative to folder."""
     Path(folder, "database").mkdir()
     rng, paths = np.random.default_rng(0), []
@@ -44,7 +47,8 @@ def make_files(folder, count):
     return paths
 
 
-def pil(content, size=None, draft=False):
+def pil(content: bytes, size: int | None = None, draft: bool = False) -> np.ndarray:
+    """JPEG -> uint8 (H, W, 3). draft: decoded at a coarser scale that is enough for the size."""
     with Image.open(io.BytesIO(content)) as image:
         if draft:
             image.draft("RGB", (size, size))
@@ -52,20 +56,18 @@ def pil(content, size=None, draft=False):
         return np.array(image.resize((size, size), Image.Resampling.BICUBIC) if size else image)
 
 
-def decoders(image_size):
+def decoders(image_size: int) -> dict[str, Callable[[bytes], object]]:
     """{name: function of a JPEG's bytes}."""
+    wide, to = round(2.5 * image_size), f"to {image_size} px"
+    half = lambda content: simplejpeg.decode_jpeg(content, min_height=512, min_width=512)
     ways = {
-        f"baseline: PIL, {round(2.5 * image_size)} px, float32": lambda content: TF.to_tensor(
-            pil(content, round(2.5 * image_size))
-        ),
+        f"baseline: PIL, {wide} px, float32": lambda content: TF.to_tensor(pil(content, wide)),
         "PIL, whole": pil,
         "PIL, half": lambda content: pil(content, SIDE // 2, draft=True),
-        f"PIL, half, to {image_size} px": lambda content: pil(content, image_size, draft=True),
+        f"PIL, half, {to}": lambda content: pil(content, image_size, draft=True),
         "simplejpeg, whole": simplejpeg.decode_jpeg,
-        "simplejpeg, half": lambda content: simplejpeg.decode_jpeg(content, min_height=512, min_width=512),
-        f"simplejpeg, half, to {image_size} px": lambda content: resize(
-            torch.from_numpy(simplejpeg.decode_jpeg(content, min_height=512, min_width=512)), image_size
-        ),
+        "simplejpeg, half": half,
+        f"simplejpeg, half, {to}": lambda content: resize(torch.from_numpy(half(content)), image_size),
     }
     try:
         from torchcodec.decoders import decode_jpeg
@@ -79,84 +81,75 @@ def decoders(image_size):
 class Decoding(RegionDataset):
     """Pixels stay in the worker, in one place that is used for all: what the same processes do if they only decode."""
 
-    def __init__(self, regions, size):
+    def __init__(self, regions: Regions, size: int) -> None:
         super().__init__(regions, size)
         self.own, self.shape = torch.empty(self.shape, dtype=torch.uint8), (0,) * 4
 
-    def fill(self, places, row):
+    def fill(self, places: Tensor, row: int) -> Tensor:
         super().fill(self.own, row)
         return places
 
 
-def make_regions(folder, paths, count):
+def make_regions(folder: str | Path, paths: list[str], count: int) -> Regions:
     """`count` regions of four files each, the files taking turns."""
     rows = [tuple(paths[(4 * row + year) % len(paths)] for year in range(4)) for row in range(count)]
     return Regions(Path(folder), rows, np.zeros((count, 4, 2)), [str(row) for row in range(count)], YEARS)
 
 
-def loader_rates(regions, size, workers, batches, repeats):
+def loader_rates(regions: Regions, size: int, workers: int, batches: int, repeats: int) -> tuple[float, float]:
     """-> images a second of bare decoding in the workers, and of the loader; elapsed time, the two taking turns."""
     schedule = np.arange(len(regions)).reshape(-1, 16)[np.arange(batches) % (len(regions) // 16)]
     with (
         closing(BatchLoader(Decoding(regions, size), workers)) as bare,
         closing(BatchLoader(RegionDataset(regions, size), workers)) as loader,
     ):
-        found = take_turns(
-            {
-                name: lambda each=each: [None for _ in each.serve(schedule)]
-                for name, each in (("bare", bare), ("loader", loader))
-            },
-            repeats,
-            time.perf_counter,
-        )
-    return {name: schedule.size * 4 / each for name, each in found.items()}
+        cases = {each: lambda each=each: [None for _ in each.serve(schedule)] for each in (bare, loader)}
+        found = take_turns(cases, repeats, time.perf_counter)
+    return schedule.size * 4 / found[bare], schedule.size * 4 / found[loader]
 
 
-def main(args):
+def main(args: Namespace) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_files(folder, 16)
-        contents = [Path(folder, path).read_bytes() for path in paths]
-        Path(folder, "cache").mkdir()
+        paths, cache = make_files(folder, 16), Path(folder, "cache")
         for path in paths:
-            store(path, folder, Path(folder, "cache"), 512, 90)
-        cached = [Path(folder, "cache", path).read_bytes() for path in paths]
-        ways = decoders(args.image_size)
-        cases = {name: lambda way=way: [way(each) for each in contents] for name, way in ways.items()}
+            store(path, folder, cache, 512, 90)
+        contents, cached = ([Path(root, path).read_bytes() for path in paths] for root in (folder, cache))
+        cases = {
+            name: lambda way=way: [way(each) for each in contents] for name, way in decoders(args.image_size).items()
+        }
         cases["cached 512 px, simplejpeg"] = lambda: [simplejpeg.decode_jpeg(each) for each in cached]
         cases["cached 512 px, PIL"] = lambda: [pil(each) for each in cached]
+        roots = {"file": folder, "cached file": cache}
         for size in sorted({args.image_size, 512}):
-            cases[f"ours: file to {size} px"] = lambda size=size: [
-                read_pixels(Path(folder, path), size) for path in paths
-            ]
-            cases[f"ours: cached file to {size} px"] = lambda size=size: [
-                read_pixels(Path(folder, "cache", path), size) for path in paths
-            ]
+            for name, root in roots.items():
+                ours = lambda root=root, size=size: [read_pixels(Path(root, path), size) for path in paths]
+                cases[f"ours: {name} to {size} px"] = ours
         found = take_turns(cases, args.repeats, time.process_time)
-        print(
-            f"{np.mean([len(each) for each in contents]) / 1000:.0f} KB a file, {SIDE} px; cached: "
-            f"{np.mean([len(each) for each in cached]) / 1000:.0f} KB\n{'one image, one core':40} ms"
-        )
-        for name, each in found.items():
-            print(f"{name:36} {each / len(paths) * 1000:7.2f}")
+        whole, small = (sum(map(len, each)) / len(each) / 1000 for each in (contents, cached))
+        print(f"{whole:.0f} KB a file, {SIDE} px; cached: {small:.0f} KB")
+        show({"one image, one core": "36", "ms": "7.2f"}, [(name, 1e3 * each / 16) for name, each in found.items()])
 
-        print(f"\n{'loader, ' + str(args.num_workers) + ' workers':36} {'bare/s':>8} {'loader/s':>8} {'share':>6}")
-        for size, title, root in (
-            (512, "files", folder),
-            (512, "cached files", Path(folder, "cache")),
-            (256, "files", folder),
-            (256, "cached files", Path(folder, "cache")),
-        ):
-            rates = loader_rates(make_regions(root, paths, 64), size, args.num_workers, args.batches, args.repeats)
-            name = f"{title} to {size} px"
-            print(f"{name:36} {rates['bare']:8.0f} {rates['loader']:8.0f} {rates['loader'] / rates['bare']:6.1%}")
+        def rates():
+            for size in (512, 256):
+                for name, root in roots.items():
+                    regions = make_regions(root, paths, 64)
+                    bare, ours = loader_rates(regions, size, args.num_workers, args.batches, args.repeats)
+                    yield f"{name}s to {size} px", bare, ours, ours / bare
+
+        print()
+        title = f"loader, {args.num_workers} workers"
+        show({title: "36", "bare/s": "8.0f", "loader/s": "8.0f", "share": "6.1%"}, rates())
+
+
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--image_size", type=int, default=320)
+    parser.add_argument("--batches", type=int, default=8, help="of 16 quadruplets, in each turn of a loader")
+    parser.add_argument("--repeats", type=int, default=7)
+    add_shared(parser, num_workers=os.cpu_count())
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__)
-    parser.add_argument("--image_size", type=int, default=320)
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
-    parser.add_argument("--batches", type=int, default=8, help="of 16 quadruplets, in each turn of a loader")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    run_script(main, parser.parse_args())
+    run_script(main, parse_arguments())

@@ -10,32 +10,34 @@ map, in one process, one after the other. Limit: the bare product of queries and
 
 import math
 import tempfile
-import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from benchmarks.timing import seconds_on, timed
+from benchmarks.timing import seconds_on, show, timed, timed_twice
 from datasets.sets import load_evaluation_data
 from models.aggregators import GeM
 from models.earthloc import load_model
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import describe_sets
 from retrieval.search import CompressedSearch, ExactSearch, low_precision
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 from utils.precision import default_precision, require_device
 
 FULL = 700_000  # 175,000 regions, four rotations
 NEAREST = 10
 
 
-class Wide(torch.nn.Module):
+class Wide(nn.Module):
     """The backbone of a trained model, pooled over as many cells as `dim` values need, and turned to dim values.
 
     For a demo checkpoint with small descriptors: 4096 values that are no mixture of fewer.
     """
 
-    def __init__(self, model, dim):
+    def __init__(self, model: nn.Module, dim: int) -> None:
         super().__init__()
         self.model, channels = model, model.backbone.out_channels
         cells = math.ceil((dim / channels) ** 0.5)
@@ -44,27 +46,32 @@ class Wide(torch.nn.Module):
         turn = torch.randn(self.pool.out_dim, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("turn", torch.linalg.qr(turn).Q)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         features = self.model.backbone((images - self.model.mean) / self.model.std)
         with torch.autocast(images.device.type, enabled=False):
             return self.pool(features.float()) @ self.turn
 
 
-def parse_arguments(argv=None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--dataset_path", default="data/demo_world")
+def add_descriptor_flags(parser: ArgumentParser, **shared: object) -> None:
+    """Flags of `real_descriptors`, and what scripts share."""
     parser.add_argument("--resume", required=True, help="checkpoint")
-    parser.add_argument("--rows", type=int, default=100_000, help="size of the database")
     parser.add_argument("--dim", type=int, default=4096, help="of the descriptors, see Wide where the model has fewer")
     parser.add_argument("--descriptors", default="logs/descriptors", help="folder for the data set's descriptors")
+    add_shared(parser, "device", dataset_path="data/demo_world", **shared)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=int, default=100_000, help="size of the database")
     parser.add_argument("--folder", help="where the large database goes; default: a temporary one, removed at the end")
     parser.add_argument("--singles", type=int, default=20, help="queries for the time of one at a time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--traceback", action="store_true")
+    add_descriptor_flags(parser)
     return parser.parse_args(argv)
 
 
-def real_descriptors(args, device):
+def real_descriptors(
+    args: Namespace, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """-> queries (Q, D) float32, database (M, D) float32, both centred, of unit length; image of each of the M; and Q
     arrays of images that are right."""
     model = load_model(args.resume)
@@ -72,14 +79,9 @@ def real_descriptors(args, device):
     if model.config.descriptor_dim != args.dim:
         model = Wide(model, args.dim)
         size = model.image_size
-    found, data = describe_sets(
-        model.to(device, memory_format=torch.channels_last),
-        load_evaluation_data(args.dataset_path),
-        size,
-        device=device,
-        precision=default_precision(device),
-        keep=args.descriptors,
-    )
+    model = model.to(device, memory_format=torch.channels_last)
+    describer = Describer(model, size, device=device, precision=default_precision(device), rotations=ROTATIONS)
+    found, data = describe_sets(describer, load_evaluation_data(args.dataset_path), keep=args.descriptors)
     layers, images, dim = found.database.shape
     database = np.asarray(found.database.reshape(-1, dim), dtype=np.float32)
     mean = database.mean(axis=0)
@@ -96,23 +98,20 @@ def real_descriptors(args, device):
     )
 
 
-def unit(vectors):
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """(N, D) -> the same, each of length 1."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def spread(real, count, path, seed=0, block=2048):
+def spread(real: np.ndarray, count: int, path: Path, seed: int = 0, block: int = 2048) -> tuple[np.ndarray, np.ndarray]:
     """Real descriptors (M, D) -> a float16 memory map (count, D) at path, and (count,) which real one each is around.
 
     The real ones come first.
     """
     rng = np.random.default_rng(seed)
     tensor = torch.from_numpy(real)
-    nearest = np.concatenate(
-        [
-            (tensor[start : start + block] @ tensor.T).topk(NEAREST + 1, dim=1).indices[:, 1:].numpy()
-            for start in range(0, len(real), block)
-        ]
-    )
+    near = [(part @ tensor.T).topk(NEAREST + 1, dim=1).indices[:, 1:].numpy() for part in tensor.split(block)]
+    nearest = np.concatenate(near)
     around = np.concatenate([np.arange(len(real)), rng.integers(len(real), size=max(0, count - len(real)))])[:count]
     made = np.lib.format.open_memmap(path, "w+", np.float16, (count, real.shape[1]))
     for start in range(0, count, block):
@@ -132,78 +131,77 @@ def spread(real, count, path, seed=0, block=2048):
 class FaissFlat:
     """The baseline: faiss's flat index, the whole database in float32 in memory."""
 
-    def __init__(self, database):
+    def __init__(self, database: np.ndarray) -> None:
         import faiss
 
         self.index = faiss.IndexFlatIP(database.shape[1])
         for start in range(0, len(database), 16384):
             self.index.add(database[start : start + 16384].astype(np.float32))
 
-    def search(self, queries, k):
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self.index.search(queries, k)
 
 
-def bare_product(database, queries, dtype, device):
+def bare_product(database: np.ndarray, queries: np.ndarray, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of the product of all queries with the database, from that of one block with it, best of three."""
     block = torch.from_numpy(np.asarray(database[:16384])).to(device, dtype)
     turned = torch.from_numpy(queries).to(device, dtype)
-
-    def product():
-        return turned @ block.T
-
-    return min(timed(product, seconds_on(device))[1] for _ in range(3)) * len(database) / len(block)
+    once = min(timed(lambda: turned @ block.T, seconds_on(device))[1] for _ in range(3))
+    return once * len(database) / len(block)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     device = require_device(args.device)
     queries, real, image, right = real_descriptors(args, device)
     if args.rows < len(real):
         raise ValueError(f"--rows {args.rows}: the data set has {len(real)} descriptors; give at least as many")
     with tempfile.TemporaryDirectory() as temporary:
-        (made, around), seconds = timed(
-            lambda: spread(real, args.rows, Path(args.folder or temporary) / "database.npy")
-        )
+        path = Path(args.folder or temporary) / "database.npy"
+        (made, around), seconds = timed(lambda: spread(real, args.rows, path))
         print(
             f"{len(real)} real descriptors, {args.rows} with those around them ({seconds:.0f} s), dimension "
             f"{made.shape[1]}, {len(queries)} queries, on {device}"
         )
-        labels = image[around]
-        measure(made, labels, queries, right, args.singles, device)
+        measure(made, image[around], queries, right, args.singles, device)
 
 
-def measure(database, labels, queries, right, singles, device):
+def measure(
+    database: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    right: list[np.ndarray],
+    singles: int,
+    device: torch.device,
+) -> None:
     """Prints the table; a row a way."""
-    rows, dim = database.shape
+    (rows, dim), low = database.shape, low_precision(device)
     many = queries[np.arange(1000) % len(queries)]
-    low = low_precision(device)
     ways = [("faiss flat fp32", lambda: FaissFlat(database), 4 * dim, torch.float32)]
     if low is not None:
         ways.append((f"exact ({str(low)[6:]})", lambda: ExactSearch(database, device, low), 2 * dim, low))
     ways.append(("compressed", lambda: CompressedSearch(database), None, None))
-    print(
-        f"{'':18} {'bytes/vector':>12} {'GB at 700,000':>13} {'build s':>8} {'ms, batch 1':>11} {'ms, 1000':>9} "
-        f"{'QPS':>6} {'CPU ms':>7} {'limit':>6} {'ratio':>6} {'R@1':>6} {'loss':>5} {'same first':>10}"
-    )
-    first_recall = first_best = first_time = None
-    for name, make, size, dtype in ways:
-        index, build = timed(make)
-        size = size or index.bytes_in_memory / rows
-        index.search(queries[:2], 20)
-        one = timed(lambda: [index.search(queries[q : q + 1], 20) for q in range(singles)])[1] / singles
-        (_, batch), cpu = timed(lambda: timed(lambda: index.search(many, 20)), time.process_time)
-        batch, cpu = batch / 1000, cpu / 1000
-        limit = "" if dtype is None else f"{bare_product(database, many, dtype, device):.2f}"  # 1,000 queries: ms each
-        best = index.search(queries, 20)[1][:, 0]
-        recall = 100 * np.mean([labels[b] in r for b, r in zip(best, right)])
-        if first_best is None:
-            first_recall, first_best, first_time = recall, best, (batch, cpu)
-        print(
-            f"{name:18} {size:12.0f} {size * FULL / 1e9:13.2f} {build:8.1f} {1e3 * one:11.2f} {1e3 * batch:9.2f} "
-            f"{first_time[0] / batch:5.1f}x {1e3 * cpu:7.2f} {limit:>6} {first_time[1] / cpu:5.1f}x {recall:6.2f} "
-            f"{first_recall - recall:5.2f} {100 * np.mean(best == first_best):8.1f} %",
-            flush=True,
-        )
-        index = None  # its memory is for the next
+
+    def measured():
+        first = None
+        for name, make, size, dtype in ways:
+            index, build = timed(make)
+            size = size or index.bytes_in_memory / rows
+            index.search(queries[:2], 20)
+            _, one = timed(lambda: [index.search(queries[q : q + 1], 20) for q in range(singles)])
+            _, batch, cpu = timed_twice(lambda: index.search(many, 20))  # 1,000 queries: ms each
+            limit = dtype and bare_product(database, many, dtype, device)
+            best = index.search(queries, 20)[1][:, 0]
+            recall = 100 * np.mean([labels[b] in r for b, r in zip(best, right)])
+            first = first or (batch, cpu, recall, best)
+            index = None  # its memory is for the next
+            yield (
+                *(name, size, size * FULL / 1e9, build, 1e3 * one / singles, batch, first[0] / batch),
+                *(cpu, limit, first[1] / cpu, recall, first[2] - recall, 100 * np.mean(best == first[3])),
+            )
+
+    columns = {"": "18", "bytes/vector": "12.0f", "GB at 700,000": "13.2f", "build s": "8.1f", "ms, batch 1": "11.2f"}
+    columns |= {"ms, 1000": "9.2f", "QPS, times": "10.1f", "CPU ms": "7.2f", "limit": "6.2f", "times": "6.1f"}
+    show(columns | {"R@1": "6.2f", "loss": "5.2f", "same first, %": "13.1f"}, measured())
     print(
         f"GB at 700,000: bytes/vector extrapolated; the float16 file itself is {2 * dim * FULL / 1e9:.2f} GB on "
         f"disk. ms a query, 20 neighbours. At batch 1,000: QPS and CPU time against the first row, and the limit, "

@@ -6,17 +6,21 @@ python -m experiments.chain
 """
 
 import math
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import shapely
 import torch
+from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from augmentations.year_wise import Augmentation, Draw
+from benchmarks.timing import show
 from datasets.regions import source_size
-from utils.arguments import make_parser
-from utils.arguments import run as run_script
+from utils import mercator
+from utils.arguments import add_shared, make_parser, run
 
 RESIZED = 2.5  # the released code loads images at 800 pixels for an output of 320
 CROPPED = 0.875  # and crops them to 700 after the rotation
@@ -40,19 +44,26 @@ class ChainDraw:
     colours: tuple
 
     @property
-    def starts(self):
+    def starts(self) -> tuple:
         side = self.inner - 1
         return (0, 0), (side, 0), (side, side), (0, side)
 
 
-def draw_chain(size, generator, rotation=45.0, distortion=0.5, colours=(0.9, 0.9, 0.9, 0.0), released=False):
+def draw_chain(
+    size: int,
+    generator: torch.Generator,
+    rotation: float = 45.0,
+    distortion: float = 0.5,
+    colours: Sequence[float] = (0.9, 0.9, 0.9, 0.0),
+    released: bool = False,
+) -> ChainDraw:
     """-> a ChainDraw without black wedges: the crops keep what every angle and every perspective leaves.
 
     released: as in the released code instead, where the first crop lies anywhere and has one size, wedges or not, and
     the last one is the middle of the upright rectangle that the perspective leaves.
     """
 
-    def uniform(low, high):
+    def uniform(low: float, high: float):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     resized = round(RESIZED * size)
@@ -75,7 +86,7 @@ def draw_chain(size, generator, rotation=45.0, distortion=0.5, colours=(0.9, 0.9
     return ChainDraw(resized, angle, inner, inner_at, ends, last, last_at, size, tuple(factors))
 
 
-def geometry(images, draw):
+def geometry(images: Tensor, draw: ChainDraw) -> Tensor:
     """(N, 3, H, W) float -> (N, 3, size, size), each step resampling what the last one left."""
     images = TF.resize(images, [draw.resized, draw.resized], antialias=True)
     images = TF.rotate(images, draw.angle, BILINEAR)
@@ -85,7 +96,8 @@ def geometry(images, draw):
     return TF.resize(images, [draw.size, draw.size], antialias=True)
 
 
-def colours(images, draw):
+def colours(images: Tensor, draw: ChainDraw) -> Tensor:
+    """(N, 3, H, W) float in [0, 1] -> the same."""
     brightness, contrast, saturation, hue = draw.colours
     images = TF.adjust_brightness(images, brightness)
     images = TF.adjust_contrast(images, contrast)
@@ -93,30 +105,23 @@ def colours(images, draw):
     return TF.adjust_hue(images, hue) if hue else images
 
 
-def chain(images, draw):
+def chain(images: Tensor, draw: ChainDraw) -> Tensor:
     """(N, 3, H, W) float in [0, 1] -> (N, 3, size, size): a year's whole augmentation."""
     return colours(geometry(images, draw), draw)
 
 
-def as_one(draw):
+def as_one(draw: ChainDraw) -> Draw:
     """ChainDraw -> the same augmentation as a Draw of augmentations.year_wise."""
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=np.float64) * draw.last + draw.last_at
     # torchvision's perspective takes pixel k for the place k, and samples at k + 0.5 by the same map.
-    rows, right = [], []
-    for (x, y), (u, v) in zip(draw.ends, draw.starts):
-        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
-        right += [u, v]
-    matrix = np.append(np.linalg.solve(np.array(rows, dtype=np.float64), np.array(right, dtype=np.float64)), 1)
-    places = np.column_stack([corners, np.ones(4)]) @ matrix.reshape(3, 3).T
-    places = places[:, :2] / places[:, 2:]
-    places += draw.inner_at
+    places = mercator.apply(mercator.homography(draw.ends, draw.starts), corners) + draw.inner_at
     centred = places - draw.resized / 2
     radians = math.radians(draw.angle)
     turned = centred @ np.array([[math.cos(radians), math.sin(radians)], [-math.sin(radians), math.cos(radians)]])
     return Draw(torch.from_numpy(turned * 2 / draw.resized).float(), *draw.colours, order=(0, 1, 2, 3))
 
 
-def shown(draws, image_size, loaded):
+def shown(draws: list[Draw], image_size: int, loaded: int) -> tuple[float, float, float, float]:
     """Draws -> (mean side that a view shows, as a share of the image's; share of views that are upsampled from `loaded`
     pixels; mean IoU of two years' views, on the ground; share of views that reach beyond the image)."""
     quads = shapely.polygons(np.stack([draw.quad.double().numpy() for draw in draws]))
@@ -127,7 +132,7 @@ def shown(draws, image_size, loaded):
     return sides.mean(), (sides * loaded < image_size).mean(), overlaps.mean(), np.mean(beyond)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     size, loaded = args.image_size, args.source_size or source_size(args.image_size)
     ways = {
@@ -136,21 +141,21 @@ def main(args):
     }
     for least in args.min_crop:
         ways[f"one warp, --min_crop {least:g}"] = lambda least=least: Augmentation(size, min_crop=least).draw(generator)
-    print(
-        f"{'to ' + str(size) + ' px from ' + str(loaded):28} {'side shown':>10} {'upsampled':>10} "
-        f"{'IoU of two years':>17} {'beyond the image':>17}"
-    )
-    for name, draw in ways.items():
-        side, upsampled, overlap, beyond = shown([draw() for _ in range(args.draws)], size, loaded)
-        print(f"{name:28} {side:10.3f} {upsampled:10.1%} {overlap:17.3f} {beyond:17.1%}")
+    columns = {f"to {size} px from {loaded}": "28", "side shown": "10.3f", "upsampled": "10.1%"}
+    columns |= {"IoU of two years": "17.3f", "beyond the image": "17.1%"}
+    drawn = ((name, [draw() for _ in range(args.draws)]) for name, draw in ways.items())
+    show(columns, ((name, *shown(draws, size, loaded)) for name, draws in drawn))
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--image_size", type=int, default=320)
     parser.add_argument("--source_size", type=int, help="default: as in training")
     parser.add_argument("--min_crop", type=float, nargs="+", default=[1.0, 0.7])
     parser.add_argument("--draws", type=int, default=4000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    run_script(main, parser.parse_args())
+    add_shared(parser, "seed")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

@@ -5,19 +5,22 @@ curve.json beside the checkpoints and a picture (--figure). Checkpoints in curve
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from datasets.sets import VALIDATION, load_evaluation_data
 from models.earthloc import load_model
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import evaluate
 from utils import figures
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
+from utils.files import replacing_text
 from utils.precision import default_precision, require_device
 
 
-def checkpoints_of(folder):
+def checkpoints_of(folder: Path) -> dict[int, Path]:
     """Run folder -> {iteration: file}, initial.pt first. Raises ValueError where none was kept."""
     kept = {int(path.stem.removeprefix("iteration_")): path for path in sorted(folder.glob("iteration_*.pt"))}
     if not kept or not (folder / "initial.pt").exists():
@@ -25,7 +28,7 @@ def checkpoints_of(folder):
     return {0: folder / "initial.pt", **kept}
 
 
-def main(args):
+def main(args: Namespace) -> None:
     device, folder = require_device(args.device), Path(args.folder)
     table = folder / "curve.json"
     recalls = json.loads(table.read_text()) if table.exists() else {}
@@ -33,18 +36,12 @@ def main(args):
     for iteration, path in checkpoints.items():
         if str(iteration) not in recalls:
             model = load_model(path).to(device, memory_format=torch.channels_last).eval()
-            result = evaluate(
-                model,
-                data,
-                model.config.image_size,
-                args.batch_size,
-                args.num_workers,
-                device,
-                default_precision(device),
-            )
+            how = args.batch_size, args.num_workers, device, default_precision(device), ROTATIONS
+            result = evaluate(Describer(model, model.config.image_size, *how), data)
             recalls[str(iteration)] = {each.set.name: each.recalls for each in result.results}
             recalls[str(iteration)]["average"] = result.average()
-            table.write_text(json.dumps(recalls, indent=1))
+            with replacing_text(table) as file:
+                file.write(json.dumps(recalls, indent=1))
     rows = sorted((int(iteration), sets) for iteration, sets in json.loads(table.read_text()).items())
     names = [name for name in rows[0][1] if name not in (VALIDATION, "average")]
     print("\n| iteration | " + " | ".join(names) + " | average R@1 | R@10 | R@100 |")
@@ -57,15 +54,11 @@ def main(args):
     figure.savefig(args.figure or folder / "curve.png", dpi=100)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("folder", help="of the run: logs/LOG_DIR/DATE_TIME")
-    parser.add_argument("--dataset_path", required=True)
     parser.add_argument("--figure", help="where the picture goes; default: curve.png in the folder")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser, "dataset_path", "num_workers", "device", batch_size=64)
     return parser.parse_args(argv)
 
 

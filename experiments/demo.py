@@ -5,6 +5,7 @@ python -m experiments.demo --dataset_path data/demo_world. What is done is skipp
 
 import csv
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import predict
@@ -12,16 +13,13 @@ import train
 from datasets.names import ImageName
 from experiments.runs import evaluated, finished
 from utils import geo
-from utils.arguments import make_parser
+from utils.arguments import add_shared, make_parser, run
 
 PRESET = "presets/demo.args"
 SHIPPED = Path("weights/demo_world.safetensors")
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--dataset_path", default="data/demo_world")
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     folder = finished("demo") or train.main(train.parse_arguments([f"@{PRESET}", "--dataset_path", args.dataset_path]))
     rows = [("before training", folder / "initial.pt"), ("after training", folder / "last.pt")]
     if SHIPPED.exists():
@@ -62,5 +60,11 @@ def locate(photo: Path, checkpoint: Path, dataset_path: str) -> tuple[dict, Path
     return first, max(Path("logs", "demo_located").iterdir())
 
 
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__)
+    add_shared(parser, dataset_path="data/demo_world")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main()
+    run(main, parse_arguments())

@@ -5,18 +5,23 @@ Both are a data set's folder or a text file with one query name a line. Printed 
 was held (degrees between the photo's up and the direction away from the nadir); drawn are cumulative shares.
 """
 
+from argparse import Namespace
+
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from scipy.stats import ks_2samp
 
 from datasets.build.check_names import corner_orientations
 from datasets.names import Catalogue
 from utils import geo
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 PERCENT = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 LOGARITHMIC = ("area km²", "distance km")
 
 
-def quantities(names):
+def quantities(names: Catalogue) -> dict[str, np.ndarray]:
     """Catalogue of queries -> {what: (N,)}."""
     sides = geo.to_unit_vectors(geo.ring(names.footprints))
     sides = np.linalg.norm(np.roll(sides, -1, axis=1) - sides, axis=-1)
@@ -30,7 +35,7 @@ def quantities(names):
     }
 
 
-def bearing(start, end):
+def bearing(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """(..., 2), (..., 2) degrees -> compass direction (...) of the great circle at its start."""
     lat0, lat1 = np.radians(start[..., 0]), np.radians(end[..., 0])
     across = np.radians(end[..., 1] - start[..., 1])
@@ -38,26 +43,19 @@ def bearing(start, end):
     return np.degrees(np.arctan2(np.sin(across) * np.cos(lat1), ahead))
 
 
-def table(rendered, real):
+def table(rendered: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> list[str]:
     """Two of quantities' dicts -> lines: quantiles of both, and the largest gap between the cumulative shares."""
     lines = [f"{'':24}{'':10}" + "".join(f"{f'{percent} %':>9}" for percent in PERCENT) + f"{'gap':>8}"]
     for what in rendered:
-        both = np.sort(np.concatenate([rendered[what], real[what]]))
-        shares = [
-            np.searchsorted(np.sort(each[what]), both, side="right") / len(each[what]) for each in (rendered, real)
-        ]
-        gap = f"{100 * np.abs(shares[0] - shares[1]).max():7.1f}%"
+        gap = f"{100 * ks_2samp(rendered[what], real[what], method='asymp').statistic:7.1f}%"
         for who, values in (("rendered", rendered[what]), ("real", real[what])):
             cells = "".join(f"{value:9,.{2 if value < 10 else 0}f}" for value in np.percentile(values, PERCENT))
             lines.append(f"{what if who == 'rendered' else '':24}{who:10}{cells}{gap if who == 'real' else '':>8}")
     return lines
 
 
-def draw(rendered, real):
+def draw(rendered: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> Figure:
     """-> matplotlib figure: a panel of cumulative shares for each quantity."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axes, what in zip(figure.subplots(1, len(rendered), sharey=True), rendered):
         for label, values in (("rendered", rendered[what]), ("real", real[what])):
@@ -73,7 +71,7 @@ def draw(rendered, real):
     return figure
 
 
-def main(args):
+def main(args: Namespace) -> tuple[dict, dict]:
     rendered, real = (quantities(Catalogue.read_source(each, "queries")) for each in (args.photos, args.names))
     print(f"{len(rendered['area km²']):,} of {args.photos}, {len(real['area km²']):,} of {args.names}")
     print("\n".join(table(rendered, real)))
@@ -82,12 +80,12 @@ def main(args):
     return rendered, real
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("photos", help="data set's folder, or a text file of query names")
     parser.add_argument("names", help="the real ones: a data set's folder, or a text file of query names")
     parser.add_argument("--figure", help="where the picture goes; default: none is drawn")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     return parser.parse_args(argv)
 
 

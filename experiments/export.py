@@ -6,15 +6,16 @@ a folder as the Hugging Face hub has them, with a card. WEIGHTS are any that eva
 more.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from models.earthloc import EarthLoc
 from models.exporting import FORMATS, export
 from models.weights import interface
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 
-def main(args) -> list[Path]:
+def main(args: Namespace) -> list[Path]:
     """-> what was written."""
     model = EarthLoc.from_pretrained(args.weights)
     output, written = Path(args.output), []
@@ -42,7 +43,7 @@ def targets(output: Path, formats: list[str] | None) -> dict[str, Path]:
     return {kind: stem if kind == "hub" else stem.with_name(stem.name + FORMATS[kind]) for kind in formats}
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("weights", help="checkpoint, weights, or a folder with some")
@@ -50,7 +51,7 @@ def parse_arguments(argv=None):
     add("--format", nargs="+", choices=(*FORMATS, "hub"), help="default: by the output's ending")
     add("--run", help="folder of the training run, for the card of --format hub")
     add("--results", help="folder of an evaluation with results.json, for that card; default: the run's")
-    add("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     return parser.parse_args(argv)
 
 

@@ -9,17 +9,24 @@ chosen on the validation queries (Texas), the table is over all other queries.
 
 import json
 import logging
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from scipy.special import log_softmax
 
 from datasets.gps import photos_of_dataset
+from datasets.names import Catalogue
 from datasets.sets import VALIDATION, load_evaluation_data
 from models.earthloc import load_model
 from models.geoclip_weights import load_geoclip
-from retrieval import describe as retrieval
+from retrieval.describe import ROTATIONS, Describer, Failures
 from retrieval.geolocation import accuracy, embed_gallery, embed_photos, mean_point
 from utils import geo
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
+from utils.files import replacing_text
 from utils.logs import make_log_dir, setup_logging
 
 SHOWN_KM = (2500, 750, 200, 25)
@@ -28,60 +35,68 @@ SCALES_KM = (100, 200, 300, 500, 1000)  # of the prior around the nadir, exp(-di
 WEIGHTS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of GeoCLIP's log-probability beside EarthLoc's cosine
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--geoclip", required=True, help="checkpoint of train_geoclip.py")
     parser.add_argument("--earthloc", required=True, help="checkpoint of train.py")
-    parser.add_argument("--dataset_path", default="data/demo_world")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=1)
-    parser.add_argument("--log_dir", default="geoclip_demo_table")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser, dataset_path="data/demo_world", batch_size=64, num_workers=1, log_dir="geoclip_demo_table")
     return parser.parse_args(argv)
 
 
-def earthloc_scores(checkpoint, queries, database, args):
-    """-> (Q, M): the cosine of each query and each database image, in the best of its four rotations."""
-    model = load_model(checkpoint)
-    described = []
-    for catalogue, rotations in ((queries, (0,)), (database, retrieval.ROTATIONS)):
-        files = [catalogue.root / path for path in catalogue.paths]
-        descriptors, failures = retrieval.describe(
-            model, files, model.config.image_size, args.batch_size, args.num_workers, rotations=rotations
-        )
-        if failures:
-            raise ValueError(failures[0][1])
-        described.append(descriptors)
-    return np.max([described[0][0] @ layer.T for layer in described[1]], axis=0)
-
-
-def geoclip_log_probabilities(checkpoint, files, points, args):
-    """-> (Q, M): log-softmax over the points, the four turns of each photo averaged."""
-    model, _ = load_geoclip(checkpoint)
-    embeddings, failures = embed_photos(model, files, args.batch_size, args.num_workers, crops="turns")
+def of_all(descriptors: np.ndarray, failures: Failures) -> np.ndarray:
+    """The descriptors. Raises ValueError where an image could not be read."""
     if failures:
         raise ValueError(failures[0][1])
-    logits = model.scale.item() * embeddings @ embed_gallery(model.location_encoder, points).T
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return descriptors
 
 
-def median_km(scores, truth, centers):
+def earthloc_scores(
+    checkpoint: str, queries: Catalogue, database: Catalogue, batch_size: int, num_workers: int
+) -> np.ndarray:
+    """-> (Q, M): the cosine of each query and each database image, in the best of its four rotations."""
+    model = load_model(checkpoint)
+    describer = Describer(model, model.config.image_size, batch_size, num_workers)
+    (photos,) = of_all(*describer(files_of(queries)))
+    images = of_all(*replace(describer, rotations=ROTATIONS)(files_of(database)))
+    return np.max([photos @ layer.T for layer in images], axis=0)
+
+
+def files_of(catalogue: Catalogue) -> list[Path]:
+    return [catalogue.root / path for path in catalogue.paths]
+
+
+def geoclip_log_probabilities(
+    checkpoint: str, files: list[Path], points: np.ndarray, batch_size: int, num_workers: int
+) -> np.ndarray:
+    """-> (Q, M): log-softmax over the points, the four turns of each photo averaged."""
+    model, _ = load_geoclip(checkpoint)
+    embeddings = of_all(*embed_photos(model, files, batch_size, num_workers, crops="turns"))
+    return log_softmax(model.scale.item() * embeddings @ embed_gallery(model.location_encoder, points).T, axis=1)
+
+
+def median_km(scores: np.ndarray, truth: np.ndarray, centers: np.ndarray) -> float:
     """(Q, M) scores, (Q, 2), (M, 2) -> the median distance of the best places."""
     return float(np.median(geo.distance_km(centers[scores.argmax(axis=1)], truth)))
 
 
-def table_row(km, first_right=None):
+def table_row(km: np.ndarray, first_right: float | None = None) -> dict:
     """Distances (Q,) and R@1, for methods that pick an image -> dict."""
     return {"accuracy": accuracy(km, SHOWN_KM), "median_km": float(np.median(km)), "recall_at_1": first_right}
 
 
-def methods(geoclip, earthloc, nadirs, centers, truth, validation):
+def methods(
+    geoclip: np.ndarray,
+    earthloc: np.ndarray,
+    nadirs: np.ndarray,
+    centers: np.ndarray,
+    truth: np.ndarray,
+    validation: np.ndarray,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """-> {name: scores (Q, M)}, and what was chosen on the validation rows (Q,) bool."""
     km = geo.distance_km(nadirs[:, None], centers[None])
     far = np.where(km > NADIR_KM, -1e6, 0)
 
-    def best(candidates, combine):
+    def best(candidates: Sequence[float], combine: Callable[[float], np.ndarray]):
         return min(candidates, key=lambda value: median_km(combine(value)[validation], truth[validation], centers))
 
     scale = best(SCALES_KM, lambda value: geoclip - km / value)
@@ -106,7 +121,7 @@ def methods(geoclip, earthloc, nadirs, centers, truth, validation):
     }
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     folder = make_log_dir(args.log_dir)
     setup_logging(folder, args)
     data = load_evaluation_data(args.dataset_path)
@@ -114,8 +129,9 @@ def main(args):
     centers, truth, nadirs = database.centers, queries.centers, queries.nadirs
     validation = np.isin(np.arange(len(queries)), data.only(VALIDATION).query_rows)
     test = ~validation
-    earthloc = earthloc_scores(args.earthloc, queries, database, args)
-    geoclip = geoclip_log_probabilities(args.geoclip, [queries.root / path for path in queries.paths], centers, args)
+    how = args.batch_size, args.num_workers
+    earthloc = earthloc_scores(args.earthloc, queries, database, *how)
+    geoclip = geoclip_log_probabilities(args.geoclip, files_of(queries), centers, *how)
     right = np.zeros(earthloc.shape, dtype=bool)
     right[tuple(data.pairs.T)] = True
     findable = test & right.any(axis=1)
@@ -142,11 +158,11 @@ def main(args):
         recall = "" if row["recall_at_1"] is None else f"{row['recall_at_1']:.1f}"
         shares = " | ".join(f"{share:.1f}" for share in row["accuracy"].values())
         logging.info(f"| {name} | {shares} | {row['median_km']:.0f} | {recall} |")
-    (folder / "results.json").write_text(json.dumps({"rows": rows, "chosen": chosen}, indent=2) + "\n")
+    with replacing_text(folder / "results.json") as file:
+        file.write(json.dumps({"rows": rows, "chosen": chosen}, indent=2) + "\n")
     logging.info(f"The table is in {folder / 'results.json'}")
     return rows
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    run(main, parse_arguments())

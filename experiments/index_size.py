@@ -12,8 +12,9 @@ from datasets.overlap import intersections
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
-from retrieval.describe import ROTATIONS, describe_kept, first_of_each, recall_at, take
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.earth_index import TURNS, compress
+from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
 from utils.arguments import make_parser, positive, run
@@ -34,8 +35,8 @@ def main(args):
 
     model = load_model(args.resume).eval()
     how = model.config.image_size, args.batch_size, args.num_workers, args.device, args.precision
-    kept = lambda catalogue, turns: describe_kept(
-        args.descriptors, model, catalogue.root, catalogue.paths, *how, turns, catalogue.root.name
+    kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
+        args.descriptors, catalogue.root, catalogue.paths, catalogue.root.name
     )[0]
     turned = np.stack([np.asarray(each, np.float32) for each in kept(photos, TURNS)])
 

@@ -82,11 +82,11 @@ def source(args):
         return index.vectors, geo.centers(index.footprints)
     from datasets.sets import read_database
     from models.earthloc import load_model
-    from retrieval.describe import describe_kept
+    from retrieval.describe import Describer
 
     model, database = load_model(args.resume).eval(), read_database(args.dataset_path)
     how = model.config.image_size, 32, 2, args.device, "fp32"
-    descriptors, failures = describe_kept(args.descriptors, model, database.root, database.paths, *how, label="Milvus")
+    descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Milvus")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     return np.asarray(descriptors[0, rows]), geo.centers(database.footprints[rows])
 

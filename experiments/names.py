@@ -5,14 +5,16 @@ zoom_row_col and year; each query name is read and written again. Every name tha
 do.
 """
 
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable, Iterable
 
 from datasets import grid
 from datasets.names import FIELDS, Catalogue, ImageName
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 
-def made_path(path):
+def made_path(path: str) -> str:
     """Database path -> the path that the grid makes from its id and year. ValueError where the id is no region."""
     name = ImageName.parse(path)
     try:
@@ -22,7 +24,7 @@ def made_path(path):
     return grid.image_path(zoom, row, col, name.year)
 
 
-def differing_fields(real, made):
+def differing_fields(real: str, made: str) -> tuple[str, ...]:
     """Two paths -> the fields that differ, ("folder",) where only that does. A bare name has no folder to differ."""
     if "/" not in real:
         made = made.rsplit("/", 1)[-1]
@@ -30,17 +32,14 @@ def differing_fields(real, made):
     return tuple(label for label, a, b in zip(labels, real.split("@"), made.split("@"), strict=True) if a != b)
 
 
-def compare(paths, make):
+def compare(paths: Iterable[str], make: Callable[[str], str]) -> list[tuple[str, str, tuple]]:
     """-> [(path, what make(path) gives, fields that differ)] of those that differ."""
-    pairs = ((path, make(path)) for path in paths)
-    return [
-        (path, made, differing_fields(path, made))
-        for path, made in pairs
-        if made != path and made.rsplit("/", 1)[-1] != path
-    ]
+    compared = ((path, made, differing_fields(path, made)) for path in paths for made in [make(path)])
+    return [each for each in compared if each[2]]
 
 
-def main(args):
+def main(args: Namespace) -> int:
+    """-> how many names differ."""
     jobs = [(args.names, "database", made_path)]
     if args.queries:
         jobs.append((args.queries, "queries", lambda path: path[: path.find("@")] + str(ImageName.parse(path))))
@@ -59,15 +58,14 @@ def main(args):
     return different
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("names", help="data set's folder, or a text file of database paths")
     parser.add_argument("--queries", help="data set's folder, or a text file of query names")
     parser.add_argument("--shown", type=int, default=20, help="differing names printed in full")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    run(main, parse_arguments())

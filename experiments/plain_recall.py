@@ -7,56 +7,59 @@ float32, no folded BatchNorm, plain Adam, and an evaluation in float32 with a fl
 is not done again.
 """
 
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import train
 from augmentations.year_wise import jitter, warp
 from benchmarks.speed_input import pil
+from benchmarks.timing import show
 from datasets.batches import BatchLoader
 from datasets.regions import RegionDataset
-from experiments.chain import RESIZED, as_one, chain, draw_chain
+from experiments.chain import RESIZED, ChainDraw, as_one, chain, draw_chain
 from experiments.runs import trained_and_evaluated
 from models.backbone import Backbone
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 RANKS = ("1", "5", "10", "20", "100")
 
 
 class PlainDataset(RegionDataset):
-    def fill(self, places, row):
+    def fill(self, places: Tensor, row: int) -> Tensor:
         for place, path in zip(places, self.regions.paths[row]):
             place.copy_(torch.from_numpy(pil((self.regions.root / path).read_bytes(), self.size)))
         return places
 
 
-def year_wise(size, colours, one_draw):
+def year_wise(size: int, colours: Sequence[float], one_draw: Callable[[Tensor, ChainDraw], Tensor]) -> Callable:
     """-> augmentation of (B, Y, 3, H, W) uint8 by one chain draw a year, which one_draw(images, draw) applies."""
 
-    def augment(images, generator, part=None, batch=None):
+    def augment(images: Tensor, generator: torch.Generator, part: slice | None = None, batch: int | None = None):
         draws = [draw_chain(size, generator, colours=colours) for _ in range(images.shape[1])]
         return torch.stack([one_draw(images[:, year], draw) for year, draw in enumerate(draws)], dim=1)
 
     return augment
 
 
-def one_by_one(images, draw):
+def one_by_one(images: Tensor, draw: ChainDraw) -> Tensor:
     return chain(images.float() / 255, draw)
 
 
-def at_once(images, draw):
+def at_once(images: Tensor, draw: ChainDraw) -> Tensor:
     one = as_one(draw)
     return jitter(warp(images, one, draw.size), one)
 
 
-def prepare(args, plain):
+def prepare(args: Namespace, plain: bool) -> tuple:
     """As train.prepare, with chain draws."""
     regions, loader, _, validation = train_prepare(args)
-    augment = year_wise(
-        args.image_size, (args.brightness, args.contrast, args.saturation, args.hue), one_by_one if plain else at_once
-    )
+    colours = args.brightness, args.contrast, args.saturation, args.hue
+    augment = year_wise(args.image_size, colours, one_by_one if plain else at_once)
     if plain:
         loader.close()
         loader = BatchLoader(PlainDataset(regions, round(RESIZED * args.image_size)), args.num_workers)
@@ -67,51 +70,44 @@ train_prepare = train.prepare
 
 
 class PlainAdam(torch.optim.Adam):
-    def __init__(self, model, lr, _):
+    def __init__(self, model: nn.Module, lr: float, _: nn.Module) -> None:
         super().__init__([each for each in model.parameters() if each.requires_grad], lr=lr, foreach=False)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> None:
         del self.found_inf  # for fused ones only
         return super().step(closure)
 
 
-def recalls(flags, name, plain):
+def recalls(flags: list[str], name: str, plain: bool) -> list[float]:
     """Trains and evaluates, or reads what that left -> average recalls, in the order of RANKS."""
     with patch.object(train, "prepare", lambda args: prepare(args, plain)):
         if not plain:
             average = trained_and_evaluated(name, flags)
         else:  # plain parts in place of train.py's own
             with patch.object(train, "make_optimizer", PlainAdam), patch.object(Backbone, "_run_folded", Backbone._run):
-                average = trained_and_evaluated(
-                    name, [*flags, "--precision", "fp32"], "--search", "flat", "--descriptors", "none"
-                )
+                more = "--search", "flat", "--descriptors", "none"
+                average = trained_and_evaluated(name, [*flags, "--precision", "fp32"], *more)
     return [average[rank] for rank in RANKS]
 
 
-def main(args):
-    table = {}
-    for way in ("plain", "fast"):
-        table[way] = np.array(
-            [
-                recalls([*args.flags, "--seed", str(seed)], f"plain_recall/{way}_{seed}", way == "plain")
-                for seed in args.seeds
-            ]
-        )
-    print(
-        f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}\n"
-        f"{'':6} {'seed':>5} " + " ".join(f"{'R@' + rank:>6}" for rank in RANKS)
-    )
-    for way, rows in table.items():
-        for seed, row in zip(args.seeds, rows):
-            print(f"{way:6} {seed:5} " + " ".join(f"{value:6.1f}" for value in row))
-    for way, rows in table.items():
-        print(f"{way:6} {'mean':>5} " + " ".join(f"{value:6.1f}" for value in rows.mean(axis=0)))
+def main(args: Namespace) -> None:
+    found = {
+        way: [
+            recalls([*args.flags, "--seed", str(seed)], f"plain_recall/{way}_{seed}", way == "plain")
+            for seed in args.seeds
+        ]
+        for way in ("plain", "fast")
+    }
+    rows = [(way, str(seed), *each) for way, table in found.items() for seed, each in zip(args.seeds, table)]
+    rows += [(way, "mean", *np.mean(table, axis=0)) for way, table in found.items()]
+    print(f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}")
+    show({"": "6", "seed": ">5"} | {f"R@{rank}": "6.1f" for rank in RANKS}, rows)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     args, args.flags = parser.parse_known_args(argv)
     train.parse_arguments(args.flags)  # a wrong flag is better met now than after minutes
     return args

@@ -7,22 +7,25 @@ spherical excess.
 """
 
 import resource
-import time
+from argparse import Namespace
+from collections.abc import Callable
 
 import numpy as np
 import shapely
+from numpy.typing import ArrayLike
 
+from benchmarks.timing import timed_twice
 from datasets import grid
 from datasets.names import Catalogue
 from datasets.overlap import degenerate, intersections, ring, self_crossing
 from experiments.table1 import ZOOMS
 from utils import geo
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 STEPS = 32  # pieces of an edge along a parallel
 
 
-def spherical_area(points):
+def spherical_area(points: ArrayLike) -> float:
     """Polygon (N, 2) degrees, great-circle edges, no pole inside -> steradians: what lies between edges and equator."""
     lat, lon = np.radians(np.asarray(points, dtype=np.float64)).T
     half, turn = np.tan(lat / 2), np.radians(geo.wrap_longitude(np.degrees(np.roll(lon, -1) - lon)))
@@ -30,7 +33,7 @@ def spherical_area(points):
     return abs(2 * np.arctan2(np.tan(turn / 2) * (half + next_half), 1 + half * next_half).sum())
 
 
-def gnomonic(points, center):
+def gnomonic(points: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """(N, 2) degrees -> (N, 2) on the plane that touches the sphere at center, and a function back."""
     up = geo.to_unit_vectors(center)
     east = np.array([-np.sin(np.radians(center[1])), np.cos(np.radians(center[1])), 0])
@@ -40,14 +43,14 @@ def gnomonic(points, center):
     return flat, lambda xy: geo.from_unit_vectors(up + xy[:, :1] * east + xy[:, 1:] * north)
 
 
-def along_parallels(footprint, steps=STEPS):
+def along_parallels(footprint: np.ndarray, steps: int = STEPS) -> np.ndarray:
     """A map-aligned footprint (4, 2) -> (4 steps, 2) points on its edges, which are meridians and parallels."""
     corners = ring(footprint[None])[0]
     shares = np.arange(steps)[:, None] / steps
     return np.concatenate([a + shares * (b - a) for a, b in zip(corners, np.roll(corners, -1, axis=0))])
 
 
-def spherical_iou(query, region):
+def spherical_iou(query: np.ndarray, region: np.ndarray) -> float:
     """(4, 2) great-circle edges, (4, 2) map-aligned, degrees -> IoU on the sphere."""
     center = geo.centers(query)
     outline, edges = ring(query[None])[0], along_parallels(region)
@@ -61,18 +64,17 @@ def spherical_iou(query, region):
     return shared / (spherical_area(outline) + spherical_area(edges) - shared)
 
 
-def main(args):
+def main(args: Namespace) -> np.ndarray:
+    """-> the errors of the IoU."""
     queries = Catalogue.read_source(args.names, "queries")
-    footprints = (
-        Catalogue.read_source(args.database, "database").footprints
-        if args.database
-        else grid.footprints(grid.land_regions(ZOOMS))
-    )
-    began, spent = time.perf_counter(), time.process_time()
-    pairs, iou = intersections(queries.footprints, footprints)
+    if args.database:
+        footprints = Catalogue.read_source(args.database, "database").footprints
+    else:
+        footprints = grid.footprints(grid.land_regions(ZOOMS))
+    (pairs, iou), seconds, cpu = timed_twice(lambda: intersections(queries.footprints, footprints))
     print(
-        f"{len(queries):,} queries, {len(footprints):,} regions: {len(pairs):,} pairs in "
-        f"{time.perf_counter() - began:.1f} s ({time.process_time() - spent:.1f} s of CPU)"
+        f"{len(queries):,} queries, {len(footprints):,} regions: {len(pairs):,} pairs in {seconds:.1f} s "
+        f"({cpu:.1f} s of CPU)"
     )
     print(
         f"{int(degenerate(queries.footprints).sum())} queries are degenerate, "
@@ -93,15 +95,14 @@ def main(args):
     return error
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("names", help="data set's folder, or a text file of query names")
     parser.add_argument("--database", help="data set's folder, or a text file of database names; default: land regions")
     parser.add_argument("--pairs", type=int, default=20_000, help="compared with the sphere")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    run(main, parse_arguments())

@@ -11,8 +11,9 @@ from datasets.names import Catalogue
 from datasets.overlap import intersections, share_ground
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
-from retrieval.describe import ROTATIONS, describe, first_of_each, recall_at, take
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.earth_index import TURNS, EarthIndex
+from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
 from utils.arguments import make_parser, positive, run
@@ -33,8 +34,8 @@ def main(args):
         model = load_model(weights).eval()
         files = lambda catalogue: [catalogue.root / path for path in catalogue.paths]
         how = model.config.image_size, args.batch_size, 0, "cpu", args.precision
-        described[weights], _ = describe(model, files(photos), *how, TURNS, upright=True)
-        images, _ = describe(model, files(database), *how, ROTATIONS)
+        described[weights], _ = Describer(model, *how, TURNS, upright=True)(files(photos))
+        images, _ = Describer(model, *how, ROTATIONS)(files(database))
         found = ranked(described[weights][0], images)
         recalls = recall_at(found[with_one], [positives[row] for row in with_one], RANKS)
         print(f"| {weights} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + " |", flush=True)

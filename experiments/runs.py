@@ -7,7 +7,7 @@ import eval as evaluation
 import train
 
 
-def evaluated(checkpoint, log_dir, *flags):
+def evaluated(checkpoint: Path, log_dir: str, *flags: str) -> tuple[dict, Path]:
     """Evaluates a checkpoint under logs/log_dir, or finds that this was done -> what results.json holds, its folder."""
     for done in (False, True):
         for path in sorted(Path("logs", log_dir).glob("*/results.json"), reverse=True):
@@ -19,26 +19,15 @@ def evaluated(checkpoint, log_dir, *flags):
     raise RuntimeError(f"logs/{log_dir}: the evaluation of {checkpoint} left no results.json")
 
 
-def finished(log_dir):
+def finished(log_dir: str) -> Path | None:
     """The newest run under logs/log_dir that was trained to its end -> its folder, or None."""
     return max((each.parent for each in Path("logs", log_dir).glob("*/done")), default=None)
 
 
-def trained_and_evaluated(name, flags, *evaluation_flags):
+def trained_and_evaluated(name: str, flags: list[str], *evaluation_flags: str) -> dict[str, float]:
     """Trains under logs/name by train.py's flags and evaluates last.pt, each once -> {"1": average R@1, …}."""
     args = train.parse_arguments([*flags, "--log_dir", name])
     folder = finished(name) or train.main(args)
-    results, _ = evaluated(
-        folder / "last.pt",
-        f"{name}_eval",
-        "--dataset_path",
-        args.dataset_path,
-        "--num_workers",
-        str(args.num_workers),
-        "--device",
-        args.device,
-        "--precision",
-        args.precision,
-        *evaluation_flags,
-    )
+    shared = [f"--{flag}={getattr(args, flag)}" for flag in ("dataset_path", "num_workers", "device", "precision")]
+    results, _ = evaluated(folder / "last.pt", f"{name}_eval", *shared, *evaluation_flags)
     return results["average"]["recalls"]

@@ -16,6 +16,8 @@ as everywhere (median 10,287 km², Toshka 10,316). Its row would fit a database 
 """
 
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 
 import numpy as np
 import shapely
@@ -23,10 +25,10 @@ import shapely
 from datasets import grid
 from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.overlap import intersections, ring
-from datasets.sets import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, select_set
-from retrieval.describe import nearest_to_nadir, random_choice_recall, recall_at
+from datasets.sets import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, EvaluationSet, select_set
+from retrieval.recall import nearest_to_nadir, random_choice_recall, recall_at
 from utils import geo
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 ZOOMS = (9, 10, 11)
 RANKS = (1, 10, 100)
@@ -46,11 +48,12 @@ RANDOM_CHOICE = {
     "Amazon": (0.1, 1.1, 11.5),
     "Toshka Lakes": (0.2, 1.2, 9.1),
 }
+Sets = dict[str, tuple[int, EvaluationSet]]  # name -> (queries in reach, those with a positive)
 NADIR = {"Texas": 2.4, "Alps": 1.2, "California": 2.4, "Gobi Desert": 1.8, "Amazon": 3.1, "Toshka Lakes": 1.4}
 
 
-def compute_sets(queries, footprints):
-    """Catalogue, (D, 4, 2) -> {set: (queries in reach, EvaluationSet)}, the latter of those with a positive."""
+def compute_sets(queries: Catalogue, footprints: np.ndarray) -> Sets:
+    """footprints (D, 4, 2) of the database."""
     pairs, _ = intersections(queries.footprints, footprints)
     centers = geo.centers(footprints)
     sets = {}
@@ -60,7 +63,7 @@ def compute_sets(queries, footprints):
     return sets
 
 
-def table_1(sets):
+def table_1(sets: Sets) -> list[str]:
     """-> lines: queries and database images of each set beside the paper's."""
     lines = [
         f"Table 1 (queries within {QUERY_RADIUS_KM:,} km, database within {DATABASE_RADIUS_KM:,} km)",
@@ -76,7 +79,7 @@ def table_1(sets):
     return lines
 
 
-def random_choice(sets, ks=RANKS):
+def random_choice(sets: Sets, ks: Sequence[int] = RANKS) -> dict[str, tuple[float, dict[int, float]]]:
     """-> {set: (positives a query, {k: percent})}; a set without queries or images is left out."""
     rows = {}
     for name, (_, one) in sets.items():
@@ -86,7 +89,7 @@ def random_choice(sets, ks=RANKS):
     return rows
 
 
-def table_2(sets, ks=RANKS):
+def table_2(sets: Sets, ks: Sequence[int] = RANKS) -> list[str]:
     """-> lines: expected recalls of random choice beside the paper's."""
     head = "".join(f"{f'R@{k}':>9}{'paper':>7}{'±':>6}" for k in ks)
     lines = ["Table 2, row Random choice (percent)", f"{'':14}{'positives':>10}{'implied':>9}{head}"]
@@ -101,30 +104,26 @@ def table_2(sets, ks=RANKS):
     return lines
 
 
-def nadir_recalls(queries, footprints, sets):
+def nadir_recalls(queries: Catalogue, footprints: np.ndarray, sets: Sets) -> dict[str, tuple[float, float]]:
     """-> {set: (R@1 of the image with its centre nearest to the nadir, share of photos showing their nadir)}, percent;
     a set without queries is left out."""
     centers, shown = geo.centers(footprints), nadir_inside(queries.footprints, queries.nadirs)
-    return {
-        name: (
-            recall_at(
-                nearest_to_nadir(queries.nadirs[one.query_rows], centers[one.database_rows], 1), one.positives, (1,)
-            )[1],
-            100 * shown[one.query_rows].mean(),
-        )
-        for name, (_, one) in sets.items()
-        if len(one.query_rows)
-    }
+    recalls = {}
+    for name, (_, one) in sets.items():
+        if len(one.query_rows):
+            nearest = nearest_to_nadir(queries.nadirs[one.query_rows], centers[one.database_rows], 1)
+            recalls[name] = recall_at(nearest, one.positives, (1,))[1], 100 * shown[one.query_rows].mean()
+    return recalls
 
 
-def nadir_inside(footprints, nadirs):
+def nadir_inside(footprints: np.ndarray, nadirs: np.ndarray) -> np.ndarray:
     """(N, 4, 2), (N, 2) degrees -> (N,) bool: the nadir lies in the footprint, whose corners may come in any order."""
     corners = ring(footprints)
     lon = corners[:, 0, 1] + geo.wrap_longitude(nadirs[:, 1] - corners[:, 0, 1])
     return shapely.contains_xy(shapely.convex_hull(shapely.polygons(corners[..., ::-1])), lon, nadirs[:, 0])
 
 
-def nadir_lines(recalls):
+def nadir_lines(recalls: dict[str, tuple[float, float]]) -> list[str]:
     """nadir_recalls' -> lines: beside the paper's row."""
     lines = ["Table 2, row Nadir (R@1, percent)", f"{'':14}{'nearest centre':>16}{'nadir in photo':>16}{'paper':>7}"]
     return lines + [
@@ -132,7 +131,7 @@ def nadir_lines(recalls):
     ]
 
 
-def main(args):
+def main(args: Namespace) -> Sets:
     began = time.perf_counter()
     queries = Catalogue.read_source(args.names, "queries")
     if args.database:
@@ -149,16 +148,15 @@ def main(args):
     return sets
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("names", help="data set's folder, or a text file of query names")
     parser.add_argument("--database", help="data set's folder, or a text file of database names; default: land regions")
     parser.add_argument("--min_land", type=float, default=0.0, help="a region counts with more than this share of land")
     parser.add_argument("--max_latitude", type=float, default=60.0, help="of a region's centre, degrees")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    run(main, parse_arguments())

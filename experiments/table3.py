@@ -5,11 +5,13 @@ python -m experiments.table3 @presets/demo.args --seeds 0 1 2: all other flags a
 its last checkpoint evaluated on the six sets; a run whose results are there is not done again.
 """
 
+from argparse import Namespace
+
 import numpy as np
 
 import train
 from experiments.runs import trained_and_evaluated
-from utils.arguments import make_parser, run
+from utils.arguments import add_shared, make_parser, run
 
 # What changes, the flags that make it so, and the paper's average R@1 and R@100.
 ROWS = {
@@ -27,16 +29,16 @@ ROWS = {
 }
 
 
-def main(args):
+def main(args: Namespace) -> None:
     table = []
     for name in args.rows:
         title, flags, *paper = ROWS[name]
-        runs = [
-            trained_and_evaluated(f"table3/{name}_{seed}", [*args.flags, *flags.split(), "--seed", str(seed)])
-            for seed in args.seeds
-        ]
-        ours = np.array([[recalls["1"], recalls["100"]] for recalls in runs])
-        table.append((title, paper, ours))
+        ours = []
+        for seed in args.seeds:
+            more = [*args.flags, *flags.split(), "--seed", str(seed)]
+            recalls = trained_and_evaluated(f"table3/{name}_{seed}", more)
+            ours.append((recalls["1"], recalls["100"]))
+        table.append((title, paper, np.array(ours)))
     print(f"\n| {'mean (spread) of ' + str(len(args.seeds)) + ' seeds':26} | R@1 | R@100 | paper R@1 | paper R@100 |")
     print("| --- | --- | --- | --- | --- |")
     for title, paper, ours in table:
@@ -47,11 +49,11 @@ def main(args):
         )
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser)
     args, args.flags = parser.parse_known_args(argv)
     train.parse_arguments(args.flags)  # a wrong flag is better met now than after hours
     return args

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.backbone import LITE0, RESNETS, Backbone, lite0_to_timm, outline, stages_of, stride_of
 from models.config import ModelConfig
 from utils.checkpoint import load_tensors
+from utils.files import replacing
 
 CHECKPOINT_KEYS = ("model", "state_dict", "model_state_dict")
 COUNTER = "num_batches_tracked"
@@ -57,10 +57,9 @@ def save_safetensors(model: nn.Module, path: str | Path, half: bool = True) -> N
     if broken:
         raise ValueError(f"{path}: not written, nan, inf or too large for float16: {', '.join(broken[:LISTED])}")
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     told = {"model_config": json.dumps(asdict(model.config)), "interface": json.dumps(interface(model))}
-    save_file(state, temporary, metadata=told)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(save(state, metadata=told))
 
 
 def interface(model: nn.Module) -> dict:

@@ -26,14 +26,8 @@ def faiss_kmeans(descriptors: np.ndarray, count: int, seed: int, iterations: int
     """descriptors (N, D) float32 -> labels (N,), centers (count, D). Splits large clusters to reseed empty ones."""
     import faiss
 
-    means = faiss.Kmeans(
-        descriptors.shape[1],
-        count,
-        niter=iterations,
-        seed=int(seed),
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(descriptors),
-    )
+    points = {"min_points_per_centroid": 1, "max_points_per_centroid": len(descriptors)}
+    means = faiss.Kmeans(descriptors.shape[1], count, niter=iterations, seed=int(seed), **points)
     means.train(descriptors)
     return means.index.search(descriptors, 1)[1][:, 0], means.centroids
 

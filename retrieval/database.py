@@ -19,8 +19,9 @@ from datasets import grid
 from datasets.images import read_image
 from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.sets import read_database
-from retrieval.describe import ROTATIONS, describe_kept, first_of_each, take
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.predictions import distances_to_footprints
+from retrieval.recall import first_of_each, take
 from retrieval.search import search
 from retrieval.store import Rows
 from utils import geo
@@ -91,22 +92,10 @@ class Dataset(Places):
 
     @classmethod
     def read(cls, path: str | Path, model: torch.nn.Module, folder: str | Path, **settings) -> Dataset:
-        """Data set's folder, model, folder for descriptors -> Dataset. settings: as `describe_kept` takes them."""
+        """Data set's folder, model, folder for descriptors -> Dataset. settings: as a Describer takes them."""
         catalogue = read_database(path)
-
-        def describe(rows: np.ndarray):
-            return describe_kept(
-                folder,
-                model,
-                catalogue.root,
-                catalogue.paths,
-                rotations=ROTATIONS,
-                label="world",
-                wanted=rows,
-                **settings,
-            )
-
-        return cls(catalogue, describe)
+        describer = Describer(model, rotations=ROTATIONS, **settings)
+        return cls(catalogue, lambda rows: describer.kept(folder, catalogue.root, catalogue.paths, "world", rows))
 
     @cached_property
     def ground(self) -> DatabaseGround:

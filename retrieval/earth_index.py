@@ -21,7 +21,8 @@ from datasets import grid
 from datasets.sets import read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
-from retrieval.describe import describe_kept, first_of_each, take
+from retrieval.describe import Describer
+from retrieval.recall import first_of_each, take
 from retrieval.search import search
 from utils.arguments import make_parser, positive, run
 from utils.files import replacing
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace) -> EarthIndex:
             f"it ({len(strange)} of {len(database)} images); leave it out of the database"
         )
     how = model.config.image_size, args.batch_size, args.num_workers, args.device, args.precision
-    descriptors, failures = describe_kept(args.descriptors, model, database.root, database.paths, *how, label="Earth")
+    descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Earth")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     vectors = np.asarray(descriptors[0, rows], np.float32)
     index = compress(regions[rows], vectors, args.dim, weights_fingerprint(model))

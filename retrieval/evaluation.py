@@ -1,28 +1,43 @@
 """A model and the evaluation sets -> recalls, lines for the log, results.json, predictions.csv and a picture."""
 
-from __future__ import annotations
-
 import csv
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
 from datasets.images import read_image
+from datasets.names import Catalogue
 from datasets.sets import VALIDATION, EvaluationData, EvaluationSet
-from retrieval import describe as retrieval
-from retrieval.describe import RANKS, ROTATIONS, make_search
+from retrieval.describe import Describer, rotate
+from retrieval.recall import (
+    RANKS,
+    first_of_each,
+    is_correct,
+    nearest_to_nadir,
+    orientation_error,
+    orientation_of,
+    random_choice_recall,
+    recall_at,
+    recall_of,
+    take,
+)
+from retrieval.search import Search, make_search
 from utils import figures, geo
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from utils.files import replacing_text
 
 CSV_FIELDS = ("set", "query", "rank", "database_image", "score", "rotation", "correct", "km")
+# What results.json calls the ways of counting, and a SetResult.
+COUNTINGS = {
+    "recalls": "recalls",
+    "recalls_distinct": "distinct",
+    "nearest_to_nadir": "nearest_to_nadir",
+    "random_choice": "random_choice",
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,8 @@ class SetResult:
 class Evaluation:
     """All sets' results. The averages are over the paper's sets, the validation set is not in them."""
 
-    data: object  # EvaluationData, without the images that could not be read
-    results: list
+    data: EvaluationData  # without the images that could not be read
+    results: list[SetResult]
     rotations: tuple
     ks: tuple
     notes: list = field(default_factory=list)
@@ -98,10 +113,9 @@ class Evaluation:
         lines = [recall_line(result.set.name, result.set, result.recalls) for result in self.results]
         tests = self.test_results
         if tests:
-            count = (
-                f"< {len(tests)} sets - #q: {sum(len(result.set.query_rows) for result in tests)}; "
-                f"#db: {len(self.data.only(*[result.set.name for result in tests]).database_rows)} >"
-            )
+            queries = sum(len(result.set.query_rows) for result in tests)
+            images = len(self.data.only(*[result.set.name for result in tests]).database_rows)
+            count = f"< {len(tests)} sets - #q: {queries}; #db: {images} >"
             lines.append(recall_line("average", count, self.average()))
             if len(self.rotations) > 1:
                 lines.append(
@@ -120,7 +134,7 @@ class Evaluation:
                         result.set.name, **result.orientation
                     )
                 )
-        if any(result.set.name == VALIDATION for result in self.results):
+        if len(tests) < len(self.results):
             lines.append(f"{VALIDATION} lies inside the Texas set and is not in the average")
         return lines
 
@@ -131,92 +145,62 @@ class Evaluation:
                 "queries": len(result.set.query_rows),
                 "database": len(result.set.database_rows),
                 "left_out": len(result.set.left_out),
-                "recalls": result.recalls,
-                "recalls_distinct": result.distinct,
-                "nearest_to_nadir": result.nearest_to_nadir,
-                "random_choice": result.random_choice,
+                **{name: getattr(result, counting) for name, counting in COUNTINGS.items()},
                 "orientation": result.orientation,
             }
             for result in self.results
         }
-        average = {
-            "over": [result.set.name for result in self.test_results],
-            "recalls": self.average(),
-            "recalls_distinct": self.average("distinct"),
-            "nearest_to_nadir": self.average("nearest_to_nadir"),
-            "random_choice": self.average("random_choice"),
-        }
+        average = {"over": [result.set.name for result in self.test_results]}
+        average |= {name: self.average(counting) for name, counting in COUNTINGS.items()}
         return {"sets": sets, "average": average, "rotations": list(self.rotations), "notes": self.notes}
 
 
-def recall_line(name: str, described: EvaluationSet | str, recalls: dict[int, float], title: str = "Recalls") -> str:
+def recall_line(name: str, described: object, recalls: dict[int, float], title: str = "Recalls") -> str:
     """`Recalls on Alps            < Alps - #q: 2394; #db: 53012 >: R@1: 58.4, …`; recalls {k: percent}."""
     values = ", ".join(f"R@{k}: {value:.1f}" for k, value in recalls.items())
     return f"{title} on {name:15} {described}: {values}"
 
 
 def evaluate(
-    model: torch.nn.Module,
+    describer: Describer,
     data: EvaluationData,
-    image_size: int,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    device: str | torch.device = "cpu",
-    precision: str = "fp32",
-    rotations: Sequence[int] = ROTATIONS,
     ks: Sequence[int] = RANKS,
-    progress: bool = True,
+    search: str = "flat",
     rotate: str = "database",
     keep: str | Path | None = None,
-    search: str = "flat",
 ) -> Evaluation:
-    """The whole evaluation: describe the union of the sets once, search and score each set -> Evaluation.
-
-    data: datasets.sets.EvaluationData. rotations: of the database images, (0,) for no test-time augmentation;
-    rotate="queries" turns these instead. keep: a folder for the descriptors, None for memory. search: one of SEARCHES.
-    """
-    descriptors, data = describe_sets(
-        model, data, image_size, batch_size, num_workers, device, precision, rotations, progress, rotate, keep
-    )
-    return score_sets(data, descriptors, ks, search, device)
+    """The whole evaluation: describe the union of the sets once, search and score each set. search: one of SEARCHES,
+    the rest as for `describe_sets`."""
+    descriptors, data = describe_sets(describer, data, rotate, keep)
+    return score_sets(data, descriptors, ks, search, describer.device)
 
 
 def describe_sets(
-    model: torch.nn.Module,
-    data: EvaluationData,
-    image_size: int,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    device: str | torch.device = "cpu",
-    precision: str = "fp32",
-    rotations: Sequence[int] = ROTATIONS,
-    progress: bool = True,
-    rotate: str = "database",
-    keep: str | Path | None = None,
+    describer: Describer, data: EvaluationData, rotate: str = "database", keep: str | Path | None = None
 ) -> tuple[Descriptors, EvaluationData]:
-    """-> Descriptors of the union of the sets, and the data without the images that could not be read."""
-    parts, lost = [], []
-    rotations, still = tuple(rotations), (0,)
-    for label, catalogue, rows, turns in (
-        ("queries", data.queries, data.query_rows, rotations if rotate == "queries" else still),
-        ("database", data.database, data.database_rows, still if rotate == "queries" else rotations),
-    ):
-        paths = [catalogue.paths[row] for row in rows]
-        common = (image_size, batch_size, num_workers, device, precision, turns)
+    """-> Descriptors of the union of the sets, and the data without the images that could not be read.
+
+    The database images are turned by the describer's rotations, (0,) for no test-time augmentation; rotate="queries"
+    turns these instead. keep: a folder for the descriptors, None for memory.
+    """
+    still = replace(describer, rotations=(0,))
+
+    def described(label: str, catalogue: Catalogue, rows: np.ndarray):
+        describe, paths = describer if rotate == label else still, [catalogue.paths[row] for row in rows]
         if keep is None:
-            described, failures = retrieval.describe(
-                model, [catalogue.root / path for path in paths], *common, f"describing {label}", progress
-            )
+            found, failures = describe([catalogue.root / path for path in paths], label)
         else:
-            described, failures = retrieval.describe_kept(keep, model, catalogue.root, paths, *common, label, progress)
-        parts += [described, rows]
-        lost.append((rows[np.array([row for row, _ in failures], dtype=np.int64)], [text for _, text in failures]))
-    (bad_queries, query_errors), (bad_database, database_errors) = lost
+            found, failures = describe.kept(keep, catalogue.root, paths, label)
+        return found, rows[[row for row, _ in failures]], [error for _, error in failures]
+
+    queries, bad_queries, errors = described("queries", data.queries, data.query_rows)
+    database, bad_database, more_errors = described("database", data.database, data.database_rows)
+    queries = queries if rotate == "queries" else queries[0]
+    found = Descriptors(queries, data.query_rows, database, data.database_rows, tuple(describer.rotations))
     if len(bad_queries) or len(bad_database):
         data = data.without(bad_queries, bad_database)
-        data.notes.extend(f"left out: {error}" for error in query_errors + database_errors)
-    queries = parts[0] if rotate == "queries" else parts[0][0]
-    return Descriptors(queries, parts[1], parts[2], parts[3], rotations), data
+        data.notes.extend(f"left out: {error}" for error in errors + more_errors)
+    return found, data
 
 
 def score_sets(
@@ -241,7 +225,7 @@ def score_sets(
 
 
 def search_set(
-    one: EvaluationSet, descriptors: Descriptors, depth: int, index: object
+    one: EvaluationSet, descriptors: Descriptors, depth: int, index: Search
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ranked list of each query of an EvaluationSet -> scores, positions in database_rows (-1 for none) and
     rotations of the database image, each (Q, rotations * depth). index: make_search's, over all layers.
@@ -250,51 +234,45 @@ def search_set(
     of one layer, but for what the model makes of the turned photo.
     """
     turns = len(descriptors.rotations)
-    query_rows = np.searchsorted(descriptors.query_rows, one.query_rows)
+    rows = np.searchsorted(descriptors.query_rows, one.query_rows)
     columns = np.searchsorted(descriptors.database_rows, one.database_rows)
     if not descriptors.queries_are_turned:
         candidates = (np.arange(turns)[:, None] * descriptors.database.shape[1] + columns).ravel()
-        scores, entries = index.search(descriptors.queries[query_rows], turns * depth, candidates)
+        scores, entries = index.search(descriptors.queries[rows], turns * depth, candidates)
         positions, turn = entries % len(columns), entries // len(columns)
         rotations = np.array(descriptors.rotations)
     else:
-        found = [index.search(layer[query_rows], turns * depth, columns) for layer in descriptors.queries]
+        found = [index.search(layer[rows], turns * depth, columns) for layer in descriptors.queries]
         scores, positions = (np.concatenate(each, axis=1) for each in zip(*found))
-        turn = np.repeat(np.arange(turns), turns * depth)[None]
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : turns * depth]
-        scores, positions, turn = (
-            np.take_along_axis(each, order, axis=1) for each in (scores, positions, np.broadcast_to(turn, scores.shape))
-        )
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : turns * depth]
+        scores, positions = np.take_along_axis(scores, best, axis=1), np.take_along_axis(positions, best, axis=1)
+        turn = best // (turns * depth)
         rotations = -np.array(descriptors.rotations) % 360
     none = np.isneginf(scores)
     return scores, np.where(none, -1, positions), np.where(none, rotations[0], rotations[np.where(none, 0, turn)])
 
 
 def score_set(
-    one: EvaluationSet, data: EvaluationData, descriptors: Descriptors, ks: Sequence[int], index: object
+    one: EvaluationSet, data: EvaluationData, descriptors: Descriptors, ks: Sequence[int], index: Search
 ) -> SetResult:
     """EvaluationSet -> SetResult. The list is deep enough to hold max(ks) distinct images, whatever repeats."""
-    turns, depth = len(descriptors.rotations), max(ks)
+    depth = max(ks)
     scores, positions, rotations = search_set(one, descriptors, depth, index)
-    correct = retrieval.is_correct(positions, one.positives)
-    distinct = retrieval.take(correct, retrieval.first_of_each(positions, depth), False)
-
-    nadirs, centers = data.queries.nadirs[one.query_rows], data.database.centers[one.database_rows]
-    nearest = retrieval.nearest_to_nadir(nadirs, centers, depth)
-    counts = np.array([len(each) for each in one.positives])
+    correct = is_correct(positions, one.positives)
+    distinct = take(correct, first_of_each(positions, depth), False)
+    queries, centers = one.query_rows, data.database.centers[one.database_rows]
+    orientation = score_orientation(rotations[:, 0], data.queries.orientations[queries], correct[:, 0])
     return SetResult(
         one,
         scores,
         positions,
         rotations,
         correct,
-        recalls=retrieval.recall_of(correct, ks),
-        distinct=retrieval.recall_of(distinct, ks),
-        nearest_to_nadir=retrieval.recall_at(nearest, one.positives, ks),
-        random_choice=retrieval.random_choice_recall(counts, len(one.database_rows), ks),
-        orientation=score_orientation(rotations[:, 0], data.queries.orientations[one.query_rows], correct[:, 0])
-        if turns > 1
-        else None,
+        recalls=recall_of(correct, ks),
+        distinct=recall_of(distinct, ks),
+        nearest_to_nadir=recall_at(nearest_to_nadir(data.queries.nadirs[queries], centers, depth), one.positives, ks),
+        random_choice=random_choice_recall([len(each) for each in one.positives], len(centers), ks),
+        orientation=orientation if len(descriptors.rotations) > 1 else None,
     )
 
 
@@ -303,7 +281,7 @@ def score_orientation(rotations: np.ndarray, labels: np.ndarray, right: np.ndarr
 
     (Q,), (Q,) degrees, (Q,) bool -> queries counted, within_45 percent, mean_error degrees (None without queries).
     """
-    error = retrieval.orientation_error(retrieval.orientation_of(rotations), labels)[right]
+    error = orientation_error(orientation_of(rotations), labels)[right]
     return {
         "queries": len(error),
         "within_45": 100 * float((error <= 45).mean()) if len(error) else None,
@@ -311,64 +289,56 @@ def score_orientation(rotations: np.ndarray, labels: np.ndarray, right: np.ndarr
     }
 
 
-def write_results(path: str | Path, evaluation: Evaluation, **more) -> None:
+def write_results(path: str | Path, evaluation: Evaluation, **more: object) -> None:
     """Evaluation -> results.json; `more` are further entries, such as the checkpoint. Written whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps({**more, **evaluation.as_dict()}, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
+    with replacing_text(path) as file:
+        file.write(json.dumps({**more, **evaluation.as_dict()}, indent=2, default=str) + "\n")
 
 
 def write_predictions(path: str | Path, evaluation: Evaluation, depth: int = 10) -> None:
     """The first `depth` entries of every query, as they come, with km between the centres of the two footprints."""
     data = evaluation.data
     query_centers, database_centers = data.queries.centers, data.database.centers
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", newline="") as file:
+    with replacing_text(path) as file:
         writer = csv.writer(file)
         writer.writerow(CSV_FIELDS)
         for result in evaluation.results:
             images = result.database_images[:, :depth]
             km = geo.distance_km(query_centers[result.set.query_rows][:, None], database_centers[images])
-            for q, row in enumerate(result.set.query_rows):
-                writer.writerows(
+            for q, rank in np.argwhere(images >= 0).tolist():
+                writer.writerow(
                     (
                         result.set.name,
-                        data.queries.paths[row],
+                        data.queries.paths[result.set.query_rows[q]],
                         rank + 1,
-                        data.database.paths[image],
+                        data.database.paths[images[q, rank]],
                         f"{result.scores[q, rank]:.4f}",
                         result.rotations[q, rank],
                         int(result.correct[q, rank]),
                         f"{km[q, rank]:.1f}",
                     )
-                    for rank, image in enumerate(images[q])
-                    if image >= 0
                 )
-    os.replace(temporary, path)
 
 
 def evaluation_figure(
     evaluation: Evaluation, queries_per_set: int = 4, depth: int = 3, size: int = 160, seed: int = 0
-) -> Figure | None:
+) -> Image.Image | None:
     """An Evaluation -> predictions_figure of a few queries of each test set, drawn by seed, not chosen.
 
     None where there is no set to draw from.
     """
     data, generator, rows = evaluation.data, np.random.default_rng(seed), []
+
+    def picture(catalogue: Catalogue, row: int):
+        return read_image(catalogue.root / catalogue.paths[row], size)
+
     for result in evaluation.test_results:
-        images, count = result.database_images, len(result.set.query_rows)
+        images, count = result.database_images[:, :depth], len(result.set.query_rows)
         for q in sorted(generator.choice(count, min(queries_per_set, count), replace=False)):
             found = [
-                (
-                    retrieval.rotate(
-                        read_image(data.database.root / data.database.paths[image], size),
-                        int(result.rotations[q, rank]),
-                    ),
-                    bool(result.correct[q, rank]),
-                )
-                for rank, image in enumerate(images[q, :depth])
+                (rotate(picture(data.database, image), int(turn)), bool(correct))
+                for image, turn, correct in zip(images[q], result.rotations[q], result.correct[q])
                 if image >= 0
             ]
-            query = read_image(data.queries.root / data.queries.paths[result.set.query_rows[q]], size)
-            rows.append((query, found, result.set.name))
+            rows.append((picture(data.queries, result.set.query_rows[q]), found, result.set.name))
     return figures.predictions_figure(rows, size) if rows else None

@@ -2,53 +2,50 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
 from datasets.images import read_image
+from retrieval.describe import Failures, ImageFiles, batches_of, evaluating, through
+from retrieval.store import model_fingerprint
 from utils import geo
+from utils.files import replacing
 from utils.precision import autocast
 
 THRESHOLDS_KM = (2500, 750, 200, 25, 1)  # continent, country, region, city, street (paper, sec. 4)
 CROPS = ("one", "ten", "turns")
 
 
-def read_photo(path: str | Path, size: int, fit: str, upright: bool = False) -> torch.Tensor:
+def read_photo(path: str | Path, size: int, fit: str, upright: bool = False) -> Tensor:
     """File -> uint8 (3, size, size): fit "squash" (EarthLoc), or "crop": short side to size, then the middle (CLIP).
     upright: as a viewer shows it (EXIF), see read_image."""
     if fit == "squash":
         return read_image(path, size, upright)
     # Through PIL, as CLIP was trained: torchvision's resize of a tensor is off by up to 13 grey levels at edges.
-    image = transforms.resize(
-        transforms.to_pil_image(read_image(path, upright=upright)), size, transforms.InterpolationMode.BICUBIC
-    )
+    image = transforms.to_pil_image(read_image(path, upright=upright))
+    image = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC)
     return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
 
 
-class PhotoFiles(Dataset):
-    """Paths -> (row, uint8 (3, size, size), error). An unreadable file says so and gives no pixels to use."""
+class PhotoFiles(ImageFiles):
+    """As ImageFiles, each photo made to fit: see `read_photo`."""
 
-    def __init__(self, paths: Sequence, size: int, fit: str, upright: bool = False) -> None:
-        self.paths, self.size, self.fit, self.upright = [str(path) for path in paths], size, fit, upright
+    def __init__(self, paths: Sequence[str | Path], size: int, fit: str, upright: bool = False) -> None:
+        super().__init__(paths, size, upright)
+        self.fit = fit
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> tuple:
-        try:
-            return row, read_photo(self.paths[row], self.size, self.fit, self.upright), ""
-        except (ValueError, OSError) as error:
-            return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error) or type(error).__name__
+    def read(self, path: str) -> Tensor:
+        return read_photo(path, self.size, self.fit, self.upright)
 
 
-def views_of(images: torch.Tensor, size: int, crops: str) -> list[torch.Tensor]:
+def views_of(images: Tensor, size: int, crops: str) -> list[Tensor]:
     """(B, 3, H, W) -> list of (B, 3, size, size) that are embedded and averaged.
 
     "ten": four corners and the middle, mirrored as well (paper's ten-crop). "turns": four rotations, for photos from
@@ -61,10 +58,9 @@ def views_of(images: torch.Tensor, size: int, crops: str) -> list[torch.Tensor]:
     return [images]
 
 
-@torch.inference_mode()
 def embed_photos(
-    model: torch.nn.Module,
-    paths: Sequence,
+    model: nn.Module,
+    paths: Sequence[str | Path],
     batch_size: int = 32,
     num_workers: int = 0,
     device: str | torch.device = "cpu",
@@ -72,42 +68,36 @@ def embed_photos(
     crops: str = "one",
     progress: bool = True,
     upright: bool = False,
-) -> tuple[np.ndarray, list]:
-    """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures: a list of (row, what happened).
+) -> tuple[np.ndarray, Failures]:
+    """Image files -> embeddings (N, 512) float32, NaN rows for failures, and failures.
 
     crops: see `views_of`; the views' embeddings are averaged, which averages their logits. upright: see `read_photo`.
     """
     if crops not in CROPS:
         raise ValueError(f"--crops {crops}: choose one of {', '.join(CROPS)}")
-    device, size = torch.device(device), model.image_encoder.image_size
+    size = model.image_encoder.image_size
     margin = round(size * 8 / 7) if crops == "ten" else size  # 256 for crops of 224
-    loader = DataLoader(
-        PhotoFiles(paths, margin, model.image_encoder.fit, upright),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    was_training = model.training
-    model.eval()
+
+    def forward(images: Tensor):
+        views = views_of(images, size, crops)
+        with autocast(device, precision):
+            return sum(model.embed_images(view) for view in views) / len(views)
+
+    files = PhotoFiles(paths, margin, model.image_encoder.fit, upright)
+    batches = batches_of(np.arange(len(paths)), batch_size)
     embeddings, failures = np.full((len(paths), 512), np.nan, dtype=np.float32), []
-    try:
-        for rows, images, errors in tqdm(loader, desc="embedding photos", disable=not progress, leave=False):
-            images = images.to(device, non_blocking=True).float() / 255
-            total = 0
-            for view in views_of(images, size, crops):
-                with autocast(device, precision):
-                    total = total + model.embed_images(view)
-            embeddings[rows.numpy()] = (total / len(views_of(images[:1], size, crops))).cpu().numpy()
-            failures += [(int(row), error) for row, error in zip(rows, errors) if error]
-    finally:
-        model.train(was_training)
-    embeddings[[row for row, _ in failures]] = np.nan
+    with evaluating(model):
+        for rows, found, failed in through(
+            forward, files, batches, num_workers, device, "embedding photos" if progress else ""
+        ):
+            embeddings[rows] = found
+            failures += failed
     return embeddings, failures
 
 
 @torch.inference_mode()
 def embed_gallery(
-    location_encoder: torch.nn.Module,
+    location_encoder: nn.Module,
     points: np.ndarray,
     device: str | torch.device = "cpu",
     block: int = 4096,
@@ -123,27 +113,20 @@ def embed_gallery(
     return np.concatenate(parts)
 
 
-def fingerprint(location_encoder: torch.nn.Module, points: np.ndarray) -> str:
-    """Weights and gallery -> the name under which the gallery's embeddings are kept."""
-    digest = hashlib.sha256()
-    for key, value in sorted(location_encoder.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().float().numpy().tobytes())
-    digest.update(np.asarray(points, dtype=np.float32).tobytes())
-    return digest.hexdigest()[:32]
-
-
 def cached_gallery(
-    location_encoder: torch.nn.Module,
+    location_encoder: nn.Module,
     points: np.ndarray,
     cache_dir: str | Path | None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> np.ndarray:
-    """As `embed_gallery`, kept in cache_dir/{fingerprint}.npy; None: not kept. A damaged file is made again."""
+    """As `embed_gallery`, kept in cache_dir/{digest of weights and points}.npy; None: not kept. A damaged file is made
+    again."""
     if cache_dir is None:
         return embed_gallery(location_encoder, points, device, progress=progress)
-    path = Path(cache_dir) / f"{fingerprint(location_encoder, points)}.npy"
+    digest = hashlib.sha256(model_fingerprint(location_encoder, 0, "fp32").encode())
+    digest.update(np.asarray(points, dtype=np.float32).tobytes())
+    path = Path(cache_dir) / f"{digest.hexdigest()[:32]}.npy"
     if path.is_file():
         try:
             embeddings = np.load(path, allow_pickle=False)
@@ -154,10 +137,8 @@ def cached_gallery(
         logging.warning(f"{path}: damaged, the gallery is embedded again")
     embeddings = embed_gallery(location_encoder, points, device, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.save(file, embeddings)
-    os.replace(temporary, path)
     return embeddings
 
 
@@ -172,7 +153,7 @@ def locate(
     gallery: np.ndarray,
     scale: float,
     top_k: int = 1,
-    bias: Callable | None = None,
+    bias: Callable[[slice], np.ndarray] | None = None,
     block: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Photo embeddings (Q, 512), gallery embeddings (N, 512), scale -> rows (Q, k) of the gallery and probabilities.
@@ -200,7 +181,7 @@ def locate(
     return rows, probabilities
 
 
-def nadir_bias(nadirs: np.ndarray, points: np.ndarray, radius_km: float) -> Callable:
+def nadir_bias(nadirs: np.ndarray, points: np.ndarray, radius_km: float) -> Callable[[slice], np.ndarray]:
     """For `locate`: only points within radius_km of the photo's nadir. (Q, 2), (N, 2) degrees -> function.
 
     A photo with no such point keeps all of them.
@@ -216,7 +197,7 @@ def nadir_bias(nadirs: np.ndarray, points: np.ndarray, radius_km: float) -> Call
     return bias
 
 
-def accuracy(distances_km: np.ndarray, thresholds: Sequence[int] = THRESHOLDS_KM) -> dict[int, float]:
+def accuracy(distances_km: ArrayLike, thresholds: Sequence[float] = THRESHOLDS_KM) -> dict[float, float]:
     """(Q,) km -> {km: percent of photos not farther off}. Raises ValueError on no photos or NaN."""
     distances_km = np.asarray(distances_km, dtype=np.float64)
     if not len(distances_km):
@@ -226,7 +207,7 @@ def accuracy(distances_km: np.ndarray, thresholds: Sequence[int] = THRESHOLDS_KM
     return {km: 100 * float((distances_km <= km).mean()) for km in thresholds}
 
 
-def accuracy_lines(distances_km: np.ndarray, thresholds: Sequence[int] = THRESHOLDS_KM) -> list[str]:
+def accuracy_lines(distances_km: ArrayLike, thresholds: Sequence[float] = THRESHOLDS_KM) -> list[str]:
     """The log's lines, as their readers parse them: `Accuracy at 2500 km: 67.77`; then the median."""
     lines = [f"Accuracy at {km:g} km: {share:.2f}" for km, share in accuracy(distances_km, thresholds).items()]
     return lines + [f"Median error: {np.median(distances_km):.1f} km"]

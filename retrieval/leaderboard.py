@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from datasets.sets import POINTS_OF_INTEREST
-from retrieval.describe import RANKS
 from retrieval.evaluation import Evaluation
+from retrieval.recall import RANKS
 
 SET_RANKS = (1, 10, 100)  # as the paper's Table 2
 AVERAGES = tuple(f"average R@{k}" for k in RANKS)

@@ -21,7 +21,7 @@ from datasets.nadirs import Nadir
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
 from retrieval.database import Dataset, Index, Places, search_near
-from retrieval.describe import describe_in_order
+from retrieval.describe import Describer
 from utils import geo
 from utils.precision import default_precision, require_device
 
@@ -220,11 +220,11 @@ class Locator:
         self, images: Sequence, nadir_of: Callable[[int], Nadir], top_k: int = 3, kept: DescriptorFile | None = None
     ) -> Iterator[list[Answer]]:
         """images: paths, or uint8 tensors (3, H, W). nadir_of: number of an image -> its Nadir. kept: a file for the
-        photos' descriptors (`kept_descriptors`). Yields the answers of a batch, or where photos are registered of one
+        photos' descriptors (`Describer.file`). Yields the answers of a batch, or where photos are registered of one
         photo, in the order of the images."""
         depth = max(top_k, self.candidates) if self.matcher is not None else top_k
-        described = describe_in_order(self.model, images, rotations=self.places.turns, kept=kept, **self.settings)
-        for numbers, descriptors, failures in described:
+        describer = Describer(self.model, rotations=self.places.turns, upright=True, progress=False, **self.settings)
+        for numbers, descriptors, failures in describer.in_order(images, kept):
             failed = dict(failures)
             nadirs = {number: nadir_of(number) for number in numbers.tolist()}
             readable = np.flatnonzero([number not in failed for number in numbers.tolist()])

@@ -1,7 +1,6 @@
 """What predict.py and predict_geoclip.py share: photos that cannot be read, and places as JSON, CSV and GeoJSON."""
 
 import csv
-import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -10,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import shapely
+from numpy.typing import ArrayLike
 from shapely.geometry import mapping
 
 from utils import geo
-from utils.files import replacing
+from utils.files import replacing_text
 from utils.geo import ring
 from utils.outlines import outlines
 
 
-def readable_rows(paths: Sequence, failures: list) -> list[int]:
+def readable_rows(paths: Sequence, failures: list[tuple[int, str]]) -> np.ndarray:
     """Rows of the paths that are not in failures [(row, what went wrong)], which are logged. Raises ValueError where
     none is left."""
     for _, error in failures:
@@ -38,31 +38,28 @@ def write_predictions(folder: Path, places: Callable[[], Iterable[tuple[dict, np
     (4, 2) degrees, or a point where that is None; longitude first and counter-clockwise, as RFC 7946 wants it. A byte
     of a file name that is no text stands as \\udcXX in all three; json.loads makes it the name again.
     """
-    with replacing(folder / "predictions.json", sync=False) as file:
+    with replacing_text(folder / "predictions.json", sync=False) as file:
         file.writelines(_listed("[\n", (json.dumps(properties) for properties, _ in places()), "\n]\n"))
-    with replacing(folder / "predictions.geojson", sync=False) as file:
+    with replacing_text(folder / "predictions.geojson", sync=False) as file:
         file.writelines(_listed('{"type": "FeatureCollection", "features": [\n', _features(places()), "\n]}\n"))
-    with replacing(folder / "predictions.csv", sync=False) as binary:
-        file = io.TextIOWrapper(binary, newline="", encoding="utf-8", errors="backslashreplace")
+    with replacing_text(folder / "predictions.csv", sync=False) as file:
         writer = None
         for properties, _ in places():
             if writer is None:
                 writer = csv.DictWriter(file, properties.keys())
                 writer.writeheader()
             writer.writerow(properties)
-        file.flush()
-        file.detach()
 
 
 def _listed(begin: str, items: Iterable[str], end: str):
-    """Texts -> bytes of a JSON list, an item a line."""
-    yield begin.encode()
+    """Texts -> pieces of a JSON list, an item a line."""
+    yield begin
     for number, item in enumerate(items):
-        yield (",\n" if number else "").encode() + item.encode()
-    yield end.encode()
+        yield (",\n" if number else "") + item
+    yield end
 
 
-def _features(places: Iterable, block: int = 1000):
+def _features(places: Iterable[tuple], block: int = 1000):
     """Places -> each one's Feature as JSON. Outlines are made for a block at once: one by one they take ten times as
     long as all else."""
     places = iter(places)
@@ -75,6 +72,7 @@ def _features(places: Iterable, block: int = 1000):
 
 
 def point(prediction: dict) -> dict:
+    """-> GeoJSON geometry."""
     return {"type": "Point", "coordinates": [prediction["longitude"], prediction["latitude"]]}
 
 
@@ -83,9 +81,7 @@ def area(footprint: np.ndarray) -> dict:
     return mapping(outlines(footprint)[0])
 
 
-def distances_to_footprints(
-    footprints: np.ndarray, point: tuple[float, float], points_per_edge: int = 16
-) -> np.ndarray:
+def distances_to_footprints(footprints: np.ndarray, point: ArrayLike, points_per_edge: int = 16) -> np.ndarray:
     """footprints (N, 4, 2), point (lat, lon), degrees -> (N,) km to the nearest ground of each, 0 where it lies inside.
 
     Edges are straight in latitude and longitude, as on the map that the database is cut from. Their points are laid

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
+Found = tuple[np.ndarray, np.ndarray]  # scores (Q, k), indices (Q, k)
 SEARCHES = ("exact", "flat", "compressed")
 MIN_COMPRESSED = 5_000  # rows: below that there is nothing to gain, and too little to learn a compression from
 
 
-def make_search(
-    kind: str, database: np.ndarray, device: str | torch.device = "cpu"
-) -> FlatSearch | ExactSearch | CompressedSearch:
+def make_search(kind: str, database: np.ndarray, device: str | torch.device = "cpu") -> Search:
     """One of SEARCHES, database (M, D) float32 or float16, may be a memory map -> an object to search with.
 
     Its search(queries (Q, D), k, rows=None) gives scores (Q, k) and indices (Q, k), best first. rows (m,) restricts it
@@ -41,8 +41,8 @@ def low_precision(device: str | torch.device) -> torch.dtype | None:
 
 
 def search(
-    database: np.ndarray, queries: np.ndarray, k: int, rows: np.ndarray | None = None, block: int = 65536
-) -> tuple[np.ndarray, np.ndarray]:
+    database: np.ndarray, queries: np.ndarray, k: int, rows: ArrayLike | None = None, block: int = 65536
+) -> Found:
     """Exact nearest neighbours in float32: database (M, D), queries (Q, D) -> scores (Q, k), indices (Q, k).
 
     Results, rows and errors as `make_search` says. Works in blocks of database rows, so that a float16 or
@@ -75,7 +75,7 @@ class FlatSearch:
     def __init__(self, database: np.ndarray) -> None:
         self.database = database
 
-    def search(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, rows: ArrayLike | None = None) -> Found:
         return search(self.database, queries, k, rows)
 
 
@@ -111,7 +111,7 @@ class ExactSearch:
             self.longest = max(self.longest, float(norms[np.isfinite(norms)].max(initial=0)))
             self.vectors[start : start + block] = torch.from_numpy(part).to(device, dtype)
 
-    def search(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, rows: ArrayLike | None = None) -> Found:
         """As `make_search` says."""
         queries = _as_queries(queries, self.database.shape[1])
         rows = None if rows is None else np.ascontiguousarray(rows, dtype=np.int64)
@@ -158,7 +158,7 @@ class ExactSearch:
             where = where.gather(1, order)
         return best.cpu().numpy(), where.cpu().numpy()
 
-    def _error(self, queries: np.ndarray, low: torch.Tensor):
+    def _error(self, queries: np.ndarray, low: np.ndarray):
         """How far a low-precision score can be off -> (Q,).
 
         Rounding the score: half a unit in its last place. Rounding the factors: each product is off by a relative
@@ -227,7 +227,7 @@ class CompressedSearch:
 
         return faiss.serialize_index(self.index).nbytes + 4 * (self.axes.numel() + self.mean.numel())
 
-    def search(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, rows: ArrayLike | None = None) -> Found:
         """As `make_search` says, but that neighbours may be missed."""
         import faiss
 
@@ -257,11 +257,14 @@ class CompressedSearch:
         return _best(scores, found, k)
 
 
+Search = FlatSearch | ExactSearch | CompressedSearch
+
+
 class _Rescore:
     """Inner products in float32 with some rows of the database. The buffers are used again for each query: fresh
     memory for each costs many times the arithmetic, and torch widens float16 several times as fast as numpy."""
 
-    def __init__(self, database: np.ndarray, rows: np.ndarray | None) -> None:
+    def __init__(self, database: np.ndarray, rows: int) -> None:
         self.database = database
         self.stored = np.empty((rows, database.shape[1]), database.dtype)
         self.wide = torch.empty(rows, database.shape[1])

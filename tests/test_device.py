@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ from models.geoclip import GeoCLIP, GeoClipConfig
 from models.image_encoder import BackboneEncoder
 from retrieval.clustering import kmeans
 from retrieval.search import ExactSearch
+from utils import distributed
 from utils.precision import autocast
 from utils.runs import Run, make_optimizer
 
@@ -211,9 +213,7 @@ def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggr
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
         neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), labels)
         for _ in range(2):
-            loss, norm, descriptors = train.update(
-                run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, GPU, precision
-            )
+            loss, norm, descriptors = train.update(run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, precision)
     handle.remove()
     assert set(kinds) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert run.iteration == 2 and loss.device == norm.device == descriptors.device == GPU
@@ -248,6 +248,31 @@ def test_whitening_computes_on_the_gpu(looks):
     features = model.train().aggregate(torch.rand(16, 3, 48, 48).to(GPU))
     assert model.whiten_(features, generator=torch.Generator().manual_seed(0)) == 16
     assert model.fc.weight.device == model.fc.bias.device == GPU and model.fc.weight.shape == (4096, 4096)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_batchnorm_of_several_gpus_is_torchs(gpu, backbone):
+    """On CPUs it is ours. Names and weights stay, and what freezes and folds a BatchNorm2d still finds it."""
+    config = ModelConfig(backbone, descriptor_dim=32, image_size=48, frozen_batchnorm="adapt")
+    model = to_gpu(EarthLoc(config))
+    before = [(name, each.data_ptr()) for name, each in model.state_dict().items()]
+    norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
+    distributed.use_global_batchnorm(model.train())
+    assert len(norms) > 10 and all(isinstance(each, nn.SyncBatchNorm) and each.training for each in norms)
+    assert before == [(name, each.data_ptr()) for name, each in model.state_dict().items()]
+    own = distributed.use_global_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    assert isinstance(own[0], distributed.GlobalBatchNorm) and not isinstance(own[0], nn.SyncBatchNorm)
+
+
+def test_torchs_batchnorm_ends_with_the_activation_of_timms():
+    """In one process it needs no GPU."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(8, 3, 5, 5), BatchNormAct2d(3)
+    expected = layer(x), layer.eval()(x)
+    layer.reset_running_stats()
+    layer.train().__class__ = distributed.SyncBatchNorm
+    assert torch.equal(layer(x), expected[0]) and (expected[0] >= 0).all()
+    assert torch.equal(layer.eval()(x), expected[1])
 
 
 def test_geoclip_computes_on_the_gpu(looks):

@@ -25,7 +25,7 @@ from augmentations.year_wise import Augmentation
 from losses.multi_similarity import MultiSimilarityLoss
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
-from retrieval.describe import describe
+from retrieval.describe import Describer
 from utils import distributed
 from utils.arguments import run as run_script
 from utils.checkpoint import load_checkpoint
@@ -115,14 +115,7 @@ def one_update(_, wrong=None):
     try:
         run = Run(model, make_optimizer(model, 1e-3), network=network)
         loss, *_ = train.update(
-            run,
-            views[mine].flatten(0, 1),
-            labels,
-            neutral,
-            MultiSimilarityLoss(base=0.5),
-            1e-3,
-            torch.device("cpu"),
-            "fp32",
+            run, views[mine].flatten(0, 1), labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3, "fp32"
         )
     finally:
         train.distributed = before
@@ -192,7 +185,7 @@ def halves(_, resumed):
             before, run = run, start()
             run.model.load_state_dict(before.model.state_dict())
             run.optimizer.load_state_dict(before.optimizer.state_dict())
-        train.update(run, views, labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3, torch.device("cpu"), "fp32")
+        train.update(run, views, labels, neutral, MultiSimilarityLoss(base=0.5), 1e-3, "fp32")
     assert not any(key.startswith("module.") for key in run.model.state_dict())
     return torch.cat([each.flatten().double() for each in run.model.state_dict().values()]).numpy()
 
@@ -216,7 +209,7 @@ def test_descriptors_are_the_same_bits_without_padding(world, tmp_path, count):
     model = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 8, 32))
 
     def body(_):
-        return describe(model, files, 32, batch_size=2, rotations=(0, 90), progress=False)
+        return Describer(model, 32, batch_size=2, rotations=(0, 90), progress=False)(files)
 
     expected, failures = body(0)
     for found, failed in spawn(body, 3):

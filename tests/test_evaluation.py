@@ -14,8 +14,9 @@ from datasets import sets
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import Positives
 from retrieval import evaluation
-from retrieval.describe import orientation_error
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import Descriptors
+from retrieval.recall import orientation_error
 from utils import geo
 
 QUERY = "ISS001-E-{:05d}"
@@ -253,7 +254,7 @@ def test_from_files_to_recalls_with_unreadable_images(tmp_path):
     }
     torch.save(listed, tmp_path / sets.INTERSECTIONS_FILE)
 
-    result = evaluation.evaluate(Quadrants(), sets.load_evaluation_data(tmp_path), 32, progress=False)
+    result = evaluation.evaluate(Describer(Quadrants(), 32, rotations=ROTATIONS), sets.load_evaluation_data(tmp_path))
     texas = result["Texas"]
     found = result.data.database.paths[texas.database_images[0, 0]]
     assert [result.data.queries.paths[row] for row in texas.set.query_rows] == [data.queries.paths[1]]
@@ -265,7 +266,7 @@ def test_from_files_to_recalls_with_unreadable_images(tmp_path):
     query, first, second = (sheet[32 : 32 + 108, 10 + 138 * column :][:, :128] for column in range(3))
     assert np.abs(query - first).mean() < 3 < 20 < np.abs(query - second).mean()
 
-    plain = evaluation.evaluate(Quadrants(), sets.load_evaluation_data(tmp_path), 32, rotations=(0,), progress=False)
+    plain = evaluation.evaluate(Describer(Quadrants(), 32), sets.load_evaluation_data(tmp_path))
     assert plain["Texas"].orientation is None and not any("Distinct" in line for line in plain.lines())
 
 

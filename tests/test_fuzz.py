@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from datasets.names import CORNER_FIELDS, ImageName
 from datasets.overlap import degenerate, intersections, share_ground
-from retrieval.describe import first_of_each, is_correct, recall_at, search
+from retrieval.recall import first_of_each, is_correct, recall_at
+from retrieval.search import search
 from utils import geo
 
 PROFILE = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -86,10 +86,11 @@ def recorded(world, folder, flags):
         seen.updates.append(SimpleNamespace(views=views, labels=labels, fc=run.model.fc.weight.detach().clone()))
         return update(run, views, labels, neutral, *rest)
 
-    def recording_clusters(model, regions, *args):
-        descriptors = describe(model, regions)
-        seen.clusters.append(SimpleNamespace(descriptors=descriptors, rows=make_clusters(model, regions, *args)))
-        return seen.clusters[-1].rows
+    def recording_clusters(describer, regions, *args):
+        rows = make_clusters(describer, regions, *args)
+        if len(rows) > 1:
+            seen.clusters.append(SimpleNamespace(descriptors=describe(describer.model, regions), rows=rows))
+        return rows
 
     whiten, update, make_clusters = (train.whiten, train.update, train.make_clusters)
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.groups.append(optimizer.param_groups[0]["lr"]))
@@ -248,8 +249,8 @@ def geoclip(world, tmp_path_factory):
             run.model.logit_scale.fill_(math.log(100) + 1)
         return run
 
-    def recording_update(run, views, points, candidates, *rest):
-        result = update(run, views, points, candidates, *rest)
+    def recording_update(run, lr, views, points, candidates, *rest):
+        result = update(run, lr, views, points, candidates, *rest)
         scale = run.model.logit_scale.item()
         seen.updates.append(SimpleNamespace(points=points, candidates=candidates, scale=scale))
         return result

@@ -19,7 +19,8 @@ import torch
 
 import train
 from datasets.batches import Batches
-from retrieval import clustering, evaluation, reclustering
+from datasets.regions import Regions
+from retrieval import clustering, evaluation
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.runs import Run
 from utils.signals import EXIT_CODE, Stop, Stopped
@@ -131,7 +132,7 @@ SEAMS = {
     "validate": (train, "validate"),
     "score": (evaluation, "score_set"),
     "cluster": (train, "make_clusters"),
-    "describe": (reclustering, "describe"),
+    "describe": (Regions, "files"),
     "k-means": (clustering, "faiss_kmeans"),
     "load": (Batches, "__getitem__"),
     "save": (torch, "save"),

@@ -1,13 +1,15 @@
 """Descriptors kept on disk: described once, safe against kills, changed files, other models and broken files."""
 
-import json
+import errno
 import logging
 import os
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from datasets.sets import load_evaluation_data, read_database
 from models.earthloc import ModelConfig, build_model
 from retrieval import describe as retrieval
 from retrieval import store as descriptors
+from retrieval.describe import Describer
+from retrieval.search import SEARCHES, make_search
 from utils.checkpoint import save_checkpoint
 
 COMMON = dict(image_size=16, batch_size=2, progress=False, rotations=(0, 90))
@@ -61,19 +65,21 @@ def paths(count=9):
 
 
 def plain(root, names, model=None):
-    return retrieval.describe(model or Counting(), [root / name for name in names], **COMMON)[0]
+    return Describer(model or Counting(), **COMMON)([root / name for name in names])[0]
 
 
 def keep(root, names, model, folder=None, **more):
-    values, failures = retrieval.describe_kept(folder or root.parent / "kept", model, root, names, **COMMON, **more)
+    values, failures = Describer(model, **COMMON).kept(folder or root.parent / "kept", root, names, **more)
     return np.array(values), [row for row, _ in failures]
 
 
 def stored(root):
     """The files of vectors, each with its marks beside it."""
-    files = sorted((root.parent / "kept").iterdir())
-    assert files[1::2] == [path.with_suffix(".marks") for path in files[::2]]
-    return files[::2]
+    files = set((root.parent / "kept").iterdir())
+    vectors = sorted(path for path in files if path.suffix == ".f16")
+    marks = {path.with_suffix(".marks") for path in vectors}
+    assert files - marks - set(vectors) <= {Path(f"{path}-journal") for path in marks}  # after a kill
+    return vectors
 
 
 def same(kept, expected):
@@ -93,8 +99,6 @@ def test_kept_is_float16_of_what_describe_returns_and_nothing_is_described_twice
     second, failed = keep(root, paths(), again)
     assert np.array_equal(first, second, equal_nan=True) and failed == [5]
     assert again.images == ONE + 2 * 1  # the broken image is tried again, no other
-    header = json.loads(stored(root)[0].open("rb").read(4096))
-    assert header["dim"] == 6 and header["rotations"] == [0, 90]
 
 
 def test_a_run_that_fails_in_the_middle_goes_on_where_it_was(root):
@@ -110,13 +114,13 @@ KILLED = """
 import os, signal, sys, time, torch
 sys.path.insert(0, os.getcwd())
 from tests.test_store import COMMON, Counting, paths
-from retrieval import describe as retrieval
+from retrieval.describe import Describer
 class Dies(Counting):
     def forward(self, images):
         if self.images >= 1 + 2 * 6:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(images)
-retrieval.describe_kept(sys.argv[2], Dies(), sys.argv[1], paths(), **COMMON, commit_every=0)
+Describer(Dies(), **COMMON).kept(sys.argv[2], sys.argv[1], paths(), commit_every=0)
 """
 
 
@@ -124,12 +128,11 @@ def test_a_killed_run_goes_on_where_it_was(root):
     folder = root.parent / "kept"
     code = subprocess.run([sys.executable, "-c", KILLED, root, folder], capture_output=True, text=True)
     assert code.returncode == -signal.SIGKILL, code.stderr
-    left = sorted(folder.iterdir())
-    assert [path.suffix for path in left] == [".f16", ".marks"]
+    left = stored(root)
     # The class's name is in the fingerprint: this test's model is to find the killed one's file.
     model = type("Dies", (Counting,), {})()
     values, _ = keep(root, paths(), model)
-    assert sorted(folder.iterdir()) == left
+    assert stored(root) == left
     assert same(values, plain(root, paths())) and model.images == ONE + 2 * 4  # 0 … 4 were kept, 5 is no image
 
 
@@ -137,11 +140,13 @@ def test_descriptors_without_their_mark_or_with_another_checksum_are_not_trusted
     names = paths(5)
     first, _ = keep(root, names, Counting())
     (path,) = stored(root)
-    marks = np.memmap(path.with_suffix(".marks"), descriptors.MARK, "r+", 4096)
-    vectors = np.memmap(path, np.float16, "r+", 4096).reshape(-1, 6)
-    vectors[int(marks["first"][3] + marks["step"][3]), 2] += 1  # the second rotation: a bit that flipped
-    marks["image"][0] = 0  # killed between the descriptors and their mark
-    vectors.flush(), marks.flush()
+    vectors = np.memmap(path, np.float16, "r+").reshape(-1, 6)
+    with closing(sqlite3.connect(path.with_suffix(".marks"))) as marks:
+        rows = marks.execute("SELECT path, first, step FROM images ORDER BY first").fetchall()
+        vectors[rows[3][1] + rows[3][2], 2] += 1  # the second rotation: a bit that flipped
+        marks.execute("UPDATE images SET image = 0 WHERE path = ?", rows[0][:1])  # killed before the mark
+        marks.commit()
+    vectors.flush()
     model = Counting()
     second, _ = keep(root, names, model)
     assert np.array_equal(first, second) and model.images == ONE + 2 * 2
@@ -195,25 +200,30 @@ def test_the_fingerprint_counts_all_that_changes_a_descriptor():
     assert descriptors.model_fingerprint(Counting().bfloat16(), 16, "fp32") != prints[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other model"])
-def test_a_broken_file_is_described_anew_with_a_line(root, damage, caplog):
+@pytest.mark.parametrize(
+    "suffix, damage, lost",
+    [
+        (".f16", lambda whole: whole[:-3], 1),
+        (".f16", lambda whole: b"\xff" * len(whole), 4),
+        (".f16", lambda whole: b"", 4),
+        (".marks", lambda whole: whole[:3000], 4),
+        (".marks", lambda whole: b"\xff" * len(whole), 4),
+        (".marks", lambda whole: b"", 4),
+    ],
+)
+def test_what_is_broken_is_described_anew_with_a_line(root, suffix, damage, lost, caplog):
     caplog.set_level(logging.INFO)
     first, _ = keep(root, paths(4), Counting())
-    (path,) = stored(root)
-    whole = path.read_bytes()
-    header = json.loads(whole[:4096])
-    path.write_bytes(
-        {
-            "truncated": whole[:-3],
-            "garbage": b"\xff" * len(whole),
-            "empty": b"",
-            "other model": json.dumps({**header, "model": "0" * 64}).encode().ljust(4096) + whole[4096:],
-        }[damage]
-    )
+    path = stored(root)[0].with_suffix(suffix)
+    path.write_bytes(damage(path.read_bytes()))
+    caplog.clear()
     model = Counting()
     second, _ = keep(root, paths(4), model)
-    assert np.array_equal(first, second) and model.images == ONE + 2 * 4
-    assert "described anew" in caplog.text
+    assert np.array_equal(first, second) and model.images == ONE + 2 * lost
+    assert f"{4 - lost} of 4 images are described" in caplog.text
+    assert ("described anew" in caplog.text) == (
+        suffix == ".marks" and len(path.read_bytes()) > 0 and damage(b"1") != b""
+    )
 
 
 def test_no_images_and_no_room(root, monkeypatch):
@@ -222,9 +232,18 @@ def test_no_images_and_no_room(root, monkeypatch):
     (root.parent / "file").touch()
     with pytest.raises(ValueError, match="file: is a file or lies in one; give a folder"):
         keep(root, paths(4), Counting(), root.parent / "file")
-    monkeypatch.setattr(descriptors.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match="GB for the descriptors; give --descriptors a folder on another disk"):
-        keep(root, paths(4), Counting())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(
+            ValueError, match="no room .No space left.* GB of descriptors; give --descriptors a folder on another"
+        ):
+            keep(root, paths(4), Counting())
+    model = Counting()  # once there is room, nothing of that is left
+    assert same(keep(root, paths(4), model)[0], plain(root, paths(4))) and model.images == ONE + 2 * 4
 
 
 def test_a_diverged_model_is_not_kept(root):
@@ -245,8 +264,7 @@ def test_lists_that_overlap_share_a_file_and_each_finds_its_own(root):
         values, _ = keep(root, some, model)
         assert same(values, plain(root, some)) and model.images == ONE + 2 * fresh
     (path,) = stored(root)
-    assert path.stat().st_size == 4096 + 8 * 2 * 6 * 2  # no image twice
-    assert path.with_suffix(".marks").stat().st_size == 4096 + 8 * 32
+    assert path.stat().st_size == 8 * 2 * 6 * 2  # no image twice
 
 
 def test_only_the_wanted_are_looked_at(root, monkeypatch):
@@ -265,7 +283,7 @@ def test_only_the_wanted_are_looked_at(root, monkeypatch):
         ),
     )
     model = Counting()
-    values, _ = retrieval.describe_kept(root.parent / "kept", model, root, names, **COMMON, wanted=[1, 4, 7])
+    values, _ = Describer(model, **COMMON).kept(root.parent / "kept", root, names, wanted=[1, 4, 7])
     assert {each for each in looked if isinstance(each, str)} == {"1.png", "4.png", "8.png"}
     assert [each for each in looked if isinstance(each, int)] == [2, 1]  # two of the file, and a new one
     assert model.images == ONE + 2 and values.shape == (2, 8, 6)
@@ -274,27 +292,25 @@ def test_only_the_wanted_are_looked_at(root, monkeypatch):
         values[:, 0]
 
 
-def test_room_that_a_killed_run_left_is_used_by_the_next(root):
+def test_room_that_a_failed_run_left_is_used_by_the_next(root):
     with pytest.raises(RuntimeError, match="out of memory"):
         keep(root, paths(4), Counting(fail_after=ONE + 2 * 2))
     (path,) = stored(root)
-    size = path.stat().st_size
-    values, _ = keep(root, ["7.png", "8.png"], Counting())
-    assert same(values, plain(root, ["7.png", "8.png"])) and path.stat().st_size == size
+    keep(root, ["7.png", "8.png"], Counting())
     model = Counting()
     values, _ = keep(root, paths(5), model)
     assert same(values, plain(root, paths(5))) and model.images == ONE + 2 * 3
-    assert path.stat().st_size == 4096 + 7 * 2 * 6 * 2
+    assert path.stat().st_size == 7 * 2 * 6 * 2
 
 
-def test_marks_that_point_to_the_same_vectors_are_not_trusted(root, caplog):
-    caplog.set_level(logging.INFO)
-    first, _ = keep(root, paths(4), Counting())
-    (path,) = stored(root)
-    np.memmap(path.with_suffix(".marks"), descriptors.MARK, "r+", 4096)["first"][2] -= 1
+def test_an_image_given_twice_has_one_place(root):
     model = Counting()
-    assert np.array_equal(keep(root, paths(4), model)[0], first) and model.images == ONE + 2 * 4
-    assert "described anew" in caplog.text
+    names = ["1.png", "2.png", "1.png"]
+    assert same(keep(root, names, model)[0], plain(root, names))
+    (path,) = stored(root)
+    assert path.stat().st_size == 2 * 2 * 6 * 2
+    keep(root, names, model)
+    assert model.images == 2 * ONE + 2 * 3
 
 
 WAITS = """
@@ -302,7 +318,7 @@ import logging, os, sys, time
 sys.path.insert(0, os.getcwd())
 from pathlib import Path
 from tests.test_store import COMMON, Counting
-from retrieval import describe as retrieval
+from retrieval.describe import Describer
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 root, folder, gate, *names = sys.argv[1:]
 class Slow(Counting):
@@ -312,7 +328,7 @@ class Slow(Counting):
             sys.stdin.readline()
         return super().forward(images)
 model = Slow()
-retrieval.describe_kept(folder, model, root, names, **COMMON, commit_every=0)
+Describer(model, **COMMON).kept(folder, root, names, commit_every=0)
 print("described", (model.images - 1) // 2, flush=True)
 """
 
@@ -348,38 +364,31 @@ def test_files_of_other_models_are_listed_and_removed_if_asked(root, caplog):
     folder = root.parent / "kept"
     for seed in (0, 1, 2):
         keep(root, paths(3), Counting(seed))
-    mine, other, busy = (descriptors.model_fingerprint(Counting(seed), 16, "fp32") for seed in (0, 1, 2))
-    ours = {seed: folder / descriptors.file_name(root, each, (0, 90)) for seed, each in enumerate((mine, other, busy))}
-    earlier = json.dumps({"format": "earthloc descriptors 1", "model": mine}).encode().ljust(4096)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    alive, dead, old = (folder / name for name in (f"a.f16.{os.getpid()}.tmp", f"a.f16.{ended.pid}.tmp", "a.f16"))
-    for path in (alive, dead):
-        path.write_bytes(earlier)
-    old.write_bytes(earlier.replace(mine.encode(), other.encode()))
-    foreign = [folder / "notes.f16", folder / "notes.txt", folder / "b.marks", folder / f"b.f16.{ended.pid}.tmp"]
+    mine, other, busy = (
+        folder / descriptors.file_name(descriptors.place_name(root), Describer(Counting(seed), 16).fingerprint, (0, 90))
+        for seed in (0, 1, 2)
+    )
+    foreign = [folder / "notes.f16", folder / "notes.txt", folder / "b.marks", other.with_suffix(".txt")]
     for path in foreign:
-        path.write_text('{"format": "mine"}')
-    (root / "elsewhere.f16").write_bytes(earlier.replace(mine.encode(), other.encode()))
-    (folder / "link.f16").symlink_to(root / "elsewhere.f16")
-    everything = set(folder.iterdir())
+        path.write_text("mine")
+    (root / "elsewhere.f16").write_text("mine")
+    (folder / f"a_{'0' * 16}_0.f16").symlink_to(root / "elsewhere.f16")
+    everything, fingerprint = set(folder.iterdir()), Describer(Counting(), 16).fingerprint
 
-    descriptors.tidy(folder, mine)
-    assert set(folder.iterdir()) == everything - {dead}
-    assert f"removed 1 files (0.00 GB) left behind by a run that was killed: {dead}" in caplog.text
-    assert f"{folder}: 5 files (0.00 GB) of other models; --forget_descriptors removes them" in caplog.text
-    with descriptors._locked(ours[2].with_suffix(".marks")):
-        descriptors.tidy(folder, mine, forget=True)
-    gone = {dead, old, ours[1], ours[1].with_suffix(".marks")}
-    assert set(folder.iterdir()) == everything - gone
-    assert all(str(path) in caplog.text for path in gone) and "kept, another process describes into" in caplog.text
-    descriptors.tidy(folder / "none", mine, forget=True)
+    descriptors.tidy(folder, fingerprint)
+    assert set(folder.iterdir()) == everything and mine in everything
+    assert f"{folder}: 2 files (0.00 GB) of other models; --forget_descriptors removes them" in caplog.text
+    with descriptors._locked(busy.with_suffix(".marks")):
+        descriptors.tidy(folder, fingerprint, forget=True)
+    assert set(folder.iterdir()) == everything - {other, other.with_suffix(".marks")}
+    assert f"removed {other}" in caplog.text and f"{busy}: kept, another process describes into it" in caplog.text
+    descriptors.tidy(folder / "none", fingerprint, forget=True)
     model = Counting()
     keep(root, paths(3), model)
     assert model.images == ONE
 
 
-@pytest.mark.parametrize("kind", retrieval.SEARCHES)
+@pytest.mark.parametrize("kind", SEARCHES)
 def test_the_searches_read_kept_descriptors_where_they_lie(kind, tmp_path, monkeypatch):
     """Rows of a memory map in any order give what a copy of them gives; the map is never read whole."""
     rng = np.random.default_rng(0)
@@ -391,9 +400,9 @@ def test_the_searches_read_kept_descriptors_where_they_lie(kind, tmp_path, monke
     flat, copied = kept.reshape(8000, 8), vectors[index].reshape(8000, 8)
     assert np.shares_memory(flat.vectors, vectors) and np.array_equal(np.asarray(flat, dtype=np.float32), copied)
     queries, rows = rng.normal(size=(5, 8)).astype(np.float32), rng.permutation(8000)[:6000]
-    expected = [retrieval.make_search(kind, copied).search(queries, 30, each) for each in (None, rows)]
+    expected = [make_search(kind, copied).search(queries, 30, each) for each in (None, rows)]
     monkeypatch.setattr(descriptors.Rows, "__array__", None)
-    search = retrieval.make_search(kind, flat)
+    search = make_search(kind, flat)
     for each, right in zip((None, rows), expected):
         found = search.search(queries, 30, each)
         assert np.array_equal(found[0], right[0]) and np.array_equal(found[1], right[1])

@@ -9,38 +9,34 @@ from pathlib import Path
 
 import torch
 
+from utils.files import replacing
+
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
-def save_checkpoint(path, state, previous=None):
+def save_checkpoint(path: str | Path, state: dict, previous: str | None = None) -> None:
     """state: a dict of tensors and plain values. The old file stays until the new one is whole.
 
     previous: a name under which the old file is kept after that. Raises OSError naming the file where it cannot be
     written (a full disk); the old file is untouched then.
     """
     path = Path(path)
-    temporary = path.with_suffix(f"{path.suffix}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
+            if previous and path.exists():
+                keep(path, path.with_name(previous))
+    except (OSError, RuntimeError) as error:
         # torch wraps what the file says in errors of its own.
         cause = next((each for each in (error, error.__context__, error.__cause__) if isinstance(each, OSError)), error)
         raise OSError(
             f"{path}: not written ({cause}); the checkpoints from before are untouched. Free some space and "
             f"go on with --resume {path.parent}"
         ) from error
-    if previous and path.exists():
-        keep(path, path.with_name(previous))
-    os.replace(temporary, path)
 
 
-def keep(path, copy):
+def keep(path: Path, copy: Path) -> None:
     """Gives the file a second name, in place of what had it. At no moment is either of them half a file."""
     temporary = copy.with_suffix(f"{copy.suffix}.tmp")
     temporary.unlink(missing_ok=True)
@@ -53,7 +49,7 @@ def keep(path, copy):
     temporary.unlink(missing_ok=True)  # still there if both were the same file
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: str | Path) -> dict:
     """File -> {"model": state dict, …}; a bare state dict is put under "model".
 
     Raises FileNotFoundError or ValueError naming the file: missing, truncated, changed, or holding more than tensors.
@@ -67,7 +63,7 @@ def load_checkpoint(path):
     return loaded if "model" in loaded else {"model": loaded}
 
 
-def require_checksums(path):
+def require_checksums(path: str | Path) -> None:
     """Raises ValueError where a part of the file is not what was written. torch.save writes checksums, but torch.load
     does not look at them: one flipped bit would be one wrong weight. Files in its older format have none."""
     if zipfile.is_zipfile(path):
@@ -79,7 +75,7 @@ def require_checksums(path):
             )
 
 
-def newest_checkpoint(place):
+def newest_checkpoint(place: str | Path) -> tuple[Path, dict]:
     """A run's folder, a folder of runs, or a file -> path and content of the newest whole checkpoint to go on with.
 
     In a run's folder that is last.pt, or previous.pt where last.pt is damaged (a line says so); of several runs, named

@@ -7,26 +7,31 @@ single process.
 
 import os
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
 
-def rank():
+
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
-def processes(device, timeout):
+def processes(device: torch.device, timeout: float) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, and leaves them at the end -> this one's device.
 
     timeout: seconds after which a process gives up on one that does not answer. gloo carries what lies in main memory,
@@ -50,7 +55,7 @@ def processes(device, timeout):
     dist.destroy_process_group()  # not after an error: the others see that this process is gone, and leave as well
 
 
-def part(count):
+def part(count: int) -> slice:
     """This rank's slice of `count` rows. Raises ValueError where they cannot be shared equally."""
     if count % world():
         raise ValueError(
@@ -63,25 +68,25 @@ def part(count):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values):
+    def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
         ctx.rows = len(values)
         parts = [torch.empty_like(values) for _ in range(world())]
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
-def gather(values):
+def gather(values: Tensor) -> Tensor:
     """(N, …) with the same N on every rank -> (world × N, …) in the order of ranks, with gradient to every rank."""
     return _Gather.apply(values.contiguous()) if world() > 1 else values
 
 
-def gather_objects(value):
+def gather_objects(value: object) -> list:
     """-> list of every rank's plain value."""
     if world() == 1:
         return [value]
@@ -90,7 +95,7 @@ def gather_objects(value):
     return values
 
 
-def gather_objects_if(value):
+def gather_objects_if(value: object) -> list:
     """As gather_objects, but [] and hardly any traffic while all of them are false."""
     some = torch.tensor(int(bool(value)))
     if world() > 1:
@@ -98,7 +103,7 @@ def gather_objects_if(value):
     return gather_objects(value) if some else []
 
 
-def from_first(make):
+def from_first(make: Callable[[], T]) -> T:
     """make() on rank 0 alone -> its plain value on every rank. What goes wrong there is raised on every rank."""
     if world() == 1:
         return make()
@@ -114,19 +119,17 @@ def from_first(make):
     return result[0]
 
 
-def gather_parts(own, counts):
+def gather_parts(own: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """own (counts[rank], D) on the CPU, any count on each rank -> every rank's, a list, without padding."""
-    parts = [
-        own if each == rank() else torch.empty(count, *own.shape[1:], dtype=own.dtype)
-        for each, count in enumerate(counts)
-    ]
+    parts = [torch.empty(count, *own.shape[1:], dtype=own.dtype) for count in counts]
+    parts[rank()] = own
     for source, values in enumerate(parts):
         if len(values) and world() > 1:
             dist.broadcast(values, src=source)
     return parts
 
 
-def wrap(model):
+def wrap(model: nn.Module) -> nn.Module:
     """-> what to call in place of the model in training: torch's DistributedDataParallel, with BatchNorm over the whole
     batch; the model itself in a single process. The parameters are the model's, which is what to save and to validate.
     """
@@ -139,7 +142,7 @@ def wrap(model):
     return DistributedDataParallel(use_global_batchnorm(model), broadcast_buffers=False, find_unused_parameters=True)
 
 
-def average_gradients(parameters):
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replaces the gradients by their mean over the ranks, added in one fixed order."""
     gradients = [each.grad for each in parameters if each.grad is not None]
     if world() == 1 or not gradients:
@@ -152,16 +155,12 @@ def average_gradients(parameters):
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the whole batch of all ranks, on any device (torch's SyncBatchNorm knows GPUs only).
+    """BatchNorm over the whole batch of all ranks, on CPUs: torch's own SyncBatchNorm knows GPUs only."""
 
-    It takes the place of a timm layer that ends with an activation, too.
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self, self.normalise(x) if self.training else super().forward(x))
 
-    def forward(self, x):
-        x = self.normalise(x) if self.training else super().forward(x)
-        return self.act(self.drop(x)) if hasattr(self, "act") else x
-
-    def normalise(self, x):
+    def normalise(self, x: Tensor) -> Tensor:
         """(B, C, H, W) of this rank -> the same, by mean and variance of all ranks' rows, which move the averages."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
@@ -177,10 +176,23 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return (wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-def use_global_batchnorm(model):
-    """Makes every BatchNorm of the model global; names and values stay. Does nothing in a single process."""
-    if world() > 1:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.__class__ = GlobalBatchNorm
+class SyncBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
+    """torch's own, which stays a BatchNorm2d: what folds and freezes those knows it."""
+
+    process_group = None  # all ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self, super().forward(x))
+
+
+def activated(layer: nn.Module, x: Tensor) -> Tensor:
+    """What timm's BatchNorm does after it has normalised; torch's does nothing."""
+    return layer.act(layer.drop(x)) if hasattr(layer, "act") else x
+
+
+def use_global_batchnorm(model: nn.Module) -> nn.Module:
+    """Makes every BatchNorm2d of the model global, by the device it is on; names and values stay."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm if module.weight.is_cuda else GlobalBatchNorm
     return model

@@ -1,23 +1,25 @@
 """Pictures: a batch after augmentation, clusters, queries with their predictions, recall over iterations."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 GREEN, RED = (30, 160, 60), (210, 40, 40)
 
 
-def save(image, path):
+def save(image: Image.Image, path: str | Path) -> None:
     """PIL image -> file, in a folder that is made if it is missing. The suffix picks the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=90)
 
 
-def to_picture(image, size):
+def to_picture(image: Tensor | np.ndarray, size: int) -> Image.Image:
     """(3, H, W) uint8, or float in [0, 1] -> PIL image, size × size."""
     image = torch.as_tensor(image)
     if image.is_floating_point():
@@ -26,7 +28,16 @@ def to_picture(image, size):
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
 
 
-def mosaic(cells, size=128, gap=4, column_titles=(), row_titles=(), captions=None, frames=None, wide_gap_after=()):
+def mosaic(
+    cells: list[list],
+    size: int = 128,
+    gap: int = 4,
+    column_titles: Sequence = (),
+    row_titles: Sequence = (),
+    captions: list[list] | None = None,
+    frames: list[list] | None = None,
+    wide_gap_after: Sequence[int] = (),
+) -> Image.Image:
     """Rows of (3, H, W) images (None: an empty cell) -> PIL image.
 
     For each cell: captions, a text over its lower edge, and frames, a colour drawn in the gap around it; or None.
@@ -65,7 +76,7 @@ def mosaic(cells, size=128, gap=4, column_titles=(), row_titles=(), captions=Non
     return sheet
 
 
-def batch_figure(views, years=(), size=128):
+def batch_figure(views: Tensor | np.ndarray, years: Sequence = (), size: int = 128) -> Image.Image:
     """A batch as the model sees it (paper, Fig. 15): views (R, Y, 3, H, W) -> PIL image, two regions a row.
 
     Each half row is one region's quadruplet, each column one year with its shared augmentation.
@@ -79,12 +90,12 @@ def batch_figure(views, years=(), size=128):
     return mosaic(rows, size, column_titles=list(years) * 2, wide_gap_after=(count - 1,))
 
 
-def clusters_figure(clusters, titles=(), size=128):
+def clusters_figure(clusters: Sequence[Sequence], titles: Sequence = (), size: int = 128) -> Image.Image:
     """One cluster a row (paper, Fig. 14): a list of lists of (3, H, W) images -> PIL image."""
     return mosaic([list(cluster) for cluster in clusters], size, row_titles=titles)
 
 
-def predictions_figure(rows, size=160, groups=2):
+def predictions_figure(rows: Sequence[tuple], size: int = 160, groups: int = 2) -> Image.Image:
     """Queries and what was found (paper, Figs. 7 and 13) -> PIL image.
 
     rows: a list of (query image, [(image, correct), …], title), images (3, H, W) and already turned as they matched;
@@ -109,7 +120,7 @@ def predictions_figure(rows, size=160, groups=2):
     return mosaic(cells, size, gap=10, column_titles=titles, captions=captions, frames=frames, wide_gap_after=wide)
 
 
-def curve_figure(curves, x_title="iteration", y_title="R@1"):
+def curve_figure(curves: dict[str, list[tuple]], x_title: str = "iteration", y_title: str = "R@1") -> Figure:
     """{name: [(x, y), …]} -> matplotlib Figure of lines over axes from 0. Raises ValueError without a point."""
     if not any(np.isfinite(point).all() for curve in curves.values() for point in curve):
         raise ValueError("curve_figure: no points to draw")
@@ -123,9 +134,9 @@ def curve_figure(curves, x_title="iteration", y_title="R@1"):
     return figure
 
 
-def _font(size=14):
+def _font(size: int = 14):
     return ImageFont.load_default(size)
 
 
-def _width(text):
+def _width(text: object):
     return int(_font().getlength(str(text)))

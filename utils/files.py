@@ -1,21 +1,24 @@
 """Files that are written whole or not at all, and names that can be written down."""
 
+import io
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 GALLERY_PACKAGE = "geoclip"  # the PyPI package with GeoCLIP's published weights and gallery
 
 
-def printable(text):
+def printable(text: str) -> str:
     """A file name, perhaps with bytes that are no text -> valid text, with such bytes as \\udcXX (XX: the byte)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager
-def replacing(path, sync=True):
+def replacing(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Yields a binary file to write; what was written becomes `path` when the block ends well, else the old file stays.
 
     sync: wait until it is on the disk; not for thousands of files that can be made again. Safe with several processes
@@ -34,7 +37,17 @@ def replacing(path, sync=True):
         temporary.unlink(missing_ok=True)
 
 
-def package_files(package, *parts):
+@contextmanager
+def replacing_text(path: str | Path, sync: bool = True) -> Iterator[TextIO]:
+    """As `replacing`, for text. Bytes of a file name that are no text come out as `printable` writes them; lines end
+    as they are written."""
+    with replacing(path, sync) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace", newline="")
+        yield file
+        file.detach()
+
+
+def package_files(package: str, *parts: str) -> list[Path]:
     """Files of an installed PyPI package, found without running its code -> [Path, …], sorted; parts may be a pattern.
 
     Raises RuntimeError naming the package where there is none.

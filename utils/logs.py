@@ -6,6 +6,8 @@ import shlex
 import sys
 import time
 import warnings
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ from utils import distributed
 from utils.files import printable
 
 
-def make_log_dir(log_dir, root="logs"):
+def make_log_dir(log_dir: str, root: str | Path = "logs") -> Path:
     """Name of an experiment -> a new folder logs/{log_dir}/{YYYY-mm-dd_HH-MM-SS}; of more in one second, _001 and so on
     follow, so that the newest is the last by name."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -30,12 +32,12 @@ def make_log_dir(log_dir, root="logs"):
             folder, copy = Path(root) / log_dir / f"{stamp}_{copy:03d}", copy + 1
 
 
-def own_folder(folder):
+def own_folder(folder: Path) -> Path:
     """The run's folder -> where this one of several processes writes its logs: the first one there, others below it."""
     return folder / f"rank{distributed.rank()}" if distributed.rank() else folder
 
 
-def setup_logging(folder, args):
+def setup_logging(folder: Path, args: Namespace) -> None:
     """Log to stdout and info.log (from INFO) and debug.log (all); writes config.json and the first three lines.
 
     Of several processes, only the first one tells stdout more than warnings.
@@ -66,18 +68,18 @@ def setup_logging(folder, args):
 class Formatter(logging.Formatter):
     """A file name may hold bytes that are no text: its line is written all the same."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class Bar(tqdm):
     """A progress bar that tells the log, too, every so many seconds: of runs that nobody watches."""
 
-    def __init__(self, *args, every=60, **settings):
+    def __init__(self, *args: object, every: float = 60, **settings: object) -> None:
         super().__init__(*args, **settings)
         self.every, self.told = every, time.monotonic()
 
-    def update(self, n=1):
+    def update(self, n: float = 1) -> None:
         super().update(n)
         if time.monotonic() - self.told > self.every:
             self.told, rate = time.monotonic(), self.format_dict["rate"] or self.n / self.format_dict["elapsed"]
@@ -89,28 +91,28 @@ class Bar(tqdm):
 class Meter:
     """One run's progress bar, TensorBoard scalars and debug lines, with its rate and the share of time it waited."""
 
-    def __init__(self, folder, start, iterations):
+    def __init__(self, folder: Path, start: int, iterations: int) -> None:
         self.writer = SummaryWriter(folder)
         self.bar = tqdm(total=iterations, initial=start, desc="training", unit="it", disable=distributed.rank() > 0)
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         """Start a new stretch: what was done since the last one (validation, clustering) does not count as training."""
         self.clock, self.waited, self.images = time.perf_counter(), 0.0, 0
 
     @contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Around what waits for data."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
-    def count(self, images):
+    def count(self, images: int) -> None:
         """One iteration with so many images is done."""
         self.images += images
         self.bar.update()
 
-    def log(self, iteration, scalars):
+    def log(self, iteration: int, scalars: dict) -> None:
         """scalars: name -> number or 0-d tensor, of this iteration."""
         scalars = {name: float(value) for name, value in scalars.items()}
         seconds = time.perf_counter() - self.clock
@@ -121,6 +123,6 @@ class Meter:
         logging.debug(f"Iteration {iteration}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
         self.restart()
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()
         self.writer.close()

@@ -4,25 +4,31 @@ A trainer brings its objects, a step and a validation; the loop brings the guard
 it an iteration later, checkpoints, signals, validation when it is due, scalars, and several processes.
 """
 
+import argparse
 import logging
 import math
 import sys
+from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from utils import distributed
 from utils.checkpoint import LAST, save_checkpoint
 from utils.logs import Meter, make_log_dir, own_folder, setup_logging
 from utils.precision import deterministic, require_device
-from utils.runs import how_to_go_on
+from utils.runs import Run, how_to_go_on
 from utils.signals import EXIT_CODE, Stop, Stopped
 
+T = TypeVar("T")
 LOOP_FLAGS = ("iterations", "validate_every", "save_every", "keep_every", "log_every", "max_skips")  # of run_loop
 
 
-def launch(train, args):
+def launch(train: Callable[[argparse.Namespace, Path, torch.device, Stop], bool], args: argparse.Namespace) -> Path:
     """The frame of a trainer's main: signals, processes, the log folder -> the run's folder.
 
     train(args, folder, device, stop) -> whether it came to its end. Leaves with exit code 75 after a signal.
@@ -45,7 +51,7 @@ def launch(train, args):
     return folder
 
 
-def guarded_update(run, lr, forward):
+def guarded_update(run: Run, lr: float, forward: Callable[[], tuple[Tensor, T]]) -> tuple[Tensor, Tensor, T]:
     """One step of the optimizer -> loss, norm of the gradient, both 0-d, and what else forward() returned.
 
     forward() -> the loss of all processes' batch (0-d, the same in each) and anything else. At a loss or norm that is
@@ -84,7 +90,15 @@ class Outcome:
     batch() -> "views" and "paths" of the batch, in case it is to be saved.
     """
 
-    def __init__(self, iteration, loss, norm, images, scalars, batch):
+    def __init__(
+        self,
+        iteration: int,
+        loss: Tensor,
+        norm: Tensor,
+        images: int,
+        scalars: Callable[[], dict],
+        batch: Callable[[], dict],
+    ) -> None:
         self.iteration, self.loss, self.norm = iteration, loss, norm
         self.images, self.scalars, self.batch = images, scalars, batch
         self.values = torch.stack([loss, norm]).to("cpu", non_blocking=True)
@@ -92,7 +106,7 @@ class Outcome:
         if self.copied:
             self.copied.record()
 
-    def problem(self):
+    def problem(self) -> str | None:
         """-> what was not finite, so that nothing was updated; None if all is well."""
         if self.copied:
             self.copied.synchronize()
@@ -103,7 +117,7 @@ class Outcome:
         return f"iteration {self.iteration}: {what}"
 
 
-def settle(run, outcome, folder, max_skips):
+def settle(run: Run, outcome: Outcome, folder: Path, max_skips: int) -> None:
     """Looks at an iteration's outcome. Of one without an update, the batch goes to a file.
 
     Raises RuntimeError where this is more often than max_skips.
@@ -124,59 +138,66 @@ def settle(run, outcome, folder, max_skips):
 
 
 def run_loop(
-    run,
-    step,
-    validate,
-    folder,
-    stop,
-    flags,
+    run: Run,
+    step: Callable[[Meter], Outcome],
+    validate: Callable[[SummaryWriter], float | None],
+    folder: Path,
+    stop: Stop,
+    flags: dict,
     *,
-    iterations,
-    validate_every,
-    save_every=None,
-    keep_every=None,
-    pause_every=None,
-    log_every=50,
-    max_skips=0,
-):
+    iterations: int,
+    validate_every: int,
+    save_every: int | None = None,
+    keep_every: int | None = None,
+    pause_every: int | None = None,
+    log_every: int = 50,
+    max_skips: int = 0,
+) -> bool:
     """From where the run stands to the last iteration -> False where a signal stopped it before that.
 
-    step(meter) does one iteration by `guarded_update` -> its Outcome. validate(writer) -> score, None without data.
-    flags: a dict that checkpoints keep. pause_every: iterations between other work that wants all updates looked at.
-    The host is one iteration ahead of the device.
+    step(meter) does one iteration by `guarded_update`. validate(writer) -> score, None without data. flags: what
+    checkpoints keep of them. pause_every: iterations between other work that wants all updates looked at. The host is
+    one iteration ahead of the device.
     """
-    own, outcomes = own_folder(folder), []
+    own, outcomes, save_every = own_folder(folder), [], save_every or validate_every
     every = [each for each in (validate_every, save_every, keep_every, pause_every) if each]
+    due = lambda number: run.iteration % number == 0 or run.iteration == iterations
 
-    def settle_all_but(count):
+    def settle_all_but(count: int):
         while len(outcomes) > count:
             settle(run, outcomes.pop(0), own, max_skips)
+
+    def before_an_iteration(meter: Meter):
+        """What is due: weights to keep, validation with best.pt and last.pt, or last.pt alone."""
+        if keep_every and run.iteration and run.iteration % keep_every == 0:
+            run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
+        if not due(validate_every):
+            if run.iteration % save_every == 0:
+                run.save(folder / LAST, flags)
+        elif run.validated != run.iteration:  # else resumed right after it
+            with stop.at_once():
+                score = validate(meter.writer)
+            run.validated = run.iteration
+            if run.iteration:
+                if score is None or score > run.best:
+                    run.best = run.best if score is None else score
+                    run.save(folder / "best.pt", flags)
+                run.save(folder / LAST, flags)
+            meter.restart()
 
     with closing(Meter(own, run.iteration, iterations)) as meter:
         try:
             while True:
-                if run.iteration == iterations or any(run.iteration % each == 0 for each in every):
+                if any(map(due, every)):
                     settle_all_but(0)
-                    validate_and_save(
-                        run,
-                        validate,
-                        meter,
-                        folder,
-                        stop,
-                        flags,
-                        iterations,
-                        validate_every,
-                        save_every or validate_every,
-                        keep_every,
-                    )
+                    before_an_iteration(meter)
                 if run.iteration == iterations:
                     return True
                 stop.check()
                 outcome = step(meter)
                 outcomes.append(outcome)
                 meter.count(outcome.images)
-                due = run.iteration % log_every == 0 or run.iteration == iterations
-                if due and torch.isfinite(outcome.loss + outcome.norm):
+                if due(log_every) and torch.isfinite(outcome.loss + outcome.norm):
                     meter.log(run.iteration, {"loss": outcome.loss, **outcome.scalars()})
                 settle_all_but(1)  # also bounds how far ahead the host is, so that the loader's slots hold long enough
         except Stopped as signal:
@@ -187,23 +208,3 @@ def run_loop(
                 f"Go on with: {how_to_go_on(folder)}"
             )
             return False
-
-
-def validate_and_save(run, validate, meter, folder, stop, flags, iterations, validate_every, save_every, keep_every):
-    """What is due before an iteration: weights to keep, validation with best.pt and last.pt, or last.pt alone."""
-    if keep_every and run.iteration and run.iteration % keep_every == 0:
-        run.save_weights(folder / f"iteration_{run.iteration:06d}.pt")
-    if run.iteration % validate_every == 0 or run.iteration == iterations:
-        if run.validated == run.iteration:  # resumed right after it
-            return
-        with stop.at_once():
-            score = validate(meter.writer)
-        run.validated = run.iteration
-        if run.iteration:
-            if score is None or score > run.best:
-                run.best = run.best if score is None else score
-                run.save(folder / "best.pt", flags)
-            run.save(folder / LAST, flags)
-        meter.restart()
-    elif run.iteration % save_every == 0:
-        run.save(folder / LAST, flags)

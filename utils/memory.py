@@ -6,7 +6,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 GLIBC_KEEPS = 32 << 20  # bytes, at most, if it is not told otherwise
 
 
-def keep_freed_blocks(limit=1 << 30):
+def keep_freed_blocks(limit: int = 1 << 30) -> None:
     """Blocks of up to `limit` bytes are kept for the next tensor when they are freed. Does nothing without glibc.
 
     By itself glibc gives those of over 32 MB back, so that each tensor of a training step is made of fresh pages that

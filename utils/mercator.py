@@ -70,7 +70,7 @@ def bounds(corners: np.ndarray) -> tuple[float, float, float, float]:
     return (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
 
 
-def _to_unit(points):
+def _to_unit(points: np.ndarray):
     """(N, 2) -> (3, 3) that moves them around 0, about 1 away: equations of such numbers lose no digits."""
     middle, scale = points.mean(axis=0), max(np.abs(points - points.mean(axis=0)).max(), 1e-300)
     return np.array([[1 / scale, 0, -middle[0] / scale], [0, 1 / scale, -middle[1] / scale], [0, 0, 1]])

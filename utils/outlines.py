@@ -44,14 +44,14 @@ def outlines(footprints: np.ndarray) -> np.ndarray:
     return shapes
 
 
-def _around_pole(footprint, steps):
+def _around_pole(footprint: np.ndarray, steps: np.ndarray):
     """Corners (4, 2) in circular order, steps (4,) of longitude -> the Polygon to the pole's edge of the map."""
     (lat, lon), pole = footprint.T, np.copysign(90, footprint[:, 0].mean())
     lon = lon[0] + np.cumsum([0, *steps])
     return Polygon([*zip(lon, [*lat, lat[0]]), (lon[-1], pole), (lon[0], pole)])
 
 
-def _counter_clockwise(shape):
+def _counter_clockwise(shape: shapely.Geometry):
     if shape.geom_type == "Polygon":
         return orient(shape)
     return MultiPolygon([orient(part) for part in shape.geoms])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,9 +16,12 @@ from utils import distributed
 from utils.checkpoint import LAST, PREVIOUS, newest_checkpoint, save_checkpoint
 
 
-def with_config(model):
+def with_config(model: nn.Module) -> dict:
     """EarthLoc -> what a checkpoint holds of it."""
     return {"model": model.state_dict(), "model_config": asdict(model.config)}
+
+
+Remembered = np.ndarray | torch.Tensor | list | None
 
 
 @dataclass
@@ -42,43 +46,31 @@ class Run:
     skipped: int = 0
     network: nn.Module | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.network = self.network or self.model
 
-    def save_weights(self, path):
+    def save_weights(self, path: Path) -> None:
         """Of several processes the first one does, here and in `save`."""
         if distributed.rank() == 0:
             save_checkpoint(path, self.content(self.model))
 
-    def save(self, path, flags):
+    def save(self, path: Path, flags: dict) -> None:
         """Writes a checkpoint to go on from. Raises RuntimeError where weights are not finite."""
         if distributed.rank():
             return
         state = {**self.content(self.model), "loss": self.loss_fn.state_dict()}
-        broken = [
-            name for part in ("model", "loss") for name, value in state[part].items() if not torch.isfinite(value).all()
-        ]
-        if broken:
-            raise RuntimeError(
-                f"iteration {self.iteration}: {broken[0]} is not finite; {path} is not written, the "
-                f"last good checkpoints stay. A smaller --lr or --precision fp32 may help"
-            )
-        save_checkpoint(
-            path,
-            {
-                **state,
-                "optimizer": self.optimizer.state_dict(),
-                "iteration": self.iteration,
-                "best": self.best,
-                "validated": self.validated,
-                "skipped": self.skipped,
-                **{name: as_tensors(value) for name, value in self.memory.items()},
-                "args": {key: str(value) for key, value in flags.items()},
-            },
-            PREVIOUS if path.name == LAST else None,
-        )
+        for name, value in (*state["model"].items(), *state["loss"].items()):
+            if not torch.isfinite(value).all():
+                raise RuntimeError(
+                    f"iteration {self.iteration}: {name} is not finite; {path} is not written, the last good "
+                    f"checkpoints stay. A smaller --lr or --precision fp32 may help"
+                )
+        state |= {name: getattr(self, name) for name in ("iteration", "best", "validated", "skipped")}
+        state |= {name: as_tensors(value) for name, value in self.memory.items()}
+        state |= {"optimizer": self.optimizer.state_dict(), "args": {key: str(value) for key, value in flags.items()}}
+        save_checkpoint(path, state, PREVIOUS if path.name == LAST else None)
 
-    def restore(self, checkpoint):
+    def restore(self, checkpoint: dict) -> None:
         """Takes over a checkpoint's content, but for the model's weights, which it has already."""
         self.loss_fn.load_state_dict(checkpoint.get("loss", {}))
         optimizer = checkpoint["optimizer"]
@@ -91,21 +83,23 @@ class Run:
         self.skipped = checkpoint.get("skipped", 0)
 
 
-def as_tensors(value):
+def as_tensors(value: Remembered) -> Remembered:
     """An array, a list of arrays or None -> the same with tensors, as checkpoints hold them."""
     if isinstance(value, list):
         return [torch.as_tensor(each) for each in value]
     return None if value is None else torch.as_tensor(value)
 
 
-def as_arrays(value):
+def as_arrays(value: Remembered) -> Remembered:
     """The inverse of `as_tensors`."""
     if isinstance(value, list):
         return [each.numpy() for each in value]
     return None if value is None else value.numpy()
 
 
-def make_optimizer(model, lr, loss_fn=None, weight_decay=0.0):
+def make_optimizer(
+    model: nn.Module, lr: float, loss_fn: nn.Module | None = None, weight_decay: float = 0.0
+) -> torch.optim.Adam:
     """Adam for all that is trained; fused, because that can leave an update out (see utils.loop.guarded_update)."""
     parameters = [*model.parameters(), *(loss_fn.parameters() if loss_fn else ())]
     return torch.optim.Adam(
@@ -114,19 +108,12 @@ def make_optimizer(model, lr, loss_fn=None, weight_decay=0.0):
 
 
 # Flags that change nothing in what a run ends with.
-FREE_FLAGS = {
-    "resume",
-    "log_dir",
-    "log_every",
-    "save_every",
-    "keep_every",
-    "num_workers",
-    "traceback",
-    "process_timeout",
-}
+FREE_FLAGS = set("resume log_dir log_every save_every keep_every num_workers traceback process_timeout".split())
 
 
-def find_checkpoint(resume, log_dir, config, script):
+def find_checkpoint(
+    resume: str | None, log_dir: str, config: str, script: str
+) -> tuple[Path, dict] | tuple[None, None]:
     """--resume -> path and content of the checkpoint to go on with; None, None without, or where "auto" finds nothing.
 
     Raises ValueError where it is none of the script's last.pt, with the model's `config`.
@@ -147,7 +134,7 @@ def find_checkpoint(resume, log_dir, config, script):
     return path, checkpoint
 
 
-def go_on(run, path, checkpoint, folder, flags):
+def go_on(run: Run, path: Path, checkpoint: dict, folder: Path, flags: dict) -> None:
     """The run goes on from the checkpoint, with that run's best.pt taken over; flags that differ are named."""
     run.restore(checkpoint)
     logging.info(f"Resumed {path} at iteration {run.iteration}, best validation {run.best:.1f}")
@@ -160,7 +147,7 @@ def go_on(run, path, checkpoint, folder, flags):
             shutil.copy2(path.with_name(name), folder / name)
 
 
-def how_to_go_on(folder):
+def how_to_go_on(folder: Path) -> str:
     """The command that was given, with --resume FOLDER."""
     given = iter(sys.argv)
     words = []

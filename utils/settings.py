@@ -9,11 +9,12 @@ without Annotated are no flags. Two classes may share a setting: it is one flag,
 fields of a dataclass are keywords, too.
 """
 
+import argparse
 import inspect
 import typing
 
 
-def settings_of(cls):
+def settings_of(cls: type) -> dict[str, tuple]:
     """-> {name: (type, default, help)} of a class's settings, in the order of its __init__."""
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
     found = {}
@@ -27,7 +28,7 @@ def settings_of(cls):
     return found
 
 
-def add_settings(group, registry, **defaults):
+def add_settings(group: argparse._ActionsContainer, registry: dict[str, type], **defaults) -> None:
     """Adds a flag for every setting of the registry's classes, with other defaults where given.
 
     Where several classes share one and it is not given, its value is None: each class has its own default.
@@ -50,13 +51,13 @@ def add_settings(group, registry, **defaults):
         group.add_argument(f"--{name}", type=kind, choices=choices, default=default, help=text)
 
 
-def chosen_settings(args, cls):
+def chosen_settings(args: argparse.Namespace, cls: type) -> dict:
     """Parsed flags -> {name: value} for cls: what was given, and the class's own defaults."""
     given = {name: getattr(args, name, None) for name in settings_of(cls)}
     return {name: default if given[name] is None else given[name] for name, (_, default, _) in settings_of(cls).items()}
 
 
-def make(cls, settings, **known):
+def make(cls: type, settings: dict, **known) -> object:
     """cls(**settings), with those of the `known` values that its __init__ takes."""
     taken = inspect.signature(cls.__init__).parameters
     return cls(**{name: value for name, value in known.items() if name in taken}, **settings)

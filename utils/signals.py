@@ -1,12 +1,19 @@
 """Signals that ask a run to leave: it stops between two iterations, writes a checkpoint, and can go on later."""
 
+from __future__ import annotations
+
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+from torch.utils.data import DataLoader
 
 from utils import distributed
 
+T = TypeVar("T")
 # Linux and macOS have all three; where one is missing, the scripts that only import this still work.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped, not failed; start it again
@@ -24,18 +31,18 @@ class Stop:
     `at_once` is for long parts that leave the run as it is (description, clustering): there, the wish is an exception.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.wish, self.since, self.process, self.interruptible = None, 0.0, os.getpid(), False
 
-    def __enter__(self):
+    def __enter__(self) -> Stop:
         self.before = {each: signal.signal(each, self.receive) for each in SIGNALS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
-    def receive(self, number, _):
+    def receive(self, number: int, _: object) -> None:
         if os.getpid() != self.process:  # a worker that has just been forked, before it ignores signals
             return
         if self.wish is None:
@@ -49,14 +56,14 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def check(self):
+    def check(self) -> None:
         """Raises Stopped in all processes alike once one of them has got a signal."""
         wishes = [each for each in distributed.gather_objects_if(self.wish) if each]
         if wishes:
             raise Stopped(wishes[0])
 
     @contextmanager
-    def at_once(self):
+    def at_once(self) -> Iterator[None]:
         """Within it, a signal raises Stopped right away. Not with several processes: those leave together."""
         if self.wish and distributed.world() == 1:
             raise Stopped(self.wish)
@@ -71,7 +78,7 @@ class Stop:
             self.interruptible = False
 
 
-def interruptible(batches, stop):
+def interruptible(batches: Iterator[T], stop: Stop) -> Iterator[T]:
     """The same batches; a signal ends the wait for one (`Stop.at_once`), never the work on it."""
     while True:
         with stop.at_once():
@@ -81,7 +88,7 @@ def interruptible(batches, stop):
         yield batch
 
 
-def iterate(loader):
+def iterate(loader: DataLoader) -> Iterator:
     """iter(loader), with workers that a signal cannot reach before they ignore it (see `ignore_signals`)."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it
     try:
@@ -90,7 +97,7 @@ def iterate(loader):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_signals(_):
+def ignore_signals(_: object) -> None:
     """worker_init_fn: signals go to a whole group of processes, and workers are needed until the run has stopped.
 
     SIGTERM also is how a loader ends a worker that does not answer, so it still does, a minute later.

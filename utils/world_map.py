@@ -1,5 +1,6 @@
 """World maps with places on them, the Blue Marble as background: equirectangular, or any box of Web Mercator."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -12,17 +13,17 @@ from utils.geo import from_mercator
 
 BLUE_MARBLE = Path(__file__).resolve().parent.parent / "datasets" / "build" / "blue_marble"
 BACKGROUND, FINE = BLUE_MARBLE / "bmng_august_2048.jpg", BLUE_MARBLE / "bmng_5400.jpg"
-YELLOW = (255, 215, 60)
 READING = Lock()
+YELLOW = (255, 215, 60)
 
 
-def to_pixel(point, width):
+def to_pixel(point: Sequence[float], width: int) -> tuple[float, float]:
     """(lat, lon) degrees -> (x, y) on a map of width × width / 2 pixels, 180 W to 180 E and 90 N to 90 S."""
     lat, lon = point
     return (lon + 180) / 360 * width, (90 - lat) / 180 * width / 2
 
 
-def candidates_map(candidates, labels=(), title="", width=1440):
+def candidates_map(candidates: Sequence, labels: Sequence[str] = (), title: str = "", width: int = 1440) -> Image.Image:
     """Places (K, 2) degrees, best first, and a text for each -> PIL image. The first is red, the others yellow."""
     sheet = _background(width)
     for rank in reversed(range(len(candidates))):  # the best one on top
@@ -32,7 +33,7 @@ def candidates_map(candidates, labels=(), title="", width=1440):
     return sheet
 
 
-def errors_map(truth, predicted, width=1440):
+def errors_map(truth: np.ndarray, predicted: np.ndarray, width: int = 1440) -> Image.Image:
     """(N, 2), (N, 2) degrees -> PIL image: each photo's true place (green), joined to where it was put (red)."""
     sheet = _background(width)
     draw = ImageDraw.Draw(sheet)
@@ -45,7 +46,7 @@ def errors_map(truth, predicted, width=1440):
     return sheet
 
 
-def short_lines(start, end, width):
+def short_lines(start: tuple, end: tuple, width: int) -> list[list[tuple]]:
     """Two pixels -> the lines between them, the short way round: two where that way crosses the map's edge."""
     (x0, y0), (x1, y1) = start, end
     turn = -width if x1 - x0 > width / 2 else width if x0 - x1 > width / 2 else 0
@@ -76,24 +77,24 @@ def mercator_view(box: tuple, columns: int, rows: int) -> np.ndarray:
     return np.rint(lines[:, left % width] * (1 - share) + lines[:, (left + 1) % width] * share).astype(np.uint8)
 
 
-def _world(factor):
+def _world(factor: int) -> np.ndarray:
     """The Blue Marble, averaged over factor × factor pixels -> uint8 (H, W, 3)."""
     with READING:  # of threads that draw at once, one reads it
         return _read_world(factor)
 
 
 @lru_cache(maxsize=5)
-def _read_world(factor):
+def _read_world(factor: int) -> np.ndarray:
     with Image.open(FINE) as image:
         return np.asarray(image.convert("RGB").reduce(factor))
 
 
-def _background(width):
+def _background(width: int):
     with Image.open(BACKGROUND) as image:
         return ImageEnhance.Brightness(image.convert("RGB").resize((width, width // 2))).enhance(0.8)
 
 
-def _place(sheet, point, colour, label="", radius=6):
+def _place(sheet: Image.Image, point: Sequence[float], colour: tuple, label: str = "", radius: int = 6):
     x, y = to_pixel(point, sheet.width)
     ImageDraw.Draw(sheet).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=figures.WHITE)
     if label:
@@ -101,7 +102,7 @@ def _place(sheet, point, colour, label="", radius=6):
         _text(sheet, (x + 10 if fits else x - 10, y), label, "lm" if fits else "rm")
 
 
-def _text(sheet, place, text, anchor):
+def _text(sheet: Image.Image, place: tuple, text: str, anchor: str):
     ImageDraw.Draw(sheet).text(
         place,
         text,
