@@ -43,8 +43,7 @@ def test_the_demo_ends_with_a_photo_on_a_map(world, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.args").write_text(" ".join([*TINY, "--log_dir", "demo"]))
     monkeypatch.setattr(demo, "PRESET", tmp_path / "tiny.args")
-    monkeypatch.setattr("sys.argv", ["demo.py", "--dataset_path", str(world.path)])
-    demo.main()
+    demo.main(demo.parse_arguments(["--dataset_path", str(world.path)]))
     lines = capsys.readouterr().out.splitlines()
     (photo,) = (Path(line.split("? ")[1]) for line in lines if line.startswith("Where was this photo taken?"))
     assert photo.is_file() and photo.parent == world.path / "queries"
