@@ -240,7 +240,7 @@ def test_the_config_of_an_older_checkpoint_is_read(aggregator, settings, tmp_pat
     "config",
     [
         FLAT | {"depth": 1},
-        FLAT | {"aggregator": "salad"},
+        FLAT | {"aggregator": "no_such"},
         [1],
         {"backbone": "resnet18", "aggregator_settings": {"depth": 1}},
     ],
