@@ -9,7 +9,7 @@ bits. Several GPUs or machines: torchrun --nproc_per_node N train.py …
 
 import logging
 from argparse import Namespace
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,18 +19,20 @@ from torch.utils.tensorboard import SummaryWriter
 from augmentations.year_wise import GROUPS, Augmentation
 from datasets.batches import DRAWS, BatchLoader
 from datasets.build.cache import cache_note
+from datasets.kinds import PhotoPairs, Quadruplets, join, paths_of
 from datasets.names import DATABASE_YEAR
+from datasets.pairs import PairDataset, read_pairs
 from datasets.regions import RegionDataset, Regions, source_size
-from datasets.sets import VALIDATION, EvaluationData, load_validation_data
-from datasets.training import iteration_seed, neutral_pairs, note_unreadable, read_regions, serve_period, serve_sample
-from losses import LOSSES
+from datasets.sets import EvaluationData, load_validation_data
+from datasets.training import iteration_seed, neutral_pairs, read_regions, serve_sample
+from losses import LOSSES, JointLoss, scalars
 from models.config import ModelConfig, add_model_arguments, model_config
 from models.earthloc import EarthLoc, build_model
 from models.whitening import whiten
-from retrieval.describe import ROTATIONS, Describer, Failures
-from retrieval.evaluation import describe_sets, score_sets
+from retrieval.describe import ROTATIONS, Describer
 from retrieval.reclustering import make_clusters, save_clusters_figure, sizes_of
-from utils import distributed, figures
+from retrieval.validation import validate
+from utils import distributed
 from utils.arguments import add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
 from utils.logs import Meter, own_folder
@@ -46,21 +48,24 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", default="data", help="folder with database/, queries/ and the intersections")
-    add("--positives", choices=("years", "views"), default="years", help="of an image: other years, or views of itself")
+    positives = "of an image: other years, views of itself, or photos of its ground (docs/training.md)"
+    add("--positives", choices=("years", "views", "photos", "years+photos"), default="years", help=positives)
+    add("--pair_iou", type=float, default=0.2, help="least overlap of a photo and an image that are a pair")
     add("--source_size", type=positive, help="pixels a side as loaded; default: 1.6 × image_size, to a power of two")
     add("--num_workers", type=whole, default=4)
     add("--max_unreadable", type=float, default=0.05, help="share of regions with unreadable images that stops the run")
     add = parser.add_argument_group("batches (paper, sec. 4.2)").add_argument
-    add("--batch_size", type=positive, default=32, help="regions, over all processes; each brings its four years")
+    add("--batch_size", type=positive, default=32, help="regions of four years, or pairs, or each; of all processes")
     add("--batches", choices=("clustered", "random"), default="clustered")
     add("--num_clusters", type=positive, default=200)
-    add("--cluster_draw", choices=DRAWS, default="size", help="a batch's cluster: by its size, or uniform (released)")
+    add("--cluster_draw", choices=DRAWS, default="size", help="by size, uniform (released), by share of photos")
     add("--recluster_every", type=positive, default=5000, help="iterations")
     group = parser.add_argument_group("augmentation (paper, sec. 4.3)")
     group.add_argument("--augmentation", choices=GROUPS, default="year", help="what shares one random draw")
     add_settings(group, {"augmentation": Augmentation})
     group = parser.add_argument_group("loss (paper, sec. 4.4)")
     group.add_argument("--loss", choices=LOSSES, default="multi_similarity")
+    group.add_argument("--pair_loss", choices=LOSSES, default="pairwise", help="of pairs with photos")
     group.add_argument("--neutral", choices=("on", "off"), default="on", help="off: shared ground makes no exception")
     add_settings(group, LOSSES)
     add = parser.add_argument_group("optimisation (paper, sec. 5.1)").add_argument
@@ -79,8 +84,13 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
 
 
 def make_loss(args: Namespace, num_regions: int) -> nn.Module:
-    settings, known = chosen_settings(args, LOSSES[args.loss]), {"descriptor_dim": args.descriptor_dim}
-    return make(LOSSES[args.loss], settings, num_regions=num_regions, **known)
+    """Of the kinds of groups that a batch holds; their labels are regions."""
+    names = {"years": args.loss} if args.positives != "photos" else {}
+    names |= {"photos": args.pair_loss} if "photos" in args.positives else {}
+    known = {"num_regions": num_regions, "descriptor_dim": args.descriptor_dim}
+    losses = {kind: make(LOSSES[name], chosen_settings(args, LOSSES[name]), **known) for kind, name in names.items()}
+    sizes = 4 * args.batch_size, 2 * args.batch_size
+    return JointLoss(losses, sizes) if len(losses) > 1 else losses.popitem()[1]
 
 
 def prepare(args: Namespace) -> tuple[Regions, BatchLoader, Augmentation, EvaluationData | None]:
@@ -97,6 +107,14 @@ def prepare(args: Namespace) -> tuple[Regions, BatchLoader, Augmentation, Evalua
     return regions, loader, augment, validation
 
 
+def prepare_photos(args: Namespace, regions: Regions) -> PhotoPairs | None:
+    """-> pairs with photos and their loader; None where the flags want none."""
+    if "photos" not in (args.cluster_draw, *args.positives.split("+")):
+        return None
+    pairs = read_pairs(args.dataset_path, regions, args.pair_iou, args.batch_size)
+    return PhotoPairs(pairs, BatchLoader(PairDataset(pairs, args.source_size), args.num_workers), args.max_unreadable)
+
+
 def start(
     args: Namespace, regions: Regions, loader: BatchLoader, augment: Augmentation, folder: Path, device: torch.device
 ) -> Run:
@@ -109,7 +127,7 @@ def start(
         model = build_model(model_config(args), args.weights)
     model = model.to(device, memory_format=torch.channels_last)
     loss_fn = make_loss(args, len(regions)).to(device)
-    run = Run(model, make_optimizer(model, args.lr, loss_fn), loss_fn, {"clusters": None})
+    run = Run(model, make_optimizer(model, args.lr, loss_fn), loss_fn, {"clusters": None, "shares": None})
     if checkpoint:
         go_on(run, path, checkpoint, folder, vars(args))
     else:
@@ -137,7 +155,9 @@ def update(
     def forward():
         with autocast(views.device, precision):
             descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
-        descriptors = distributed.gather(descriptors.to(torch.promote_types(descriptors.dtype, torch.float32)))
+        descriptors = descriptors.to(torch.promote_types(descriptors.dtype, torch.float32))
+        own = loss_fn.own_sizes(distributed.world()) if isinstance(loss_fn, JointLoss) else len(descriptors)
+        descriptors = torch.cat([distributed.gather(each) for each in descriptors.split(own)])
         # Mining drops nan similarities: the loss would be a harmless 0.
         loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
         return loss, descriptors.detach()
@@ -145,86 +165,64 @@ def update(
     return guarded_update(run, lr, forward)
 
 
-def scalars(loss_fn: nn.Module, descriptors: Tensor, labels: Tensor, neutral: Tensor | None, lr: float) -> dict:
-    """What is logged besides the loss."""
-    if not hasattr(loss_fn, "mined_shares"):
-        return {"lr": lr}
-    anchors, pairs = loss_fn.mined_shares(descriptors, labels, neutral)
-    return {"mined/anchors": anchors, "mined/pairs": pairs, "lr": lr}
-
-
-def validate(run: Run, validation: EvaluationData | None, writer: SummaryWriter, describer: Describer) -> float | None:
-    """R@1 of the validation set, logged and written; None without one."""
-    if validation is None or not validation.sets:
-        return None
-    descriptors, data = describe_sets(describer, validation)
-
-    def score():
-        result = score_sets(data, descriptors)
-        logging.info(f"Iteration {run.iteration}: {result.lines()[0]}")
-        return result[VALIDATION].recalls[1]
-
-    score = distributed.from_first(score)
-    writer.add_scalar("validation/R@1", score, run.iteration)
-    return score
-
-
 def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bool:
     """The paper's method, from where the run stands -> whether it came to the last iteration: see utils.loop."""
     precision, mine = chosen_precision(args.precision, device), distributed.part(args.batch_size)
     with stop.at_once():
         regions, loader, augment, validation = prepare(args)
+        photos = prepare_photos(args, regions)
+    quadruplets = Quadruplets(regions, loader, args.max_unreadable)
+    kinds = [quadruplets] * (args.positives != "photos") + [photos] * ("photos" in args.positives)
+    groups = [kind.groups for kind in kinds]
     describing = args.image_size, 4 * args.batch_size, args.num_workers, device, precision
-    served, unreadable = None, {}
 
-    def left_out(errors: Failures):
-        note_unreadable(errors, unreadable, len(regions), args.max_unreadable)
+    def cluster(period: int):
+        """Clusters of look-alike regions, random ones first: each batch comes from one of them (sec. 4.2)."""
+        drawn_by = photos if args.cluster_draw == "photos" else None
+        clustering = args.batches, args.num_clusters, args.batch_size, args.seed, quadruplets.note, drawn_by
+        clusters, shares = make_clusters(Describer(run.model, *describing), regions, period, *clustering)
+        run.memory |= {"clusters": clusters, "shares": shares}
+        logging.info(f"Iteration {run.iteration}: {sizes_of(clusters)}")
+        if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
+            save_clusters_figure(folder, regions, clusters)
 
     def step(meter: Meter):
-        nonlocal served
-        # Clusters of look-alike regions, random ones first: each batch comes from one of them (sec. 4.2).
         period, since = divmod(run.iteration, args.recluster_every)
-        if since == 0:
+        if since == 0 or kinds[0].served is None:
             with stop.at_once():
-                clustering = args.batches, args.num_clusters, args.batch_size, args.seed, left_out
-                clusters = make_clusters(Describer(run.model, *describing), regions, period, *clustering)
-            run.memory["clusters"] = clusters
-            logging.info(f"Iteration {run.iteration}: {sizes_of(clusters)}")
-            if period == 1 and args.batches == "clustered" and distributed.rank() == 0:
-                save_clusters_figure(folder, regions, clusters)
-        if since == 0 or served is None:
-            with stop.at_once():
-                own = run.memory["clusters"], args.batch_size, run.iteration, args.recluster_every, args.iterations
-                served = serve_period(loader, *own, args.seed, mine, args.cluster_draw)
+                if since == 0 and quadruplets in kinds:
+                    cluster(period)
+                when = args.batch_size, run.iteration, args.recluster_every, args.iterations, args.seed, mine
+                for kind in kinds:
+                    kind.serve(run.memory, args.cluster_draw, *when)
             meter.restart()
         with meter.waiting(), stop.at_once():
-            rows, images, errors = next(served)
-        rows, errors = distributed.gather(rows), sum(distributed.gather_objects_if(errors), [])
-        left_out(errors)
-        if (rows < 0).any():
-            raise ValueError(f"{errors[0][1]}. No other region of {len(regions)} can take its place in the batch")
+            loaded = [next(kind.served) for kind in kinds]
+        rows = [kind.receive(own, errors) for kind, (own, _, errors) in zip(kinds, loaded)]
 
-        # One augmentation a year (sec. 4.3).
+        # One augmentation a column: a year (sec. 4.3), photos, their images.
         seed = iteration_seed(args.seed, run.iteration)
         torch.manual_seed(seed)
-        views = augment(images.to(device, non_blocking=True), torch.Generator().manual_seed(seed), mine, len(rows))
-        if run.iteration == 0:
-            figures.save(figures.batch_figure(views[:20], regions.years), own_folder(folder) / "batch.jpg")
+        draws, views = torch.Generator().manual_seed(seed), []
+        for kind, (_, images, _) in zip(kinds, loaded):
+            views.append(augment(images.to(device, non_blocking=True), draws, mine, args.batch_size))
+            if run.iteration == 0:
+                kind.save_picture(views[-1], own_folder(folder))
 
         # The same region is positive, shared ground is neutral, the rest is negative (sec. 4.4).
-        places = torch.arange(len(rows), device=device).repeat_interleave(len(regions.years))
-        labels = rows.to(device, non_blocking=True)[places]
-        neutral = neutral_pairs(regions.footprints[rows.numpy()], places) if args.neutral == "on" else None
+        footprints, places, labels = join(groups, rows, device)
+        neutral = neutral_pairs(footprints, places) if args.neutral == "on" else None
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, args.warmup)
-        loss, norm, descriptors = update(run, views.flatten(0, 1), labels, neutral, run.loss_fn, lr, precision)
-        logged = lambda: scalars(run.loss_fn, descriptors, labels, neutral, lr)
-        batch = lambda: {"views": views, "paths": [regions.paths[row] for row in rows.tolist()]}
-        return Outcome(run.iteration - 1, loss, norm, len(labels), logged, batch)
+        views = torch.cat([each.flatten(0, 1) for each in views])
+        loss, norm, descriptors = update(run, views, labels, neutral, run.loss_fn, lr, precision)
+        logged = lambda: {**scalars(run.loss_fn, descriptors, labels, neutral), "lr": lr}
+        kept = lambda: {"views": views, "paths": paths_of(groups, rows)}
+        return Outcome(run.iteration - 1, loss, norm, len(labels), logged, kept)
 
     def validating(writer: SummaryWriter):
-        return validate(run, validation, writer, Describer(run.model, *describing, ROTATIONS, progress=False))
+        return validate(validation, writer, Describer(run.model, *describing, ROTATIONS, progress=False), run.iteration)
 
-    with closing(loader):
+    with closing(loader), closing(photos.loader) if photos else nullcontext():
         with stop.at_once():
             run = start(args, regions, loader, augment, folder, device)
         due = {name: getattr(args, name) for name in LOOP_FLAGS}

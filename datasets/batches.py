@@ -14,13 +14,18 @@ from utils.signals import ignore_signals, iterate
 
 SPARES = 8  # regions that may take the place of one that cannot be read
 PREFETCH = 2  # batches that a worker is ahead
-DRAWS = ("size", "uniform")
+DRAWS = ("size", "uniform", "photos")
 SHARED_MEMORY = "/dev/shm"
 SPARE_BYTES = 1_000_000  # of shared memory, for what workers send besides images
 
 
 def schedule(
-    clusters: Sequence[np.ndarray], batch_size: int, count: int, seed: int | Sequence[int], draw: str = "size"
+    clusters: Sequence[np.ndarray],
+    batch_size: int,
+    count: int,
+    seed: int | Sequence[int],
+    draw: str = "size",
+    shares: np.ndarray | None = None,
 ) -> np.ndarray:
     """The region rows of `count` batches, each from one cluster -> (count, batch_size) int. Paper, sec. 4.2.
 
@@ -28,6 +33,7 @@ def schedule(
     schedule depends on nothing else. draw "size": in a pass, each cluster is shuffled and cut into batches, so large
     ones come up more often and a region at most once; then the pass is shuffled so that no two batches in a row share a
     cluster. "uniform", as in the released code: each batch is of any cluster, all equally likely, whatever came before.
+    "photos" (AstroLoc): the same, but likely by `shares` (C,), the share of photos in each; by size while that is None.
     """
     small = [len(each) for each in clusters if len(each) < batch_size]
     if small or not clusters:
@@ -36,8 +42,8 @@ def schedule(
             f"use a smaller --batch_size or fewer --num_clusters"
         )
     rng = np.random.default_rng(seed)
-    if draw == "uniform":
-        chosen = rng.integers(len(clusters), size=count)
+    if draw == "uniform" or (draw == "photos" and shares is not None):
+        chosen = rng.choice(len(clusters), size=count, p=shares if draw == "photos" else None)
         return np.array([rng.choice(clusters[each], batch_size, replace=False) for each in chosen], dtype=np.int64)
     batches, last = [], -1
     while len(batches) < count:

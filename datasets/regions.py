@@ -62,6 +62,19 @@ class Regions:
         column = self.years.index(year)
         return [self.root / paths[column] for paths in self.paths]
 
+    @property
+    def columns(self) -> tuple:
+        """Titles of a group's images."""
+        return self.years
+
+    def paths_of(self, row: int) -> tuple[str, ...]:
+        """A group's images."""
+        return self.paths[row]
+
+    def grounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """rows (B,) -> footprints (B, 4, 2), labels (B,), and how many images in a row show each of them."""
+        return self.footprints[rows], rows, len(self.years)
+
     def views_of(self, year: int) -> Regions:
         """The same regions with one year's image in every place: no regional quadruplets (Table 3, first row)."""
         column = self.years.index(year)

@@ -103,6 +103,15 @@ class EvaluationData:
         return replace(self, sets=[one for one in sets if not one.is_empty], notes=self.notes + notes)
 
 
+def in_a_set(nadirs: np.ndarray) -> np.ndarray:
+    """nadirs (N, 2) -> (N,) bool: photos that belong to an evaluation set, found a positive or not.
+
+    Validation lies inside Texas.
+    """
+    near = [geo.distance_km(nadirs, center) <= QUERY_RADIUS_KM for center in POINTS_OF_INTEREST.values()]
+    return np.any(near, axis=0)
+
+
 def read_database(root: str | Path) -> Catalogue:
     """The images that are searched, those of 2021 -> Catalogue. Raises FileNotFoundError where there is none."""
     database = Catalogue.read(root, "database", year=DATABASE_YEAR)

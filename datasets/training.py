@@ -1,4 +1,4 @@
-"""What training asks of its regions: enough of them, what to do about unreadable ones, which pairs are neutral."""
+"""What training asks of its regions and pairs: enough of them, what to do about unreadable ones, what is neutral."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from datasets.batches import BatchLoader, schedule, spares
+from datasets.batches import SPARES, BatchLoader, schedule, spares
 from datasets.overlap import share_ground
+from datasets.pairs import Pairs, schedule_pairs
 from datasets.regions import Regions
 
 
@@ -27,18 +28,20 @@ def read_regions(dataset_path: str, batch_size: int) -> Regions:
     return regions
 
 
-def note_unreadable(errors: Sequence[tuple[int, str]], unreadable: dict[int, str], regions: int, share: float) -> None:
-    """errors [(row, what went wrong)] are logged and added to the dict `unreadable`, each region once.
+def note_unreadable(
+    errors: Sequence[tuple[int, str]], unreadable: dict[int, str], count: int, share: float, what: str = "region"
+) -> None:
+    """errors [(row, what went wrong)] are logged and added to the dict `unreadable`, each region (or photo) once.
 
-    Raises ValueError where a region had no substitute, or where more than this share of all `regions` is unreadable.
+    Raises ValueError where more than this share of all `count` is unreadable.
     """
     for row, text in errors:
         if row not in unreadable:
             unreadable[row] = text
-            logging.warning(f"Left out, another region takes its place: {text}")
-    if len(unreadable) > share * regions:
+            logging.warning(f"Left out, another {what} takes its place: {text}")
+    if len(unreadable) > share * count:
         raise ValueError(
-            f"{len(unreadable)} of {regions} regions have an image that cannot be read, more than "
+            f"{len(unreadable)} of {count} {what}s have an image that cannot be read, more than "
             f"--max_unreadable {share:g} allows; the last one: {list(unreadable.values())[-1]}"
         )
 
@@ -53,17 +56,45 @@ def serve_period(
     seed: int,
     part: slice,
     draw: str = "size",
+    shares: np.ndarray | None = None,
 ) -> Iterator[tuple]:
     """-> The loader's batches from this iteration to the next clusters, which come `every` so many; of each the `part`.
-    draw: see `schedule`.
+    draw, shares: see `schedule`.
 
     Schedule and substitutes depend on the seed, the clusters and the iteration's number alone.
     """
     period, since = divmod(iteration, every)
-    batches = schedule(clusters, batch_size, min(every, iterations - period * every), [seed, 2, period], draw)[since:]
+    count = min(every, iterations - period * every)
+    batches = schedule(clusters, batch_size, count, [seed, 2, period], draw, shares)[since:]
     return loader.serve(
         batches[:, part], lambda number: spares(batches[number], clusters, [seed, 5, iteration + number])[part]
     )
+
+
+def serve_pairs(
+    loader: BatchLoader,
+    pairs: Pairs,
+    batch_size: int,
+    iteration: int,
+    every: int,
+    iterations: int,
+    seed: int,
+    part: slice,
+) -> Iterator[tuple]:
+    """As `serve_period`, of pairs; errors are told of rows of photos.
+
+    Any pair may take the place of one that cannot be read: should it be in the batch already, the two are no negatives.
+    """
+    period, since = divmod(iteration, every)
+    count = min(every, iterations - period * every)
+    batches = schedule_pairs(pairs, batch_size, count, [seed, 9, period])[since:]
+
+    def substitutes(number: int):
+        return np.random.default_rng([seed, 10, iteration + number]).integers(len(pairs), size=(batch_size, SPARES))
+
+    served = loader.serve(batches[:, part], lambda number: substitutes(number)[part])
+    for rows, images, errors in served:
+        yield rows, images, [(pairs.photo_of(row), text) for row, text in errors]
 
 
 def serve_sample(loader: BatchLoader, regions: int, batch_size: int, seed: int, count: int = 512) -> Iterator[tuple]:

@@ -87,10 +87,10 @@ def recorded(world, folder, flags):
         return update(run, views, labels, neutral, *rest)
 
     def recording_clusters(describer, regions, *args):
-        rows = make_clusters(describer, regions, *args)
+        rows, shares = make_clusters(describer, regions, *args)
         if len(rows) > 1:
             seen.clusters.append(SimpleNamespace(descriptors=describe(describer.model, regions), rows=rows))
-        return rows
+        return rows, shares
 
     whiten, update, make_clusters = (train.whiten, train.update, train.make_clusters)
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.groups.append(optimizer.param_groups[0]["lr"]))

@@ -77,7 +77,8 @@ class Run:
         for group in optimizer["param_groups"]:  # GeoCLIP's older checkpoints say otherwise
             group["fused"] = True
         self.optimizer.load_state_dict(optimizer)
-        self.memory = {name: as_arrays(checkpoint[name]) for name in self.memory}
+        # Older checkpoints lack what was not remembered then.
+        self.memory = {name: as_arrays(checkpoint.get(name)) for name in self.memory}
         self.iteration, self.best = checkpoint["iteration"], checkpoint["best"]
         self.validated = checkpoint.get("validated", self.iteration)
         self.skipped = checkpoint.get("skipped", 0)
