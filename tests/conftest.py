@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,24 @@ def make_world(path):
 def world(tmp_path_factory):
     """Shared by all tests: read only."""
     return make_world(tmp_path_factory.mktemp("tiny_world"))
+
+
+# Nadirs from which each block can be seen, and that belong to no evaluation set.
+FAR_NADIRS = ((5.0, -90.0), (70.0, 10.0))
+
+
+@pytest.fixture(scope="session")
+def photo_world(world, tmp_path_factory):
+    """The tiny world with 12 more photos, whose nadirs belong to no evaluation set: read only."""
+    path = tmp_path_factory.mktemp("photo_world") / "world"
+    shutil.copytree(world.path, path)
+    for number, region in enumerate(world.regions[::2]):
+        name, picture = query_of(region, number + 10)
+        name = replace(name, nadir=FAR_NADIRS[region[1] < 200])
+        picture.save(path / "queries" / str(name), quality=92)
+    table = intersections_table(Catalogue.read(path, "queries"), Catalogue.read(path, "database", DATABASE_YEAR))
+    save_intersections(path / INTERSECTIONS_FILE, table)
+    return World(path, world.regions)
 
 
 @pytest.fixture
