@@ -10,6 +10,7 @@ from datasets import grid
 from datasets.build import __main__ as build
 from datasets.build import demo, demo_world
 from datasets.build.camera import Camera, footprint, project
+from datasets.conditions import CONDITIONS_FILE, read_conditions
 from datasets.names import YEARS, Catalogue
 
 ZOOMS = (4,)  # regions of 90 degrees: a handful covers the Earth
@@ -86,6 +87,18 @@ def test_second_run_makes_nothing_and_deleted_files_come_back_the_same(world, mo
         path.unlink()
     assert ": 4 images made now" in demo.main(world, **SMALL, **mosaics)
     assert checksums(world) == before
+
+
+def test_each_photo_has_a_line_with_its_cameras_tilt_also_in_a_world_built_before(world, mosaics):
+    plan = json.loads((world / "world.json").read_text())
+    tilts = {
+        f"DEMO00-E-{index:05d}": pytest.approx(camera["tilt"], abs=0.006) for index, _, camera, _ in plan["queries"]
+    }
+    written = (world / CONDITIONS_FILE).read_bytes()
+    assert read_conditions(world)["tilt"] == tilts and len(tilts) == QUERIES
+    (world / CONDITIONS_FILE).unlink()
+    assert ": 0 images made now" in demo.main(world, **SMALL, **mosaics)
+    assert (world / CONDITIONS_FILE).read_bytes() == written
 
 
 def test_images_do_not_depend_on_the_number_of_workers(world, mosaics, tmp_path):

@@ -15,6 +15,7 @@ from datasets.build import earth_photos
 from datasets.build.camera import Camera, footprint, ground_points
 from datasets.build.demo_world import query_name
 from datasets.build.earth import month_ratios, open_raster
+from datasets.conditions import CONDITIONS_FILE, read_conditions
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from experiments import earth_photos as experiment
@@ -232,7 +233,11 @@ def test_a_stopped_build_goes_on_to_the_same_files(folder, tmp_path, monkeypatch
     torch.manual_seed(5), np.random.seed(5)
     assert ": 3 photos made now" in build_some(folder, tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole") and len(contents(tmp_path / "whole")) == 6
+    (tmp_path / "stopped" / CONDITIONS_FILE).unlink()
     assert ": 0 photos made now" in build_some(folder, tmp_path / "stopped")
+    known = read_conditions(tmp_path / "stopped")
+    assert known == read_conditions(tmp_path / "whole") and known["tilt"].keys() == known["clouds"].keys()
+    assert {name.split("@")[9] for name in contents(tmp_path / "whole")} == known["tilt"].keys()
     with pytest.raises(ValueError, match="other parameters.*seed"):
         build_some(folder, tmp_path / "stopped", seed=1)
 

@@ -1,7 +1,8 @@
 """The demo world, rendered from mosaics of Earth that ship: python -m datasets.build demo OUTPUT
 
-database/{year}_{zoom}/…, queries/@…@.jpg, the intersections file, and figures/demo_world.jpg to look at. world.json
-holds what the world was made from: a second run continues where the first one stopped, never with other parameters.
+database/{year}_{zoom}/…, queries/@…@.jpg, the intersections file, conditions.csv (each photo's tilt and clouds), and
+figures/demo_world.jpg to look at. world.json holds what the world was made from: a second run continues where the first
+one stopped, never with other parameters.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from datasets import grid
 from datasets.build import demo_world, flags, jobs
 from datasets.build.plan import fingerprint, kept_plan
+from datasets.conditions import CONDITIONS_FILE, write_conditions
 from datasets.images import read_image, read_pixels, save_jpeg
 from datasets.names import DATABASE_YEAR, YEARS, Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, write_positives
@@ -101,6 +103,8 @@ def main(
     missing = [image for image in images if not (output / image[0]).exists()]
     render = Renderer(output, image_size, seed, photos)
     made = sum(1 for _ in jobs.run(missing, render, num_workers, "demo world"))
+    if made or not (output / CONDITIONS_FILE).exists():
+        write_conditions(output, conditions(seed, queries, photos))
     if made or not (output / INTERSECTIONS_FILE).exists() or not (output / FIGURE).exists():
         paths = [path for path, *_ in images]
         names = Catalogue.from_paths(output, sorted(path for path in paths if path.startswith("queries/")))
@@ -123,6 +127,24 @@ def plan_world(seed: int, num_queries: int, zooms: Sequence[int]) -> dict:
     return {"regions": regions.tolist(), "queries": [list(dataclasses.asdict(query).values()) for query in queries]}
 
 
+def _draws(seed: int, query: demo_world.Query) -> tuple[np.random.Generator, int]:
+    rng = np.random.default_rng([seed, query.index, 2])
+    return rng, int(rng.integers(80, 96))
+
+
+def conditions(seed: int, queries: Sequence[demo_world.Query], photos: demo_world.Photos) -> dict:
+    """-> {photo's id: (tilt in degrees, share under clouds in percent)}, by the draws that it is rendered with."""
+    return {
+        demo_world.query_name(query, seed).image_id: (
+            query.camera.tilt,
+            100 * demo_world.draw_clouds(_draws(seed, query)[0], max(demo_world.QUERY_SIZE))[2]
+            if photos == "full"
+            else 0.0,
+        )
+        for query in queries
+    }
+
+
 @dataclasses.dataclass
 class Renderer:
     """(path, file of the mosaic, region or Query) -> the image's file. Keeps the mosaics that it has read."""
@@ -138,8 +160,7 @@ class Renderer:
         if file not in self.mosaics:
             self.mosaics[file] = read_mosaic(file)
         if isinstance(item, demo_world.Query):
-            rng = np.random.default_rng([self.seed, item.index, 2])
-            quality = int(rng.integers(80, 96))
+            rng, quality = _draws(self.seed, item)
             pixels = demo_world.render_query(self.mosaics[file], item.camera, rng, photos=self.photos)
         else:
             pixels, quality = demo_world.render_region(self.mosaics[file], *item, self.image_size), 90

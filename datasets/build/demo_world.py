@@ -232,12 +232,13 @@ def _supersampled(mosaic: torch.Tensor, camera: Camera, latlon: np.ndarray) -> t
     return F.avg_pool2d(sample_mosaic(mosaic, latlon)[None], factor)[0]
 
 
-def _fractal(rng: np.random.Generator, cells: float, size: int) -> torch.Tensor:
-    """Smooth random field (size, size), mean 0, spread 1, power falling beyond `cells` waves across."""
+def _fractal(noise: np.ndarray, cells: float) -> torch.Tensor:
+    """White noise (size, size) -> smooth field, mean 0, spread 1, power falling beyond `cells` waves across."""
+    size = len(noise)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     amplitude = (1 + (frequency / cells) ** 2) ** -0.85
     amplitude[0, 0] = 0
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32)) * amplitude, s=(size, size))
+    field = np.fft.irfft2(np.fft.rfft2(noise) * amplitude, s=(size, size))
     return torch.from_numpy((field / field.std()).astype(np.float32))
 
 
@@ -249,16 +250,25 @@ def ground_plane(camera: Camera, latlon: np.ndarray) -> np.ndarray:
     return np.stack([offsets @ east, offsets @ np.cross(up, east)], axis=-1) * geo.EARTH_RADIUS_KM
 
 
+def draw_clouds(
+    rng: np.random.Generator, size: int, cloud_km: tuple[float, float] = CLOUD_KM
+) -> tuple[float, np.ndarray, float]:
+    """-> km of the largest clouds, white noise (size, size), share of the photo's pixels that some cloud covers."""
+    largest = rng.uniform(*cloud_km)
+    noise = rng.standard_normal((size, size), dtype=np.float32)
+    return largest, noise, min(0.55, rng.beta(0.7, 4.5))
+
+
 def _clouds(
     rng: np.random.Generator, plane: np.ndarray, cloud_km: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Opacity and brightness (h, w) of procedural clouds that lie on the ground and so follow the perspective."""
     extent = np.abs(plane).max() * 1.05
-    field = _fractal(rng, 2 * extent / rng.uniform(*cloud_km), max(plane.shape))
+    largest, noise, coverage = draw_clouds(rng, max(plane.shape), cloud_km)
+    field = _fractal(noise, 2 * extent / largest)
     places = torch.from_numpy((plane / extent).astype(np.float32))
     field = F.grid_sample(field[None, None], places[None], mode="bicubic", padding_mode="border", align_corners=True)
     field = field[0, 0]
-    coverage = min(0.55, rng.beta(0.7, 4.5))
     edge = torch.quantile(field[::4, ::4], 1 - coverage)
     above = (field - edge) / float(rng.uniform(0.7, 2.0))
     opacity = 1 - torch.exp(-2 * above.clamp(min=0) ** 1.5)

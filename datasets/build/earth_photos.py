@@ -2,7 +2,8 @@
 
 A pinhole camera at the station's altitude, with areas and nadir distances drawn as in the public names, looks at the
 same Web Mercator raster that `earth` cuts its regions from, in the colours of another month than any database image,
-under the demo's weather. Footprints and orientations are exact, as README says of the names.
+under the demo's weather. Footprints and orientations are exact, as README says of the names; conditions.csv holds each
+photo's tilt and clouds.
 
 The names' smallest photos, 5,000 km², are 94 pixels high of a raster of 0.6 km (at the equator), a fifth of what 512
 pixels could hold; 577 km² is the least that is accepted, MIN_SIDE pixels high.
@@ -31,6 +32,7 @@ from datasets.build.demo_world import (
     MAX_DISTANCE_KM,
     Photos,
     Query,
+    draw_clouds,
     draw_nadir,
     ground_plane,
     group_of,
@@ -49,6 +51,7 @@ from datasets.build.earth import (
     stored_ratios,
 )
 from datasets.build.plan import fingerprint, kept_plan
+from datasets.conditions import CONDITIONS_FILE, write_conditions
 from datasets.images import encode_jpeg
 from datasets.names import Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, write_positives
@@ -60,6 +63,7 @@ from utils.geo import MERCATOR_HALF
 
 VERSION = 1  # raise when the same parameters begin to give other pictures
 FILE = "photos.json"
+MISSION = "EARTH"  # first part of the photos' ids
 MONTHS = (1, 4, 6, 10)  # none of them a year of `earth`
 SENSOR_MM = (36.0, 23.9)
 FOCAL_MM = (24, 1150)  # the archive's lenses (paper, sec. 3.1); zooms fill what lies between
@@ -319,6 +323,22 @@ def render_photo(
     return photograph(ground, camera, half.numpy(), rng, photos, CLOUD_KM)
 
 
+def _draws(seed: int, query: Query) -> tuple[np.random.Generator, int]:
+    rng = np.random.default_rng([seed, query.index, 4])
+    return rng, int(rng.integers(80, 96))
+
+
+def conditions(seed: int, queries: Sequence[Query], size: int, photos: Photos) -> dict:
+    """-> {photo's id: (tilt in degrees, share under clouds in percent)}, by the draws that it is rendered with."""
+    return {
+        query_name(query, seed, MISSION).image_id: (
+            query.camera.tilt,
+            100 * draw_clouds(_draws(seed, query)[0], size // 2, CLOUD_KM)[2] if photos == "full" else 0.0,
+        )
+        for query in queries
+    }
+
+
 @dataclasses.dataclass
 class Renderer(Opened):
     """(path, Query) -> the file."""
@@ -329,8 +349,7 @@ class Renderer(Opened):
 
     def __call__(self, photo: tuple[str, Query]) -> None:
         path, query = photo
-        rng = np.random.default_rng([self.seed, query.index, 4])
-        quality = int(rng.integers(80, 96))
+        rng, quality = _draws(self.seed, query)
         ratio = self.of_month.get(int(query.date[4:6]))
         pixels = render_photo(self.raster, ratio, query.camera, rng, self.size, self.weather)
         with replacing(self.output / path, sync=False) as file:
@@ -395,7 +414,7 @@ def main(
         return {"queries": [list(dataclasses.asdict(query).values()) for query in queries]}
 
     plan = kept_plan(output, parameters, make, FILE, ("queries",))
-    wanted = [(f"queries/{query_name(query, seed, 'EARTH')}", query) for query in map(planned, plan["queries"])]
+    wanted = [(f"queries/{query_name(query, seed, MISSION)}", query) for query in map(planned, plan["queries"])]
     missing = [photo for photo in wanted if not (output / photo[0]).exists()]
     if missing:
         # Along the raster's rows of blocks, so that a block is still decoded when the next photo wants it.
@@ -405,6 +424,8 @@ def main(
             render = Renderer(output, raster, ratios, image_size, seed, weather)
             for _ in jobs.run(missing, render, num_workers, "photos", "photo"):
                 pass
+    if missing or not (output / CONDITIONS_FILE).exists():
+        write_conditions(output, conditions(seed, [query for _, query in wanted], image_size, weather))
     if not any((output / "database").glob(f"{DATABASE_YEAR}_*")):
         return (
             f"{output}: {len(missing):,} photos made now; no database of {DATABASE_YEAR} there: build one, and run "
