@@ -3,19 +3,25 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 import eval as evaluation
 import train
 
 
 def evaluated(checkpoint, log_dir, *flags):
-    """Evaluates a checkpoint under logs/log_dir, or finds that this was done -> what results.json holds, its folder."""
+    """Evaluates a checkpoint by eval.py's flags under logs/log_dir, or finds that this was done for the data set.
+
+    -> what results.json holds, its folder.
+    """
+    args = evaluation.parse_arguments(["--resume", str(checkpoint), "--log_dir", log_dir, *flags])
     for done in (False, True):
         for path in sorted(Path("logs", log_dir).glob("*/results.json"), reverse=True):
             results = json.loads(path.read_text())
-            if results["checkpoint"] == str(checkpoint):
+            if (results["checkpoint"], results["dataset"]) == (args.resume, args.dataset_path):
                 return results, path.parent
         if not done:
-            evaluation.main(evaluation.parse_arguments(["--resume", str(checkpoint), "--log_dir", log_dir, *flags]))
+            evaluation.main(args)
     raise RuntimeError(f"logs/{log_dir}: the evaluation of {checkpoint} left no results.json")
 
 
@@ -42,3 +48,12 @@ def trained_and_evaluated(name, flags, *evaluation_flags):
         *evaluation_flags,
     )
     return results["average"]["recalls"]
+
+
+def mean_and_deviation(values):
+    """(S,) of S seeds -> "28.4 ± 1.2", the standard deviation over them; of one seed "28.4", of a set that was skipped
+    "-"."""
+    values = np.asarray(values)
+    if np.isnan(values).any():
+        return "-"
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")

@@ -8,7 +8,7 @@ its last checkpoint evaluated on the six sets; a run whose results are there is 
 import numpy as np
 
 import train
-from experiments.runs import trained_and_evaluated
+from experiments.runs import mean_and_deviation, trained_and_evaluated
 from utils.arguments import make_parser, run
 
 # What changes, the flags that make it so, and the paper's average R@1 and R@100.
@@ -37,14 +37,13 @@ def main(args):
         ]
         ours = np.array([[recalls["1"], recalls["100"]] for recalls in runs])
         table.append((title, paper, ours))
-    print(f"\n| {'mean (spread) of ' + str(len(args.seeds)) + ' seeds':26} | R@1 | R@100 | paper R@1 | paper R@100 |")
+    print(
+        f"\n| {'mean ± deviation of ' + str(len(args.seeds)) + ' seeds':26} | R@1 | R@100 | paper R@1 | paper R@100 |"
+    )
     print("| --- | --- | --- | --- | --- |")
     for title, paper, ours in table:
-        mean, spread = ours.mean(axis=0), ours.std(axis=0, ddof=1) if len(ours) > 1 else np.zeros(2)
-        print(
-            f"| {title:26} | {mean[0]:.1f} ({spread[0]:.1f}) | {mean[1]:.1f} ({spread[1]:.1f}) "
-            f"| {paper[0]} | {paper[1]} |"
-        )
+        r1, r100 = (mean_and_deviation(column) for column in ours.T)
+        print(f"| {title:26} | {r1} | {r100} | {paper[0]} | {paper[1]} |")
 
 
 def parse_arguments(argv=None):

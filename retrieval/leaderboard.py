@@ -81,10 +81,15 @@ def leaderboard(lines: Sequence[dict[str, str]]) -> str:
     titles = ["data set", "method", "weights", "tta", *sets, "average", "date"]
     rows = [titles, ["---"] * len(titles)]
     for line in sorted(newest.values(), key=lambda line: (line["dataset"], -float(line["average R@1"] or -1))):
-        recalls = [" / ".join(_short(line[f"{name} R@{k}"]) for k in SET_RANKS) for name in (*sets, "average")]
+        recalls = [set_recalls(line, name) for name in (*sets, "average")]
         told = [line[name].replace("|", "\\|") for name in ("dataset", "method", "weights", "tta")]
         rows.append([*told, *recalls, line["date"][:10]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def set_recalls(line: dict[str, str], name: str) -> str:
+    """A line and a set's name, or "average" -> "54.6 / 72.1 / 87.5", R@1, R@10 and R@100."""
+    return " / ".join(_short(line[f"{name} R@{k}"]) for k in SET_RANKS)
 
 
 def _short(value: str) -> str:

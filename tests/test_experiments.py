@@ -75,7 +75,7 @@ def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_pa
         means.append(json.loads(results.read_text())["average"]["recalls"]["1"])
         (config,) = (tmp_path / "logs" / "table3" / f"views_{seed}").glob("*/config.json")
         assert '"positives": "views"' in config.read_text() and f'"seed": {seed}' in config.read_text()
-    assert float(everything[2].split("(")[0]) == pytest.approx(sum(means) / 2, abs=0.051)
+    assert float(everything[2].split("±")[0]) == pytest.approx(sum(means) / 2, abs=0.051)
 
     # Again: nothing is trained twice.
     monkeypatch.setattr(table3.train, "main", None)
