@@ -147,14 +147,14 @@ def map_figure(centers, right):
     cells, which, counts = np.unique(np.floor(centers / CELL), axis=0, return_inverse=True, return_counts=True)
     recalls = 100 * np.bincount(which.ravel(), right.mean(axis=0)) / counts
     lat, lon = ((cells + 0.5) * CELL).T
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.asarray(world_map.candidates_map([], width=1024)), extent=(-180, 180, -90, 90), alpha=0.7)
     dots = axes.scatter(
         lon, lat, 8 + 6 * np.sqrt(counts), recalls, cmap="RdYlBu", vmin=0, vmax=100, edgecolors="black", linewidths=0.3
     )
     axes.set(xlim=(-180, 180), ylim=(-65, 65), xticks=(), yticks=())
-    figure.colorbar(dots, label="R@1, %", pad=0.01)
+    figure.colorbar(dots, label="R@1, %", pad=0.01, aspect=30)
     return figure
 
 
