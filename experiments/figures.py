@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from datasets.conditions import CONDITIONS_FILE, read_conditions
 from datasets.images import read_image
@@ -30,7 +31,7 @@ from datasets.names import Catalogue
 from datasets.sets import VALIDATION, read_database
 from experiments.runs import mean_and_deviation
 from models.earthloc import load_model
-from retrieval.describe import describe, rotate
+from retrieval.describe import Describer, rotate
 from utils import figures as pictures
 from utils import geo, world_map
 from utils.arguments import make_parser, positive, run, whole
@@ -136,7 +137,12 @@ def conditions_figure(values, right):
         spread = deviations(recalls, counts)
         axes.errorbar(medians, recalls.mean(axis=0), spread, marker="o", markersize=4, capsize=2)
         axes.axhline(100 * right.mean(), color="grey", linewidth=1, linestyle=":")
-        axes.set(xlabel=title, ylim=(0, 100), xscale="log" if title == AREA else "linear")
+        axes.set(xlabel=title, ylim=(0, None))
+        if title == AREA:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("R@1, %")
     return figure, lines
@@ -151,7 +157,15 @@ def map_figure(centers, right):
     axes = figure.subplots()
     axes.imshow(np.asarray(world_map.candidates_map([], width=1024)), extent=(-180, 180, -90, 90), alpha=0.7)
     dots = axes.scatter(
-        lon, lat, 8 + 6 * np.sqrt(counts), recalls, cmap="RdYlBu", vmin=0, vmax=100, edgecolors="black", linewidths=0.3
+        lon,
+        lat,
+        np.minimum(4 + 3 * counts, 80),
+        recalls,
+        cmap="RdYlBu",
+        vmin=0,
+        vmax=100,
+        edgecolors="black",
+        linewidths=0.3,
     )
     axes.set(xlim=(-180, 180), ylim=(-65, 65), xticks=(), yticks=())
     figure.colorbar(dots, label="R@1, %", pad=0.01, aspect=30)
@@ -168,8 +182,8 @@ def tsne_figure(model, photos, right, images, points, batch_size, device, seed):
     rng = np.random.default_rng(seed)
     drawn = [np.sort(rng.choice(len(each), min(points, len(each)), replace=False)) for each in (photos, images)]
     files = [photos[row] for row in drawn[0]] + [images[row] for row in drawn[1]]
-    how = model.config.image_size, batch_size, 0, device, default_precision(device)
-    (described,), failures = describe(model.to(device).eval(), files, *how)
+    how = {"batch_size": batch_size, "device": device, "precision": default_precision(device)}
+    (described,), failures = Describer(model.to(device).eval(), model.config.image_size, **how)(files)
     if failures:
         raise ValueError(failures[0][1])
     perplexity = min(30, (len(files) - 1) / 3)
@@ -233,10 +247,11 @@ def main(args):
     output.mkdir(parents=True, exist_ok=True)
     keys = list(found)
     photos = Catalogue.from_paths(root, [path for _, path in keys])
-    print(f"{len(keys)} photos of {root}, {len(right)} seeds: R@1 {mean_and_deviation(100 * right.mean(axis=1))}")
+    seeds = f"{len(right)} seed{'s' if len(right) > 1 else ''}"
+    print(f"{len(keys)} photos of {root}, {seeds}: R@1 {mean_and_deviation(100 * right.mean(axis=1))}")
     made = {}
     for name in args.only:
-        path = output / f"{name}.{'png' if name in ('conditions', 'map', 'tsne') else 'jpg'}"
+        path = output / f"{name}.{'png' if name in ('conditions', 'tsne') else 'jpg'}"
         if name == "conditions":
             values = photo_conditions(photos)
             figure, lines = conditions_figure(values, right)

@@ -137,7 +137,7 @@ def test_all_figures_of_an_evaluation(own_world, tmp_path, monkeypatch, capsys):
     right = sum(
         results[name]["queries"] * results[name]["recalls"]["1"] / 100 for name in results if name != "Texas-validation"
     )
-    assert told.startswith(f"{photos} photos of {own_world.path}, 1 seeds: R@1 {100 * right / photos:.1f}\n")
+    assert told.startswith(f"{photos} photos of {own_world.path}, 1 seed: R@1 {100 * right / photos:.1f}\n")
     assert "| tilt, degrees | photos | R@1 |" in told and f"| 0 to 9 | {photos} |" in told
 
 
