@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +266,7 @@ def kept_photos(
     image_size: int,
     rotations: tuple = (0,),
     **settings: object,
-):
+) -> AbstractContextManager[DescriptorFile]:
     """`kept_descriptors` of a run's photos, by what it reads and writes (source: paths) and its shard (i, n)."""
     place = hashlib.sha256(os.fsencode("\0".join(map(os.path.abspath, source)))).hexdigest()[:8]
     name = f"photos_{place}_{shard[0]}-of-{shard[1]}"
