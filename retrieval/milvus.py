@@ -8,11 +8,14 @@ pip install pymilvus milvus-lite; neither is needed for anything else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from utils import geo
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
 
 # Index of the vectors -> Milvus's name of it. Codes: sq8 a byte a value, pq a byte for each four values (not in
 # milvus-lite), flat float32.
@@ -31,7 +34,7 @@ class MilvusSearch:
     Raises ValueError where there is no such collection, RuntimeError without pymilvus.
     """
 
-    def __init__(self, uri: str | Path, name: str = NAME, token: str = "", probes: int | None = None):
+    def __init__(self, uri: str | Path, name: str = NAME, token: str = "", probes: int | None = None) -> None:
         self.client, self.uri, self.name = connect(uri, token), uri, name
         if not self.client.has_collection(name):
             raise ValueError(f"{uri}: has no collection {name}, it has {self.client.list_collections()}; make it first")
@@ -117,7 +120,7 @@ class MilvusSearch:
                     scores[q, column], found[q, column] = score, row if places is None else places[row]
         return scores, found
 
-    def _hits(self, queries, k, expression, near, km):
+    def _hits(self, queries: np.ndarray, k: int, expression: str, near: tuple[float, float] | None, km: float):
         """-> a list of at most k (row, score) for each query. A box is a fifth and more larger than its circle, so more
         than k are asked for, and again where too few of them are inside."""
         asked = k if near is None else min(MOST, 2 * k + 16)
@@ -190,7 +193,7 @@ def connect(uri: str | Path, token: str = "") -> object:
         raise ValueError(f"{uri}: {error.message}; give a file ending in .db, or http://HOST:PORT") from error
 
 
-def _schema(client, dim):
+def _schema(client: MilvusClient, dim: int):
     from pymilvus import DataType
 
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -201,7 +204,7 @@ def _schema(client, dim):
     return schema
 
 
-def _index(client, key, dim, count):
+def _index(client: MilvusClient, key: str, dim: int, count: int):
     params = {} if key == "flat" else {"nlist": lists_for(count)}
     if key == "pq":
         params |= {"m": next(parts for parts in range(max(1, dim // 4), 0, -1) if dim % parts == 0), "nbits": 8}
