@@ -239,14 +239,10 @@ def test_both_kinds_train_and_leave_their_pictures(undisturbed):
     assert value("loss") == pytest.approx(np.add(value("loss/years"), value("loss/photos")), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, call",
-    [
-        ("update", 5),
-        pytest.param("cluster", 1, marks=pytest.mark.slow),
-        pytest.param("load", 9, marks=pytest.mark.slow),
-    ],
-)
+POINTS = [("update", 5), *(pytest.param(*point, marks=pytest.mark.slow) for point in (("cluster", 1), ("load", 9)))]
+
+
+@pytest.mark.parametrize("name, call", POINTS)
 def test_stopped_anywhere_it_ends_with_the_same_bits(photo_world, undisturbed, monkeypatch, name, call):
     with monkeypatch.context() as patch:
         signal_at(patch, name, call)
