@@ -341,6 +341,21 @@ def test_two_processes_train_as_one_does(world, two, tmp_path, monkeypatch):
     assert not list(newest(two[0]).glob("rank1/*.pt")) and (newest(two[0]) / "rank1" / "debug.log").exists()
 
 
+def test_two_processes_train_with_photos_as_one_does(photo_world, tmp_path, monkeypatch):
+    """Each has its part of the quadruplets and its part of the pairs, through the network together."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--positives", "years+photos", "--cluster_draw", "photos", "--iterations", "6", "--num_workers", "0"
+    flags = words(photo_world, *flags)
+    finish(start(2, train, tmp_path, [*flags, "--log_dir", "two"]), [0, 0])
+    one, two = (
+        load_checkpoint(folder / "last.pt")
+        for folder in (train.main(train.parse_arguments(flags)), newest(tmp_path, "two"))
+    )
+    assert differences([one["clusters"], one["shares"]], [two["clusters"], two["shares"]]) == []
+    for key, value in one["model"].items():
+        assert torch.allclose(value.double(), two["model"][key].double(), atol=2e-4, rtol=1e-3), key
+
+
 def test_a_signal_to_any_one_stops_all_and_they_resume_with_the_same_bits(world, two, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_to_second(patch, signal.SIGTERM, 4)

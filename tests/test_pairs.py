@@ -76,7 +76,7 @@ def test_no_photo_of_an_evaluation_set_takes_part(photo_world, regions):
     assert len(evaluated) == 10 and len(used) == 12 and not evaluated & used
 
 
-def test_nor_one_that_the_sets_leave_out(photo_world, regions, tmp_path):
+def test_a_table_without_positives_changes_nothing(photo_world, regions, tmp_path):
     """Listed without a positive: evaluation leaves it out, training does too."""
     path = shutil.copytree(photo_world.path, tmp_path / "world")
     table = load_intersections(path / INTERSECTIONS_FILE)
@@ -84,7 +84,7 @@ def test_nor_one_that_the_sets_leave_out(photo_world, regions, tmp_path):
     assert len(read_pairs(path, Regions.read(path)[0], 0.2, 4).photos) == 12
 
 
-def test_photos_that_reach_from_set_to_set_are_left_out_at_the_edge(photo_world, regions, tmp_path):
+def test_2500_km_are_the_edge_of_a_set(photo_world, regions, tmp_path):
     """2,500 km from a set's point on the sphere of 6,371 km: half a kilometre decides."""
     path = shutil.copytree(photo_world.path, tmp_path / "world")
     photos = sorted((path / "queries").glob("*TEST00-E-1[0-9]*"))
@@ -239,14 +239,10 @@ def test_both_kinds_train_and_leave_their_pictures(undisturbed):
     assert value("loss") == pytest.approx(np.add(value("loss/years"), value("loss/photos")), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, call",
-    [
-        ("update", 5),
-        pytest.param("cluster", 1, marks=pytest.mark.slow),
-        pytest.param("load", 9, marks=pytest.mark.slow),
-    ],
-)
+POINTS = [("update", 5), *(pytest.param(*point, marks=pytest.mark.slow) for point in (("cluster", 1), ("load", 9)))]
+
+
+@pytest.mark.parametrize("name, call", POINTS)
 def test_stopped_anywhere_it_ends_with_the_same_bits(photo_world, undisturbed, monkeypatch, name, call):
     with monkeypatch.context() as patch:
         signal_at(patch, name, call)
