@@ -464,7 +464,7 @@ def test_eval_and_predict_describe_nothing_twice(world, tmp_path, monkeypatch):
 
     def described(script, *more):
         files.clear()
-        inputs = [str(photo)] if script is predict else []
+        inputs = [str(photo), "--register", "none"] if script is predict else []
         script.main(
             script.parse_arguments(
                 [
@@ -523,6 +523,8 @@ def test_the_scripts_forget_descriptors_of_other_models(world, tmp_path, monkeyp
                 "0",
                 "--device",
                 "cpu",
+                "--register",
+                "none",
                 "--forget_descriptors",
             ]
         )
