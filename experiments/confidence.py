@@ -13,6 +13,8 @@ and what would be verified.
 """
 
 import itertools
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -27,12 +29,14 @@ from datasets.build.camera import Camera, footprint, ground_points, orientation
 from datasets.build.earth import RASTER_MONTH, month_ratios
 from experiments.registration import iou
 from retrieval.confidence import FEATURES, features
-from retrieval.ground import RasterGround
-from retrieval.matching import MATCHERS, make_matcher
+from retrieval.ground import Ground, RasterGround
+from retrieval.matching import MATCHERS, Matcher, make_matcher
 from retrieval.registration import FARTHEST_KM, register, square
 from utils import geo
 from utils.arguments import make_parser, positive, run
 from utils.files import replacing
+
+Row = tuple[np.ndarray, bool, bool]  # features (F,), right, true
 
 SIZE = 512  # pixels, as the public data set's photos: whatever the camera's aspect, squashed to a square
 WIDTHS_KM = (60, 500)  # of a photo, at its middle
@@ -44,7 +48,7 @@ LEVELS = (0.5, 0.9, 0.95, 0.99)  # from which a place may count as verified
 SEA = 0.1  # share of the photos that may show no land
 
 
-def draw_camera(rng):
+def draw_camera(rng: np.random.Generator) -> Camera:
     """A camera on the station's orbit whose photo is on Earth, between the latitudes that the raster holds."""
     while True:
         nadir = (float(rng.uniform(-51, 51)), float(rng.uniform(-180, 180)))
@@ -62,7 +66,7 @@ def draw_camera(rng):
             return camera
 
 
-def render(camera, ground, ratios, rng):
+def render(camera: Camera, ground: Ground, ratios: Sequence[np.ndarray], rng: np.random.Generator) -> torch.Tensor:
     """-> uint8 (3, SIZE, SIZE): the camera's photo in one of the months' colours, under clouds and behind haze."""
     middles = (np.arange(SIZE) + 0.5) / SIZE
     latlon = ground_points(camera, *np.meshgrid(middles, middles))
@@ -94,15 +98,15 @@ def render(camera, ground, ratios, rng):
     return (photo * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def sample(picture, x, y):
+def sample(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return cv2.remap(
         picture, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
 
 
-def draw_candidates(camera, rng, true):
-    """-> [(footprint (4, 2), rotation)]: a square of ground that shows the photo's middle, or one that shows nothing of
-    it."""
+def draw_candidates(camera: Camera, rng: np.random.Generator, true: bool) -> tuple[np.ndarray, int]:
+    """-> footprint (4, 2), rotation (degrees): a square of ground that shows the photo's middle, or one that shows
+    nothing of it."""
     corners = footprint(camera)
     middle = geo.centers(corners)
     radius = geo.distance_km(corners, middle).max()
@@ -126,7 +130,9 @@ def draw_candidates(camera, rng, true):
     return geo.from_mercator(box), int(round(rotation / 90) * 90 % 360)
 
 
-def collect(photos, false, matcher, ground, ratios, seed):
+def collect(
+    photos: Iterable[int], false: int, matcher: Matcher, ground: Ground, ratios: Sequence[np.ndarray], seed: int
+) -> Iterator[list[Row]]:
     """photos: their numbers. Yields for each photo (features, right, true) of what was registered, a row each: features
     (F,), whether the place is right, and whether the candidate was a true one."""
     for index in photos:
@@ -143,7 +149,9 @@ def collect(photos, false, matcher, ground, ratios, seed):
         yield rows
 
 
-def kept_rows(path, photos, rows_of):
+def kept_rows(
+    path: Path | None, photos: int, rows_of: Callable[[range], Iterable[list[Row]]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """-> features (N, F), right (N,), true (N,), and of how many photos: those in the file, if there is one, and what
     lacks of so many. They go there as they come, so that a second run goes on. rows_of: numbers of photos -> the rows
     of each."""
@@ -160,13 +168,13 @@ def kept_rows(path, photos, rows_of):
     return *columns(rows), max(there, photos)
 
 
-def columns(rows):
+def columns(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-> features (N, F), right (N,), true (N,)."""
     found, right, true = zip(*rows) if rows else ([], [], [])
     return np.array(found).reshape(-1, len(FEATURES)), np.array(right, dtype=bool), np.array(true, dtype=bool)
 
 
-def fit(rows, right, strength=3.0):
+def fit(rows: np.ndarray, right: np.ndarray, strength: float = 3.0) -> tuple[np.ndarray, float]:
     """Features (N, F) and what is right (N,) -> coefficients (F,), intercept. Both kinds weigh the same. strength: of
     the fit against the pull to zero; of 0.3 to 100, 3 had the best log loss for xfeat (8 folds, three times)."""
     from sklearn.linear_model import LogisticRegression
@@ -175,7 +183,7 @@ def fit(rows, right, strength=3.0):
     return model.coef_[0], float(model.intercept_[0])
 
 
-def fit_all(found):
+def fit_all(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, list[float]]:
     """{matcher: (features, right)} -> {matcher: [intercept, *coefficients]}, those with right ones. Wrong ones are rare
     and much alike, so each matcher's right ones are set against the wrong ones of all."""
     wrong = np.concatenate([rows[~right] for rows, right in found.values()])
@@ -188,7 +196,7 @@ def fit_all(found):
     return fitted
 
 
-def held_back(found):
+def held_back(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{matcher: (features, right)}, in the order of the photos -> {matcher: (probabilities (N,), right (N,) bool)}: its
     right ones and the wrong ones of all, each fold by a fit to the other folds."""
     chances = {name: [] for name in found}
@@ -204,7 +212,7 @@ def held_back(found):
     return {name: (chance, right > 0) for name, (chance, right) in told.items()}
 
 
-def reliability(chance, right, tried):
+def reliability(chance: np.ndarray, right: np.ndarray, tried: int) -> list[str]:
     """Probabilities (N,) and what is right (N,), of so many false candidates -> lines. Both kinds weigh the same, as in
     the fit."""
     weights = np.where(right, 0.5 / max(right.sum(), 1), 0.5 / max((~right).sum(), 1))
@@ -220,7 +228,7 @@ def reliability(chance, right, tried):
     return lines
 
 
-def main(args):
+def main(args: Namespace) -> None:
     ground = RasterGround(args.raster)
     months = [month for month in range(1, 13) if month != RASTER_MONTH][:: args.every_month]
     ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(args.months, months)]
@@ -228,7 +236,7 @@ def main(args):
     for name in args.register:
         matcher = make_matcher(name, args.matcher_weights, args.device)
 
-        def rows_of(photos):
+        def rows_of(photos: range) -> Iterator[list[Row]]:
             return collect(tqdm(photos, desc=name, unit="photo"), args.false, matcher, ground, ratios, args.seed)
 
         rows, right, true, photos = kept_rows(args.keep and Path(args.keep) / f"{name}.npz", args.photos, rows_of)
@@ -246,7 +254,7 @@ def main(args):
         print(f'    "{name}": ({", ".join(f"{number:.2f}" for number in numbers)}),')
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--raster", required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
     parser.add_argument("--months", required=True, help="folder with 01.jpg … 12.jpg, equirectangular")

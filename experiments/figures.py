@@ -17,25 +17,32 @@ Figs. 14 and 15 are clusters.jpg and batch.jpg, which train.py leaves in its fol
 
 import csv
 import json
+from argparse import Namespace
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 
 from datasets.conditions import CONDITIONS_FILE, read_conditions
 from datasets.images import read_image
 from datasets.names import Catalogue
 from datasets.sets import VALIDATION, read_database
 from experiments.runs import mean_and_deviation
-from models.earthloc import load_model
+from models.earthloc import EarthLoc, load_model
 from retrieval.describe import Describer, rotate
 from utils import figures as pictures
 from utils import geo, world_map
 from utils.arguments import make_parser, positive, run, whole
 from utils.precision import default_precision, require_device
+
+T = TypeVar("T")
+Predictions = dict[tuple[str, str], list[tuple[str, int, bool]]]  # as read_predictions says
 
 AREA = "area, km²"
 BINS, PHOTOS_A_BIN = 10, 20  # at most, at least
@@ -46,7 +53,7 @@ FOUND, LOST = "tab:blue", "tab:red"
 # ---- what eval.py left ----
 
 
-def read_predictions(folder):
+def read_predictions(folder: str | Path) -> Predictions:
     """An evaluation's folder -> {(set, query): [(database image, rotation, correct), …]}, best first, no validation.
 
     FileNotFoundError where it holds no predictions.csv.
@@ -66,7 +73,7 @@ def read_predictions(folder):
     return found
 
 
-def read_seeds(folders):
+def read_seeds(folders: Sequence[str | Path]) -> tuple[dict, Predictions, np.ndarray]:
     """-> what results.json of the first holds, its predictions, and (seeds, N) bool: whether each photo was found.
 
     ValueError where the folders are not of the same photos.
@@ -80,7 +87,7 @@ def read_seeds(folders):
     return results[0], all_found[0], right
 
 
-def photo_conditions(photos):
+def photo_conditions(photos: Catalogue) -> dict[str, np.ndarray]:
     """Catalogue of queries -> {axis title: (N,) values, NaN where unknown}; conditions that nothing is known of are
     left out."""
     known = read_conditions(photos.root)
@@ -98,7 +105,9 @@ def photo_conditions(photos):
 # ---- recall by a condition ----
 
 
-def recall_by(values, right, bins=BINS):
+def recall_by(
+    values: np.ndarray, right: np.ndarray, bins: int = BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """values (N,), NaN for unknown; right (S, N) bool of S seeds -> edges (B + 1,), counts (B,), medians (B,), recalls
     (S, B) percent. Bins hold equally many photos, as far as equal values let them."""
     known = np.isfinite(values)
@@ -113,12 +122,12 @@ def recall_by(values, right, bins=BINS):
     return edges, np.array([each.sum() for each in members]), medians, recalls
 
 
-def deviations(recalls, counts):
+def deviations(recalls: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(S, B) percent, (B,) -> (B,): over the seeds, or of one seed that of drawing so many photos."""
     return recalls.std(axis=0, ddof=1) if len(recalls) > 1 else np.sqrt(recalls[0] * (100 - recalls[0]) / counts)
 
 
-def conditions_table(title, edges, counts, recalls):
+def conditions_table(title: str, edges: np.ndarray, counts: np.ndarray, recalls: np.ndarray) -> list[str]:
     """recall_by's -> lines of markdown."""
     spread = deviations(recalls, counts)
     return [f"| {title} | photos | R@1 |", "| --- | --- | --- |"] + [
@@ -127,7 +136,7 @@ def conditions_table(title, edges, counts, recalls):
     ]
 
 
-def conditions_figure(values, right):
+def conditions_figure(values: dict[str, np.ndarray], right: np.ndarray) -> tuple[Figure, list[str]]:
     """{axis title: (N,)}, (S, N) bool -> matplotlib figure, a panel each, and the lines of their tables."""
     figure, lines = Figure(figsize=(3.1 * len(values), 2.8), layout="constrained"), []
     panels = np.atleast_1d(figure.subplots(1, len(values), sharey=True))
@@ -148,7 +157,7 @@ def conditions_figure(values, right):
     return figure, lines
 
 
-def map_figure(centers, right):
+def map_figure(centers: np.ndarray, right: np.ndarray) -> Figure:
     """(N, 2) degrees, (S, N) bool -> matplotlib figure: R@1 in cells of CELL degrees on a map of the world."""
     cells, which, counts = np.unique(np.floor(centers / CELL), axis=0, return_inverse=True, return_counts=True)
     recalls = 100 * np.bincount(which.ravel(), right.mean(axis=0)) / counts
@@ -175,7 +184,16 @@ def map_figure(centers, right):
 # ---- pictures of pictures ----
 
 
-def tsne_figure(model, photos, right, images, points, batch_size, device, seed):
+def tsne_figure(
+    model: EarthLoc,
+    photos: Sequence[Path],
+    right: np.ndarray,
+    images: Sequence[Path],
+    points: int,
+    batch_size: int,
+    device: str | torch.device,
+    seed: int,
+) -> Figure:
     """photos, images: lists of files; right (N,) bool of the photos. -> matplotlib figure of `points` of each."""
     from sklearn.manifold import TSNE
 
@@ -203,12 +221,12 @@ def tsne_figure(model, photos, right, images, points, batch_size, device, seed):
     return figure
 
 
-def draw(rng, items, count):
+def draw(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
     """-> up to `count` of a list, drawn by rng, in order."""
     return [items[row] for row in sorted(rng.choice(len(items), min(count, len(items)), replace=False))]
 
 
-def queries_picture(root, keys, count, seed, size=128):
+def queries_picture(root: Path, keys: Sequence[tuple[str, str]], count: int, seed: int, size: int = 128) -> Image.Image:
     """keys: (set, path) of the photos -> PIL image, a row each set."""
     rng, sets = np.random.default_rng(seed), list(dict.fromkeys(name for name, _ in keys))
     rows = [draw(rng, [path for name, path in keys if name == each], count) for each in sets]
@@ -216,14 +234,18 @@ def queries_picture(root, keys, count, seed, size=128):
     return pictures.mosaic(cells, size, row_titles=[name.replace(" ", "\n") for name in sets])
 
 
-def database_picture(root, paths, count, seed, size=128, rows=6):
+def database_picture(
+    root: Path, paths: Sequence[str], count: int, seed: int, size: int = 128, rows: int = 6
+) -> Image.Image:
     """-> PIL image of rows of `count` images each."""
     drawn = draw(np.random.default_rng(seed), paths, rows * count)
     cells = [drawn[start : start + count] for start in range(0, len(drawn), count)]
     return pictures.mosaic([[read_image(root / path, size) for path in row] for row in cells], size)
 
 
-def examples_picture(root, found, count, seed, size=128, depth=3):
+def examples_picture(
+    root: Path, found: Predictions, count: int, seed: int, size: int = 128, depth: int = 3
+) -> Image.Image:
     """read_predictions' -> PIL image: `count` photos whose first prediction is right, beside as many others."""
     rng, rows = np.random.default_rng(seed), []
     sides = [[key for key in found if found[key][0][2] == right] for right in (True, False)]
@@ -239,7 +261,7 @@ def examples_picture(root, found, count, seed, size=128, depth=3):
 # ---- the command ----
 
 
-def main(args):
+def main(args: Namespace) -> dict[str, Path]:
     """-> {figure: its file}."""
     results, found, right = read_seeds(args.folders)
     root = Path(args.dataset_path or results["dataset"])
@@ -295,7 +317,7 @@ def main(args):
 FIGURES = ("conditions", "map", "tsne", "queries", "database", "examples")
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of evaluations, one for each seed")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="these figures")

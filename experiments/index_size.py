@@ -4,6 +4,9 @@ Recalls of a data set's photos among the images near their nadir: with whole des
 fewer and fewer bytes a region. Every line turns the photo; the first turns the images, as eval.py does by default.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,7 +27,7 @@ RANKS = (1, 10, 50)
 CANDIDATES = 4 * max(RANKS)  # a region can be there in each of its turns
 
 
-def main(args):
+def main(args: Namespace) -> None:
     photos, database = Catalogue.read(args.dataset_path, "queries"), read_database(args.dataset_path)
     pairs, _ = intersections(photos.footprints, database.footprints)
     positives = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(photos))))
@@ -55,7 +58,7 @@ def main(args):
         show("bytes", dim, found, positives)
 
 
-def nearest(vectors, photo, rows, count):
+def nearest(vectors: np.ndarray, photo: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     """vectors (turns * count, D), photo (turns, D), rows (m,) of the images -> (max(RANKS),) rows, best first, each
     image once, in its best turn."""
     turns = len(vectors) // count
@@ -66,12 +69,12 @@ def nearest(vectors, photo, rows, count):
     return take(images, first_of_each(images, max(RANKS)), -1)[0]
 
 
-def show(name, size, found, positives):
+def show(name: str, size: int, found: dict[int, np.ndarray], positives: Sequence[np.ndarray]) -> None:
     recalls = recall_at(np.stack(list(found.values())), [positives[row] for row in found], RANKS)
     print(f"| {name} | {size:,} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + " |", flush=True)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--dataset_path", required=True, help="folder with database/, named by the grid, and queries/")
     parser.add_argument("--resume", required=True, metavar="WEIGHTS")

@@ -9,12 +9,17 @@ benchmarks/speed_search.py). Each way runs in a process of its own. Without --ur
 pip install pymilvus milvus-lite
 """
 
+from __future__ import annotations
+
 import gc
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +31,19 @@ from retrieval.search import CompressedSearch, search
 from utils import geo
 from utils.arguments import make_parser, positive, run
 
+if TYPE_CHECKING:
+    import faiss
+
+    Engine = FaissFlat | CompressedSearch | MilvusSearch | faiss.Index
+
+T = TypeVar("T")
+Place = tuple[str, str, str]  # of Milvus: uri, name, token
+
 WORLD = 46_000_000  # vectors: 11.5 million regions of zooms 9 to 14, four turns
 K, SINGLES = 10, 20
 
 
-def main(args) -> list[dict]:
+def main(args: Namespace) -> list[dict]:
     """-> a row of the table for each way."""
     vectors, centers = source(args)
     rng = np.random.default_rng(0)
@@ -67,14 +80,16 @@ def main(args) -> list[dict]:
     return table
 
 
-def nearest(made, query, rows, engine=None):
+def nearest(
+    made: np.ndarray, query: np.ndarray, rows: np.ndarray, engine: CompressedSearch | None = None
+) -> np.ndarray:
     """The K best of rows, at most, in order, by an engine or exactly."""
     _, found = search(made, query, K, rows) if engine is None else engine.search(query, K, rows)
     return rows[found[0][found[0] >= 0]]
 
 
-def source(args):
-    """-> vectors (N, D), an array or Rows, and centers (N, 2) degrees."""
+def source(args: Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """-> vectors (N, D) and centers (N, 2) degrees."""
     if not args.dataset_path:
         from retrieval.earth_index import EarthIndex
 
@@ -91,13 +106,13 @@ def source(args):
     return np.asarray(descriptors[0, rows]), geo.centers(database.footprints[rows])
 
 
-def alone(work, *values):
+def alone(work: Callable[..., T], *values: object) -> T:
     """work(*values) in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *values).result()
 
 
-def fill(way, file, centers, place):
+def fill(way: str, file: Path, centers: np.ndarray, place: Place) -> float:
     """Puts the vectors into Milvus, reads them back -> seconds that the first took. ValueError where they differ."""
     made, (uri, name, token), key = np.load(file, mmap_mode="c"), place, way.split()[1]
     began = time.perf_counter()
@@ -112,7 +127,15 @@ def fill(way, file, centers, place):
     return seconds
 
 
-def measure(way, file, queries, points, near_rows, place, near_km):
+def measure(
+    way: str,
+    file: Path,
+    queries: np.ndarray,
+    points: np.ndarray,
+    near_rows: Sequence[np.ndarray],
+    place: Place,
+    near_km: float,
+) -> dict:
     """One way -> what it found and what it took. Memory: of faiss the bytes of its index, of milvus-lite what the
     process has of its own, not mapped, after it opened the file, beyond what it has with a small one."""
     made, milvus = np.load(file, mmap_mode="c"), way.startswith("milvus")
@@ -137,7 +160,7 @@ def measure(way, file, queries, points, near_rows, place, near_km):
     batch = clock(lambda: engine.search(queries[:100], K)) / len(queries[:100])
     single = clock(lambda: [engine.search(queries[q : q + 1], K) for q in range(SINGLES)]) / SINGLES
 
-    def one_near(q):
+    def one_near(q: int) -> np.ndarray:
         if milvus:
             return engine.search(queries[q : q + 1], K, near=points[q], km=near_km)[1][0]
         return nearest(made, queries[q : q + 1], near_rows[q], None if way.startswith("faiss") else engine)
@@ -150,7 +173,7 @@ def measure(way, file, queries, points, near_rows, place, near_km):
     )
 
 
-def index_bytes(engine) -> int:
+def index_bytes(engine: Engine) -> int:
     import faiss
 
     if hasattr(engine, "bytes_in_memory"):
@@ -158,7 +181,7 @@ def index_bytes(engine) -> int:
     return faiss.serialize_index(getattr(engine, "index", engine)).nbytes
 
 
-def make(way, made, place):
+def make(way: str, made: np.ndarray, place: Place) -> Engine:
     import faiss
 
     uri, name, token = place
@@ -185,7 +208,7 @@ def own_memory() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def clock(work) -> float:
+def clock(work: Callable[[], object]) -> float:
     """Seconds, the best of three."""
     times = []
     for _ in range(3):
@@ -195,12 +218,12 @@ def clock(work) -> float:
     return min(times)
 
 
-def folder_bytes(uri) -> int:
+def folder_bytes(uri: str | Path) -> int:
     """Of a file of milvus-lite, which is a folder; 0 of a cluster."""
     return sum(file.stat().st_size for file in Path(uri).rglob("*") if file.is_file()) if is_lite(uri) else 0
 
 
-def recalls(found, right, near_right) -> dict:
+def recalls(found: dict, right: np.ndarray, near_right: Sequence[np.ndarray]) -> dict[str, float]:
     """Shares in percent of the true first and of the true first ten that were found."""
     share = lambda some, true: 100 * np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(some, true) if len(b)])
     return {
@@ -210,7 +233,7 @@ def recalls(found, right, near_right) -> dict:
     }
 
 
-def line(row) -> str:
+def line(row: dict) -> str:
     memory = "" if row["memory"] is None else f"{row['memory']:.0f}"
     world = "" if row["memory"] is None else f"{row['memory'] * WORLD / 1e9:.0f}"
     milliseconds = " | ".join(f"{1e3 * row[name]:.2f}" for name in ("batch", "single", "near_time"))
@@ -220,7 +243,7 @@ def line(row) -> str:
     )
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--index", default=str(EARTH_INDEX), help="file of python -m retrieval.earth_index")

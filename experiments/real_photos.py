@@ -5,6 +5,8 @@ images in four rotations: recalls. With --index, photos larger than --min_km2 ag
 first region that shares ground with the photo, among those within --near_km of its nadir, and among all.
 """
 
+from argparse import Namespace
+
 import numpy as np
 
 from datasets.names import Catalogue
@@ -22,7 +24,7 @@ from utils.precision import PRECISIONS
 RANKS = (1, 5, 10, 20)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     photos, database = Catalogue.read(args.dataset_path, "queries"), read_database(args.dataset_path)
     pairs, _ = intersections(photos.footprints, database.footprints)
     positives = [pairs[pairs[:, 0] == row, 1] for row in range(len(photos))]
@@ -43,14 +45,14 @@ def main(args):
         against_earth(args, photos, described)
 
 
-def ranked(photos, images):
+def ranked(photos: np.ndarray, images: np.ndarray) -> np.ndarray:
     """photos (Q, D), images (R, N, D) -> (Q, N) rows of the images, each in its best rotation, best first."""
     turns, count, dim = images.shape
     _, found = search(images.reshape(-1, dim), photos, turns * count)
     return take(found % count, first_of_each(found % count, count), -1)
 
 
-def against_earth(args, photos, described):
+def against_earth(args: Namespace, photos: Catalogue, described: dict[str, np.ndarray]) -> None:
     large = np.flatnonzero(photos.areas >= args.min_km2)
     print(f"{len(large)} photos of {args.min_km2:g} km² and more against the whole Earth")
     print("| weights, index | ranks near the nadir | within ten | ranks in the whole world | within ten |")
@@ -70,7 +72,7 @@ def against_earth(args, photos, described):
         print(f"| {weights}, {file} | " + " | ".join(cells) + " |", flush=True)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--dataset_path", required=True, help="folder with real photos in queries/, and database/")
     parser.add_argument("--resume", nargs="+", required=True, metavar="WEIGHTS")

@@ -11,13 +11,15 @@ as names have them in any.
 """
 
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from datasets.names import Catalogue
 from datasets.overlap import polygons, share_ground
-from retrieval.locator import EARTH_WEIGHTS, Locator
+from retrieval.locator import EARTH_WEIGHTS, Locator, Place
 from retrieval.matching import MATCHERS
 from utils import geo
 from utils.arguments import make_parser, positive, run
@@ -25,7 +27,7 @@ from utils.arguments import make_parser, positive, run
 PLAUSIBLE = 2.2  # of a label's sides
 
 
-def iou(a, b):
+def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Two footprints (4, 2) -> their intersection over union, as datasets.overlap measures it."""
     b = geo.unwrap_footprints(b)
     b[:, 1] += geo.wrap_longitude(b[0, 1] - a[0, 1]) - (b[0, 1] - a[0, 1])
@@ -34,23 +36,23 @@ def iou(a, b):
     return shared / (a.area + b.area - shared)
 
 
-def sides(footprint):
+def sides(footprint: np.ndarray) -> np.ndarray:
     """(4, 2) degrees -> (4,) km."""
     return geo.distance_km(footprint, np.roll(footprint, -1, axis=0))
 
 
-def sides_ratio(footprint):
+def sides_ratio(footprint: np.ndarray) -> float:
     """(4, 2) degrees -> the longest side over the shortest."""
     return sides(footprint).max() / sides(footprint).min()
 
 
-def corners_off(label, footprint):
+def corners_off(label: np.ndarray, footprint: np.ndarray) -> float:
     """Two footprints (4, 2) -> km between their corners, the mean, in the order and sense that fit best."""
     orders = (np.roll(footprint[::step], turn, axis=0) for step in (1, -1) for turn in range(4))
     return min(float(geo.distance_km(label, each).mean()) for each in orders)
 
 
-def measure(name, label, places, candidates, seconds):
+def measure(name: str, label: np.ndarray, places: Sequence[Place], candidates: np.ndarray, seconds: float) -> dict:
     """A photo's label (4, 2), its places, best first, and the footprints (N, 4, 2) of what each was before it was
     registered -> dict. ranks: of the first right one, before (None: there is none) and after."""
     true, right = (
@@ -75,7 +77,7 @@ def measure(name, label, places, candidates, seconds):
 HEADER = "photo                 ranks     inliers/matches  rounds  moved  spread  p      IoU     km off  label"
 
 
-def line(r):
+def line(r: dict) -> str:
     """A photo's row in the table."""
     found = r["best"].registration
     told = (
@@ -90,7 +92,7 @@ def line(r):
     )
 
 
-def summary(results):
+def summary(results: Sequence[dict]) -> list[str]:
     """-> lines: what all photos come to."""
     there, verified = [r for r in results if r["ranks"][0]], [r for r in results if r["best"].verified]
     first = [sum(r["ranks"][k] == 1 for r in results) for k in (0, 1)]
@@ -113,7 +115,7 @@ def summary(results):
     return [*lines, f"{np.mean(seconds):.1f} s a photo (median {np.median(seconds):.1f})"]
 
 
-def main(args):
+def main(args: Namespace) -> None:
     photos = Catalogue.read(args.dataset_path, "queries")
     rows = np.flatnonzero(photos.areas >= args.min_km2)
     rows = rows[np.linspace(0, len(rows) - 1, min(args.photos or len(rows), len(rows))).astype(int)]
@@ -144,7 +146,7 @@ def main(args):
         print("\n".join(summary(results)), flush=True)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("dataset_path", help="folder with queries/, and database/ without --index")

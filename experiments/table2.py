@@ -6,6 +6,9 @@ weights counts. The paper's last row is Table 3's row without the neutral-aware 
 it, whose R@10 the paper does not print. Its naive rows, recomputed: python -m experiments.table1.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 from datasets.sets import POINTS_OF_INTEREST
 from retrieval.leaderboard import read_lines, set_recalls
 from utils.arguments import make_parser, run
@@ -32,7 +35,7 @@ PAPER = {
 }
 
 
-def table(lines):
+def table(lines: Sequence[dict[str, str]]) -> list[str]:
     """Lines of the file of results, of one data set -> lines of markdown: each of the paper's rows, followed by ours of
     that method; then what the paper has not."""
     newest = {(line["method"], line["weights"], line["tta"]): line for line in lines}
@@ -45,12 +48,12 @@ def table(lines):
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def own_row(line):
+def own_row(line: dict[str, str]) -> list[str]:
     told = f"{line['method']}, {line['weights']}" + ("" if line["tta"] == "4x90" else f", tta {line['tta']}")
     return [told.replace("|", "\\|"), *(set_recalls(line, name) for name in POINTS_OF_INTEREST)]
 
 
-def main(args):
+def main(args: Namespace) -> None:
     lines = read_lines(args.file)
     datasets = list(dict.fromkeys(line["dataset"] for line in lines))
     if args.dataset not in (None, *datasets):
@@ -59,7 +62,7 @@ def main(args):
         print(f"\n{dataset}\n\n" + "\n".join(table([line for line in lines if line["dataset"] == dataset])))
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("file", help="as eval.py --results writes it")
     parser.add_argument("--dataset", help="only this one; default: a table for each")

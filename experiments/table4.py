@@ -5,6 +5,8 @@ same recipe with other seeds: mean ± standard deviation over them. An evaluatio
 again.
 """
 
+from argparse import Namespace
+
 import numpy as np
 
 import eval as evaluation
@@ -15,7 +17,7 @@ from utils.arguments import make_parser, run
 PAPER = {"none": (32.6, 30.9, 31.1, 30.4, 27.2, 39.1), "4x90": (54.6, 53.9, 55.9, 46.8, 45.6, 67.6)}
 
 
-def main(args):
+def main(args: Namespace) -> None:
     names = list(POINTS_OF_INTEREST)
     lines = [f"| test-time augmentation | {' | '.join(names)} | average |", "| --- " * (len(names) + 2) + "|"]
     for way, paper in PAPER.items():
@@ -28,7 +30,7 @@ def main(args):
     print("\n" + "\n".join(lines))
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("weights", nargs="+", metavar="WEIGHTS", help="checkpoints, one for each seed")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
