@@ -22,6 +22,7 @@ from datasets.nadirs import Nadir, read_nadirs
 from retrieval.database import Dataset, Places
 from retrieval.exports.matches import matches_of
 from retrieval.locator import EARTH_WEIGHTS, Locator, Place
+from retrieval.matching import matcher_flag
 from utils import geo
 from utils.arguments import make_parser, positive, run
 from utils.mercator import bounds
@@ -30,7 +31,6 @@ from web.apart import Apart
 from web.desk import Desk, Found, Point
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-MATCHERS = "xfeat aliked disk sift none".split()
 PICTURE_SIDE = 512  # pixels of a candidate
 
 
@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_k", type=positive, default=5, help="places for each photo")
     add("--tle", metavar="FILE", help="two-line elements of the station: nadirs of photos with a time in their EXIF")
     add("--near_km", type=float, default=2500, help="how far a photo reaches from its nadir")
-    add("--register", choices=("auto", *MATCHERS), default="auto", help="of the best places, see predict.py")
+    add("--register", **matcher_flag("auto", "none"), default="auto", help="of the best places, see predict.py")
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
     add("--ground", metavar="FILE", help="raster in Web Mercator: what --register matches, and the page's map")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")

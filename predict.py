@@ -27,6 +27,7 @@ from retrieval.database import require_enough
 from retrieval.describe import Describer
 from retrieval.exports import EXPORTS, export_answer
 from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
+from retrieval.matching import matcher_flag
 from retrieval.store import DescriptorFile, tidy
 from retrieval.summary import save_map, save_sheet, tell
 from utils.arguments import make_parser, positive, run, whole
@@ -66,7 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("registration").add_argument
     add(
         "--register",
-        choices=("auto", "xfeat", "aliked", "disk", "sift", "none"),
+        **matcher_flag("auto", "none"),
         default="auto",
         help="lays the photo on the best places, seconds a photo; auto: xfeat, or sift where its weights are missing, "
         "on the images of --dataset_path or on --ground; none on the shipped index alone, whose map is too coarse",

@@ -30,7 +30,7 @@ from datasets.build.earth import RASTER_MONTH, month_ratios
 from experiments.registration import iou
 from retrieval.confidence import FEATURES, features
 from retrieval.ground import Ground, RasterGround
-from retrieval.matching import MATCHERS, Matcher, make_matcher
+from retrieval.matching import Matcher, make_matcher, matcher_flag
 from retrieval.registration import FARTHEST_KM, register, square
 from utils import geo
 from utils.arguments import make_parser, positive, run
@@ -258,7 +258,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--raster", required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
     parser.add_argument("--months", required=True, help="folder with 01.jpg … 12.jpg, equirectangular")
-    parser.add_argument("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
+    parser.add_argument("--register", nargs="+", **matcher_flag(), default=["xfeat"], help="matchers")
     parser.add_argument("--matcher_weights", help="folder with the matcher's published files")
     parser.add_argument("--photos", type=positive, default=150)
     parser.add_argument("--false", type=positive, default=3, help="false candidates a photo; there is one true one")

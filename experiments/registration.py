@@ -20,7 +20,7 @@ import torch
 from datasets.names import Catalogue
 from datasets.overlap import polygons, share_ground
 from retrieval.locator import EARTH_WEIGHTS, Locator, Place
-from retrieval.matching import MATCHERS
+from retrieval.matching import matcher_flag
 from utils import geo
 from utils.arguments import make_parser, positive, run
 
@@ -153,7 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--resume", default=str(EARTH_WEIGHTS), help="the model that finds candidates")
     add("--index", help="file of retrieval/earth_index.py: its regions are the candidates; needs --ground")
     add("--ground", help="Web Mercator raster to register on; default: the data set's images")
-    add("--register", nargs="+", choices=tuple(MATCHERS), default=["xfeat"], help="matchers")
+    add("--register", nargs="+", **matcher_flag(), default=["xfeat"], help="matchers")
     add("--matcher_weights", help="folder with the matcher's published files")
     add("--candidates", type=positive, default=10, help="of a photo")
     add("--photos", type=positive, help="so many of them, evenly from the list; default: all")

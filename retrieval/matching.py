@@ -1,4 +1,5 @@
-"""Local features of two pictures and which of them show the same point: SIFT, XFeat, ALIKED, DISK behind one function.
+"""Local features of two pictures and which of them show the same point: SIFT, XFeat, ALIKED, DISK behind one function,
+and those of the package vismatch as `vismatch:NAME`.
 
     matcher = make_matcher("xfeat")
     a, b = matcher.features(photo), matcher.features(map)      # once a picture
@@ -9,6 +10,7 @@ SIFT is OpenCV's; networks and LightGlue are kornia's, their weights files of pi
 No matcher knows a picture that is turned by much more than 30 degrees: turn it first.
 """
 
+import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ SIDE = 32  # pixels; networks halve a picture five times, and what is smaller sh
 
 
 class Matcher:
-    """The interface. What `features` returns is the matcher's own; `match` takes two of them. name: of MATCHERS."""
+    """The interface. What `features` returns is the matcher's own; `match` takes two. name: as for `make_matcher`."""
 
     name: str
 
@@ -128,6 +130,58 @@ class Learned(Matcher):
         return tuple(
             points[chosen].cpu().numpy().astype(np.float64) + 0.5 for points, chosen in ((a[0], rows), (b[0], columns))
         )
+
+
+class Vismatch(Matcher):
+    """A matcher of the package vismatch, which sees both pictures at once: features are the picture itself, float
+    (3, H, W) in [0, 1], or None where there is nothing to match. run: what vismatch.get_matcher gives.
+
+    vismatch counts from the centre of the first pixel. A few of its matchers (RoMa) do not, and are half a pixel off;
+    it is the same half in photo and map, which are matched at one scale.
+    """
+
+    def __init__(self, name: str, run: Callable) -> None:
+        self.name, self.run = name, run
+        self.run.skip_ransac = True  # registration fits its own, and vismatch's fails where it finds no homography
+
+    def features(self, image: torch.Tensor) -> torch.Tensor | None:
+        # Some of its matchers raise where they find no point at all.
+        nothing = min(image.shape[1:]) < SIDE or image.min() == image.max()
+        return None if nothing else image.float() / 255
+
+    def match(self, a: object, b: object, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        if a is None or b is None:
+            return np.zeros((0, 2)), np.zeros((0, 2))
+        try:
+            found = self.run(a, b)
+        except Exception as error:  # fifty networks' code: whatever it raises costs this photo, not the archive
+            raise ValueError(f"{self.name}: fails on a pair of pictures ({type(error).__name__}: {error})") from error
+        return tuple(np.asarray(found[f"matched_kpts{k}"], dtype=np.float64).reshape(-1, 2) + 0.5 for k in (0, 1))
+
+
+def make_vismatch(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Vismatch:
+    """`vismatch:NAME` -> the matcher. vismatch fetches its weights itself, and its uses are counted by a download.
+
+    Raises ValueError where the installed vismatch has no such matcher or `weights` are given, RuntimeError where it or
+    its weights are missing.
+    """
+    if weights is not None:
+        raise ValueError(f"--matcher_weights {weights}: vismatch fetches its own; leave it out")
+    try:
+        import vismatch
+    except ImportError as error:
+        raise RuntimeError(
+            f"--register {name}: vismatch cannot be imported ({error}): pip install vismatch, in an environment of its "
+            f"own, as it brings an older kornia, without XFeat and ALIKED"
+        ) from error
+    own = name.removeprefix(VISMATCH)
+    if own not in vismatch.available_models:
+        known = ", ".join(vismatch.available_models)
+        raise ValueError(f"--register {name}: vismatch has no such matcher; choose one of {known}")
+    try:
+        return Vismatch(name, vismatch.get_matcher(own, device=str(device)))
+    except (ImportError, OSError) as error:
+        raise RuntimeError(f"--register {name}: vismatch cannot make it, or fetch its weights ({error})") from error
 
 
 # ---- weights ----
@@ -281,16 +335,36 @@ MATCHERS = {
     "aliked": learned("aliked", _aliked),
     "disk": learned("disk", _disk),
 }
+VISMATCH = "vismatch:"  # and the name of one of its matchers
+
+
+def matcher_flag(*others: str) -> dict:
+    """-> type and metavar of a flag that takes a name of MATCHERS, vismatch:NAME, or one of `others`."""
+    names = (*others, *MATCHERS)
+
+    def kind(text: str) -> str:
+        if text not in names and not is_vismatch(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no matcher; choose one of {', '.join(names)}, vismatch:NAME")
+        return text
+
+    return {"type": kind, "metavar": f"{{{','.join(names)},vismatch:NAME}}"}
+
+
+def is_vismatch(name: str) -> bool:
+    """Whether it is vismatch:NAME; which names there are, the installed vismatch says."""
+    return name.startswith(VISMATCH) and name != VISMATCH
 
 
 def make_matcher(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Matcher:
-    """A name of MATCHERS -> the matcher. weights (--matcher_weights): a folder with the files as they are published, or
-    one of them; None: those of the pip package, else kornia's download.
+    """A name of MATCHERS, or vismatch:NAME -> the matcher. weights (--matcher_weights): a folder with the files as they
+    are published, or one of them; None: those of the pip package, else kornia's download.
 
     Raises ValueError or FileNotFoundError naming the file, RuntimeError naming the package where there are no weights.
     """
+    if is_vismatch(name):
+        return make_vismatch(name, weights, device)
     if name not in MATCHERS:
-        raise ValueError(f"--register {name}: no such matcher; choose one of {', '.join(MATCHERS)}")
+        raise ValueError(f"--register {name}: no such matcher; choose one of {', '.join(MATCHERS)}, vismatch:NAME")
     return MATCHERS[name](weights, device)
 
 

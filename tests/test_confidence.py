@@ -60,8 +60,17 @@ def test_the_probability_is_the_logistic_of_the_features():
     given = [np.log(50), np.log(0.161), np.log(1.5 * 1.2)]
     total = intercept + sum(weight * value for weight, value in zip(weights, given, strict=True))
     assert probability(one) == pytest.approx(1 / (1 + np.exp(-total)))
-    assert len(weights) == len(FEATURES) == len(features(one)) and set(COEFFICIENTS) == set(MATCHERS)
+    assert len(weights) == len(FEATURES) == len(features(one)) and set(COEFFICIENTS) >= set(MATCHERS)
     assert features(replace(one, slant=2.4))[2] - features(one)[2] == pytest.approx(np.log(2))
+
+
+def test_a_matcher_without_a_fit_gets_the_least_and_is_never_verified():
+    for inliers, slant in ((8, 1.0), (20, 1.1), (30, 3.0), (60, 1.5), (90, 6.0)):
+        one = registration(inliers, 2 * inliers, slant=slant)
+        least = min(probability(replace(one, matcher=name)) for name in MATCHERS)
+        assert probability(replace(one, matcher="vismatch:roma")) == pytest.approx(min(least, 0.89))
+    sure = registration(2000, 2048)
+    assert 0.5 < probability(replace(sure, matcher="vismatch:roma")) < VERIFIED < probability(sure)
 
 
 def test_fitting_separates_what_is_right():

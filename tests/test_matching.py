@@ -1,7 +1,10 @@
 """retrieval/matching.py: points of two pictures that show the same, and where the weights come from."""
 
+import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 
 from datasets.images import read_image
 from retrieval import matching
-from retrieval.matching import MATCHERS, WEIGHTS, default_matcher, load_glue, make_matcher, mutual_matches
+from retrieval.matching import MATCHERS, WEIGHTS, default_matcher, load_glue, make_matcher, matcher_flag, mutual_matches
 from utils.checkpoint import load_tensors
 from utils.files import package_files
 
@@ -148,3 +151,110 @@ def test_a_folder_or_one_of_its_files_stands_for_both(name, tmp_path, picture):
         matcher = make_matcher(name, place)
         for a, b in zip(matcher.features(picture), known.features(picture)):
             assert torch.equal(a, b)
+
+
+class Brightest:
+    """As vismatch's matchers: called on two float pictures, it gives their brightest pixels, counted from the centre of
+    the first one."""
+
+    skip_ransac = False
+
+    def __call__(self, *pictures):
+        found = {}
+        for k, picture in enumerate(pictures):
+            assert picture.dtype == torch.float32 and 0 <= picture.min() and 0.5 < picture.max() <= 1
+            row, column = divmod(int(picture.sum(dim=0).argmax()), picture.shape[2])
+            found[f"matched_kpts{k}"] = np.array([[column, row]], dtype=np.float32)
+        return found
+
+
+@pytest.fixture
+def vismatch(monkeypatch):
+    """A package of that name with one matcher; what it was asked for is in its `asked`."""
+
+    def get_matcher(name, device="cpu"):
+        package.asked.append((name, device))
+        return Brightest()
+
+    package = SimpleNamespace(available_models=["roma", "loftr"], get_matcher=get_matcher, asked=[])
+    monkeypatch.setitem(sys.modules, "vismatch", package)
+    return package
+
+
+def spot(row, column):
+    picture = torch.full((3, 40, 64), 20, dtype=torch.uint8)
+    picture[:, row, column] = 255
+    return picture
+
+
+def test_a_matcher_of_vismatch_counts_from_the_corner(vismatch):
+    matcher = make_matcher("vismatch:roma", device=torch.device("cpu"))
+    assert vismatch.asked == [("roma", "cpu")] and matcher.name == "vismatch:roma" and matcher.run.skip_ransac
+    here, there = matcher.match(matcher.features(spot(3, 50)), matcher.features(spot(0, 0)), 1024)
+    assert here.dtype == there.dtype == np.float64
+    assert here.tolist() == [[50.5, 3.5]] and there.tolist() == [[0.5, 0.5]]
+
+
+def test_vismatch_is_not_asked_about_blank_and_tiny_pictures(vismatch):
+    matcher = make_matcher("vismatch:roma")
+    matcher.run = None
+    seen = matcher.features(spot(3, 50))
+    for nothing in (torch.full((3, 64, 96), 90, dtype=torch.uint8), spot(0, 0)[:, :31]):
+        for pair in ((matcher.features(nothing), seen), (seen, matcher.features(nothing))):
+            assert [each.shape for each in matcher.match(*pair)] == [(0, 2), (0, 2)]
+
+
+def test_no_match_of_vismatch_has_two_columns_and_what_fails_is_told(vismatch):
+    matcher, seen = make_matcher("vismatch:loftr"), torch.rand(3, 40, 64)
+    matcher.run = lambda a, b: {"matched_kpts0": np.empty(0), "matched_kpts1": np.empty((0, 2))}
+    assert [each.shape for each in matcher.match(seen, seen)] == [(0, 2), (0, 2)]
+    matcher.run = lambda a, b: {}[0]
+    with pytest.raises(ValueError, match="vismatch:loftr: fails on a pair of pictures .KeyError"):
+        matcher.match(seen, seen)
+
+
+def test_without_vismatch_or_its_matcher_the_remedy_is_told(vismatch, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="--register vismatch:surf: vismatch has no such .* one of roma, loftr"):
+        make_matcher("vismatch:surf")
+    with pytest.raises(ValueError, match="--matcher_weights .*: vismatch fetches its own"):
+        make_matcher("vismatch:roma", tmp_path)
+    with pytest.raises(ValueError, match="--register vismatch:: no such matcher"):
+        make_matcher("vismatch:")
+    assert vismatch.asked == []
+
+    def offline(name, device):
+        raise OSError("no network")
+
+    vismatch.get_matcher = offline
+    with pytest.raises(RuntimeError, match="--register vismatch:roma: .*no network"):
+        make_matcher("vismatch:roma")
+    monkeypatch.setitem(sys.modules, "vismatch", None)  # as if it were not installed
+    with pytest.raises(RuntimeError, match="--register vismatch:roma: .*pip install vismatch"):
+        make_matcher("vismatch:roma")
+
+
+def test_the_flag_takes_all_names_and_checks_them(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--register", nargs="+", **matcher_flag("none"))
+    for name in (*MATCHERS, "none", "vismatch:roma"):
+        assert parser.parse_args(["--register", name]).register == [name]
+    for name in ("surf", "auto", "vismatch:", "roma"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--register", "sift", name])
+        assert f"{name!r} is no matcher; choose one of none, sift" in capsys.readouterr().err
+
+
+def test_every_script_that_registers_takes_vismatch():
+    import app
+    import predict
+    from experiments import confidence, registration
+
+    for parse, needed in (
+        (predict.parse_arguments, ["photo.jpg"]),
+        (app.parse_arguments, []),
+        (registration.parse_arguments, ["data"]),
+        (confidence.parse_arguments, ["--raster", "r", "--months", "m"]),
+    ):
+        assert parse([*needed, "--register", "vismatch:roma"]).register in ("vismatch:roma", ["vismatch:roma"])
+        with pytest.raises(SystemExit):
+            parse([*needed, "--register", "surf"])
