@@ -18,6 +18,7 @@ from datasets.build.earth import month_ratios, open_raster
 from datasets.conditions import CONDITIONS_FILE, read_conditions
 from datasets.names import Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, load_intersections
+from datasets.sets import POINTS_OF_INTEREST
 from experiments import earth_photos as experiment
 from utils import geo
 from utils.geo import MERCATOR_HALF
@@ -240,6 +241,14 @@ def test_a_stopped_build_goes_on_to_the_same_files(folder, tmp_path, monkeypatch
     assert {name.split("@")[9] for name in contents(tmp_path / "whole")} == known["tilt"].keys()
     with pytest.raises(ValueError, match="other parameters.*seed"):
         build_some(folder, tmp_path / "stopped", seed=1)
+
+
+def test_photos_to_train_with_lie_outside_the_sets(folder, tmp_path):
+    for nadirs, count in (("outside", 24), ("anywhere", 24)):
+        build_some(folder, tmp_path / nadirs, photos=count, image_size=8, nadirs=nadirs)
+    far, all_over = (Catalogue.read(tmp_path / nadirs, "queries").nadirs for nadirs in ("outside", "anywhere"))
+    km = lambda nadirs: np.min([geo.distance_km(nadirs, center) for center in POINTS_OF_INTEREST.values()], axis=0)
+    assert len(far) == 24 and km(far).min() > 2500 > km(all_over).min()
 
 
 def test_positives_are_listed_where_there_is_a_database(folder, tmp_path, capsys):

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -55,7 +55,14 @@ from datasets.conditions import CONDITIONS_FILE, write_conditions
 from datasets.images import encode_jpeg
 from datasets.names import Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, write_positives
-from datasets.sets import DATABASE_YEAR, POINTS_OF_INTEREST, QUERY_RADIUS_KM, VALIDATION, VALIDATION_QUERY_RADIUS_KM
+from datasets.sets import (
+    DATABASE_YEAR,
+    POINTS_OF_INTEREST,
+    QUERY_RADIUS_KM,
+    VALIDATION,
+    VALIDATION_QUERY_RADIUS_KM,
+    in_a_set,
+)
 from utils import geo
 from utils.arguments import positive
 from utils.files import replacing
@@ -375,7 +382,10 @@ def main(
         "names, 5,000 (at 0.6 km a pixel 94 pixels high) to 100,000",
         {"metavar": ("LOW", "HIGH")},
     ] = None,
-    whole_earth: Annotated[bool, "nadirs anywhere; default: the six sets' areas and validation's"] = False,
+    nadirs: Annotated[
+        Literal["sets", "anywhere", "outside"],
+        "sets: within the six sets' and validation's areas; outside: farther, for photos to train with",
+    ] = "sets",
     weather: Annotated[
         Photos, "full: clouds, air, camera; hazy: without clouds; clear: the geometry and the season alone"
     ] = "full",
@@ -386,7 +396,7 @@ def main(
     Every photo depends on its index and the seed alone. Positives among the folder's database of 2021, if it has one,
     are written anew.
     """
-    groups = WHOLE_EARTH if whole_earth else SETS
+    groups = SETS if nadirs == "sets" else WHOLE_EARTH
     opened = open_raster(raster)
     smallest, (low, high) = smallest_area(opened.around), areas or (AREAS_KM2[0], AREAS_KM2[-1])
     if not smallest <= low < high:
@@ -405,10 +415,15 @@ def main(
         "groups": groups,
         "photos": weather,
     }
+    if nadirs == "outside":
+        parameters["nadirs"] = nadirs
+
+    def fits(camera: Camera) -> bool:
+        return covers(camera, opened) and not (nadirs == "outside" and in_a_set(np.array([camera.nadir]))[0])
 
     def make() -> dict:
         queries = [
-            plan_photo(seed, index, lambda camera: covers(camera, opened), groups, sorted(set(seasons)), areas)
+            plan_photo(seed, index, fits, groups, sorted(set(seasons)), areas)
             for index in tqdm(range(photos), desc="cameras", unit="photo", mininterval=0.5)
         ]
         return {"queries": [list(dataclasses.asdict(query).values()) for query in queries]}
