@@ -1,11 +1,13 @@
 """What the Earth's index loses by being small: python -m experiments.index_size --resume WEIGHTS --dataset_path FOLDER
 
 Recalls of a data set's photos among the images near their nadir: with whole descriptors in float16, and with indexes of
-fewer and fewer bytes a region. Every line turns the photo; the first turns the images, as eval.py does by default.
+fewer and fewer bytes a region, whitened or not. Every line turns the photo; the first turns the images, as eval.py does
+by default.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
 from retrieval.describe import ROTATIONS, Describer
-from retrieval.earth_index import TURNS, compress
+from retrieval.earth_index import TURNS, WHITEN, compress
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
@@ -52,10 +54,10 @@ def main(args: Namespace) -> None:
     found = {row: nearest(vectors, turned[:, row], near[row], len(database)) for row in asked}
     show("float16", 2 * vectors.shape[1], found, positives)
     regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
-    for dim in args.dims:
-        index = compress(regions, vectors, dim, weights_fingerprint(model))
+    for whiten, dim in product(args.whiten, args.dims):
+        index = compress(regions, vectors, dim, weights_fingerprint(model), whiten)
         found = {row: index.search(turned[:, [row]], near[row], max(RANKS))[1][0] for row in asked}
-        show("bytes", dim, found, positives)
+        show(f"bytes, --whiten {whiten:g}", dim, found, positives)
 
 
 def nearest(vectors: np.ndarray, photo: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
@@ -79,6 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--dataset_path", required=True, help="folder with database/, named by the grid, and queries/")
     parser.add_argument("--resume", required=True, metavar="WEIGHTS")
     parser.add_argument("--dims", type=positive, nargs="+", default=(512, 256, 128, 64), help="bytes a region")
+    parser.add_argument("--whiten", type=float, nargs="+", default=(0, WHITEN), help="powers")
     parser.add_argument("--near_km", type=float, default=QUERY_RADIUS_KM)
     parser.add_argument("--turned_photos_only", action="store_true", help="leave the first line out: half of the time")
     parser.add_argument("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")

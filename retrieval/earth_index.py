@@ -1,7 +1,8 @@
 """The whole Earth in one small file: what a model made of regions of the grid, compressed, to be searched anywhere.
 
 A region stands in it once: instead of the image, the photo is turned. Descriptors are projected onto their first
-principal directions and kept as a byte a value, so 256 bytes a region; scores are cosines of what is kept.
+principal directions, half whitened, and kept as a byte a value, so 256 bytes a region; scores are cosines of what is
+kept.
 
 python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER makes one of a data set's images of 2021.
 """
@@ -30,6 +31,7 @@ from utils.precision import PRECISIONS
 
 FORMAT = "earthloc index 1"
 TURNS = (0, 90, 180, 270)  # degrees that a photo is turned counter-clockwise before it is described
+WHITEN = 0.25  # directions are divided by their variance to this power; docs/data.md tells what it does
 
 
 class EarthIndex:
@@ -114,16 +116,26 @@ class EarthIndex:
         return cls(**arrays, fingerprint=metadata["fingerprint"])
 
 
-def compress(regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint: str) -> EarthIndex:
-    """regions (N, 3), descriptors (N, D) -> EarthIndex of `dim` bytes a region. Values beyond the range that holds all
-    but 2 in 10,000 of a column are cut off. ValueError where one is not finite, or dim is larger than D."""
+def compress(
+    regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint: str, whiten: float = WHITEN
+) -> EarthIndex:
+    """regions (N, 3), descriptors (N, D) -> EarthIndex of `dim` bytes a region.
+
+    whiten: 0 leaves the cosines of the centred descriptors as they are, 0.5 gives all directions the same variance
+    (Jégou and Chum, ECCV 2012). Values beyond the range that holds all but 2 in 10,000 of a column are cut off.
+    ValueError where one is not finite, or dim is larger than D.
+    """
     if not np.isfinite(descriptors).all():
         raise ValueError("descriptors are not finite: has the model diverged?")
     if not 1 <= dim <= descriptors.shape[1]:
         raise ValueError(f"--dim {dim}: the model's descriptors have {descriptors.shape[1]} values")
+    if not 0 <= whiten <= 0.5:
+        raise ValueError(f"--whiten {whiten}: expected 0 to 0.5")
     mean = descriptors.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = descriptors - mean
-    axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)[1][:, ::-1][:, :dim].astype(np.float16)
+    variances, axes = (each[..., ::-1][..., :dim] for each in np.linalg.eigh(centred.T.astype(np.float64) @ centred))
+    # A direction without variance tells nothing: it must not be blown up.
+    axes = (axes * np.maximum(variances / max(variances[0], 1e-12), 1e-6) ** -whiten).astype(np.float16)
     values = _unit(centred @ axes.astype(np.float32))
     low, high = np.quantile(values, (1e-4, 1 - 1e-4), axis=0).astype(np.float32)
     step = np.maximum(high - low, 1e-12) / np.float32(255)
@@ -150,7 +162,7 @@ def main(args: argparse.Namespace) -> EarthIndex:
     descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Earth")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     vectors = np.asarray(descriptors[0, rows], np.float32)
-    index = compress(regions[rows], vectors, args.dim, weights_fingerprint(model))
+    index = compress(regions[rows], vectors, args.dim, weights_fingerprint(model), args.whiten)
     index.save(args.index)
     print(
         f"{args.index}: {len(index):,} regions, {Path(args.index).stat().st_size / 1e6:.1f} MB, {len(failures)} failed"
@@ -165,6 +177,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", required=True, help="weights or checkpoint")
     add("--dataset_path", required=True, help="folder with database/, images named by the grid")
     add("--dim", type=positive, default=256, help="bytes a region")
+    add("--whiten", type=float, default=WHITEN, help="0: plain cosines; 0.5: all directions have the same variance")
     add("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
     add("--batch_size", type=positive, default=32)
     add("--num_workers", type=int, default=2)
