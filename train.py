@@ -80,7 +80,11 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add = add_run_arguments(parser, "default", validate_every="recluster_every").add_argument
     add("--compile", action="store_true", help="torch.compile the network: minutes before the first step")
     add_model_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.source_size = args.source_size or source_size(args.image_size)
+    args.validate_every = args.validate_every or args.recluster_every
+    args.save_every = args.save_every or args.validate_every
+    return args
 
 
 def make_loss(args: Namespace, num_regions: int) -> nn.Module:
@@ -238,9 +242,6 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
 
 def main(args: Namespace) -> Path:
     """-> the run's folder. Leaves with exit code 75 after a signal."""
-    args.source_size = args.source_size or source_size(args.image_size)
-    args.validate_every = args.validate_every or args.recluster_every
-    args.save_every = args.save_every or args.validate_every
     return launch(train, args)
 
 

@@ -1,6 +1,7 @@
 """make demo's main job: train on the demo world, evaluate before and after, beside the shipped model, locate a photo.
 
-python -m experiments.demo --dataset_path data/demo_world. What is done is skipped: remove logs/demo to train again.
+python -m experiments.demo --dataset_path data/demo_world. What was done with these flags is skipped; remove logs/demo
+to train again.
 """
 
 import csv
@@ -11,7 +12,7 @@ from pathlib import Path
 import predict
 import train
 from datasets.names import ImageName
-from experiments.runs import evaluated, finished
+from experiments.runs import evaluated, trained
 from utils import geo
 from utils.arguments import add_shared, make_parser, run
 
@@ -20,7 +21,7 @@ SHIPPED = Path("weights/demo_world.safetensors")
 
 
 def main(args: Namespace) -> None:
-    folder = finished("demo") or train.main(train.parse_arguments([f"@{PRESET}", "--dataset_path", args.dataset_path]))
+    folder = trained(train.parse_arguments([f"@{PRESET}", "--dataset_path", args.dataset_path]))
     rows = [("before training", folder / "initial.pt"), ("after training", folder / "last.pt")]
     if SHIPPED.exists():
         rows.append(("shipped weights", SHIPPED))

@@ -1,6 +1,8 @@
 """Runs that an experiment needs: trained and evaluated once; what is there is read."""
 
 import json
+import os
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,33 +10,54 @@ import numpy as np
 
 import eval as evaluation
 import train
+from utils.runs import FREE_FLAGS
+
+# Flags that change nothing in what an evaluation finds; --resume is what it evaluates.
+FREE_IN_EVALUATION = FREE_FLAGS - {"resume"} | {"batch_size", "results", "forget_descriptors"}
 
 
 def evaluated(checkpoint: Path, log_dir: str, *flags: str) -> tuple[dict, Path]:
-    """Evaluates a checkpoint by eval.py's flags under logs/log_dir, or finds that this was done for the data set.
+    """Evaluates a checkpoint by eval.py's flags under logs/log_dir, or finds that this was done with the same flags.
 
     -> what results.json holds, its folder.
     """
     args = evaluation.parse_arguments(["--resume", str(checkpoint), "--log_dir", log_dir, *flags])
+    defaults = evaluation.parse_arguments(["--dataset_path", ""])
     for done in (False, True):
         for path in sorted(Path("logs", log_dir).glob("*/results.json"), reverse=True):
-            results = json.loads(path.read_text())
-            if (results["checkpoint"], results["dataset"]) == (args.resume, args.dataset_path):
-                return results, path.parent
+            if not differing(path.parent, args, defaults, FREE_IN_EVALUATION):
+                return json.loads(path.read_text()), path.parent
         if not done:
             evaluation.main(args)
     raise RuntimeError(f"logs/{log_dir}: the evaluation of {checkpoint} left no results.json")
 
 
-def finished(log_dir: str) -> Path | None:
-    """The newest run under logs/log_dir that was trained to its end -> its folder, or None."""
-    return max((each.parent for each in Path("logs", log_dir).glob("*/done")), default=None)
+def trained(args: Namespace) -> Path:
+    """Trains by train.py's flags, or finds that this was done with the same ones -> the run's folder."""
+    for done in sorted(Path("logs", args.log_dir).glob("*/done"), reverse=True):
+        others = differing(done.parent, args, train.parse_arguments([]), FREE_FLAGS)
+        if not others:
+            return done.parent
+        verb = "differs" if len(others) == 1 else "differ"
+        print(f"{done.parent}: not what is asked for, --{', --'.join(others)} {verb}")
+    return train.main(args)
+
+
+def differing(folder: Path, args: Namespace, defaults: Namespace, free: set[str]) -> list[str]:
+    """Names of the flags, but for the free ones, that the run in the folder had otherwise; a flag that there was not
+    yet had its default. All of them where the folder says nothing."""
+    config = folder / "config.json"
+    before = vars(defaults) | json.loads(config.read_text()) if config.is_file() else {}
+    now = json.loads(json.dumps(vars(args), default=str))
+    place = lambda flags: os.path.abspath(flags.get("dataset_path", ""))
+    names = [name for name in now if name not in free | {"dataset_path"} and now[name] != before.get(name)]
+    return names + ["dataset_path"] * (place(now) != place(before))
 
 
 def trained_and_evaluated(name: str, flags: list[str], *evaluation_flags: str) -> dict[str, float]:
     """Trains under logs/name by train.py's flags and evaluates last.pt, each once -> {"1": average R@1, …}."""
     args = train.parse_arguments([*flags, "--log_dir", name])
-    folder = finished(name) or train.main(args)
+    folder = trained(args)
     shared = [f"--{flag}={getattr(args, flag)}" for flag in ("dataset_path", "num_workers", "device", "precision")]
     results, _ = evaluated(folder / "last.pt", f"{name}_eval", *shared, *evaluation_flags)
     return results["average"]["recalls"]

@@ -16,6 +16,7 @@ from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.weights import save_safetensors
 from retrieval.leaderboard import FIELDS, append_line
+from utils.logs import make_log_dir
 
 PAPER = sorted((Path(__file__).resolve().parents[2] / "shared" / "seeds").glob("001*"))
 FLAGS = ["--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--descriptors", "none"]
@@ -167,21 +168,50 @@ def test_table4_evaluates_each_once_and_prints_the_paper_beside(world, tmp_path,
     assert "| 4x90, paper |" in capsys.readouterr().out
 
 
-def test_results_of_another_data_set_do_not_count(world, tmp_path, monkeypatch):
+def test_results_of_another_data_set_or_other_flags_do_not_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
 
     def evaluate(args):
-        asked.append(args.dataset_path)
-        Path("logs/x", args.dataset_path).mkdir(parents=True)
-        told = {"checkpoint": args.resume, "dataset": args.dataset_path}
-        Path("logs/x", args.dataset_path, "results.json").write_text(json.dumps(told))
+        asked.append((args.dataset_path, args.tta))
+        folder = make_log_dir(args.log_dir)
+        (folder / "config.json").write_text(json.dumps(vars(args)))
+        (folder / "results.json").write_text(json.dumps({"dataset": args.dataset_path}))
 
     monkeypatch.setattr(runs.evaluation, "main", evaluate)
-    for dataset in ("one", "two", "one"):
-        results, folder = runs.evaluated("m.pt", "x", "--dataset_path", dataset)
-        assert results["dataset"] == dataset and folder == Path("logs/x", dataset)
-    assert asked == ["one", "two"]
+    for dataset, *flags in (["one"], ["two"], ["one/"], ["one", "--tta", "none"], ["two", "--batch_size", "7"]):
+        results, _ = runs.evaluated("m.pt", "x", "--dataset_path", dataset, *flags)
+        assert results["dataset"] == dataset.strip("/")
+    assert asked == [("one", "4x90"), ("two", "4x90"), ("one", "none")]
+
+
+def test_a_training_is_done_again_only_where_what_changes_it_differs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def launch(_, args):
+        args.processes = 1  # as the trainer does
+        folder = make_log_dir(args.log_dir)
+        known = vars(args) if args.pair_iou != 0.2 else vars(args).keys() - {"pair_iou"}  # of a version without it
+        (folder / "config.json").write_text(json.dumps({name: vars(args)[name] for name in known}))
+        if args.iterations != 13:  # one that was stopped
+            (folder / "done").touch()
+        return folder
+
+    monkeypatch.setattr(runs.train, "launch", launch)
+    trained = lambda *flags: runs.trained(runs.train.parse_arguments([*flags, "--log_dir", "t"]))
+    one = trained("--dataset_path", "one")
+    assert trained("--dataset_path", "./one", "--num_workers", "7", "--save_every", "3") == one
+    assert capsys.readouterr().out == ""
+    two = trained("--dataset_path", "two")
+    assert capsys.readouterr().out == f"{one}: not what is asked for, --dataset_path differs\n"
+    flags = "--seed", "--margin", "--pair_iou", "--gem_grid"
+    others = [trained("--dataset_path", "one", flag, "7") for flag in flags]
+    assert len({one, two, *others}) == 6
+    assert trained("--dataset_path", "one") == one and trained("--dataset_path", "two") == two
+    stopped = trained("--dataset_path", "one", "--iterations", "13")
+    assert trained("--dataset_path", "one", "--iterations", "13") != stopped
+    (one / "config.json").unlink()
+    assert trained("--dataset_path", "one") != one
 
 
 def test_table2_has_our_lines_under_the_papers(tmp_path, capsys):
