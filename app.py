@@ -7,7 +7,6 @@ local. Uploaded photos are removed when it stops (Ctrl-C).
 import argparse
 import ipaddress
 import logging
-import os
 import signal
 import tempfile
 import threading
@@ -24,9 +23,9 @@ from retrieval.exports.matches import matches_of
 from retrieval.locator import EARTH_WEIGHTS, Locator, Place
 from retrieval.matching import matcher_flag
 from utils import geo
-from utils.arguments import make_parser, positive, run
+from utils.arguments import add_shared, make_parser, positive, run
 from utils.mercator import bounds
-from utils.precision import PRECISIONS
+from utils.workers import usable_cores
 from web.apart import Apart
 from web.desk import Desk, Found, Point
 
@@ -36,7 +35,8 @@ PICTURE_SIDE = 512  # pixels of a candidate
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add = parser.add_argument_group("what photos are compared with").add_argument
+    group = parser.add_argument_group("what photos are compared with")
+    add = group.add_argument
     add("--resume", default=str(EARTH_WEIGHTS), help="checkpoint of train.py, or released weights")
     add("--dataset_path", help="folder with database/")
     add("--index", help="file of python -m retrieval.earth_index; default: without --dataset_path, the shipped one")
@@ -48,14 +48,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ground", metavar="FILE", help="raster in Web Mercator: what --register matches, and the page's map")
     add("--candidates", type=positive, default=10, help="places that are registered; the best --top_k stay")
     add("--descriptors", default="logs/descriptors", help="folder where descriptors are kept")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--threads",
-        type=positive,
-        default=max(1, (os.cpu_count() or 1) - 1),
-        help="of the network; the rest is the page's",
-    )
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
+    add_shared(group, "device", "precision")
+    left = max(1, usable_cores() - 1)
+    add("--threads", type=positive, default=left, help="of the network; the rest is the page's")
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen at. There is no password: whoever reaches it can use it")
     add("--port", type=positive, default=8000)
@@ -69,7 +64,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_mb", type=float, default=100, help="largest photo")
     add("--max_photos", type=positive, default=200, help="photos at a time")
     add("--open", action="store_true", help="open the browser")
-    add("--traceback", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

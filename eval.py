@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from datasets.build.cache import cache_note
 from datasets.sets import EvaluationData, load_evaluation_data
 from methods import METHODS, load_method
 from models.config import add_model_arguments, model_config
 from models.earthloc import build_model, load_model
-from retrieval.describe import ROTATIONS, Describer, ImageFiles
+from retrieval.describe import ROTATIONS, Describer, ImageFiles, batches_of, image_loader
 from retrieval.evaluation import (
     Evaluation,
     describe_sets,
@@ -122,7 +121,8 @@ def database_sample(
     rows = data.database_rows
     rows = np.random.default_rng(0).permutation(rows)[:count]
     files = ImageFiles([data.database.root / data.database.paths[row] for row in rows], image_size)
-    for _, images, errors in DataLoader(files, batch_size, num_workers=num_workers):
+    batches = batches_of(np.arange(len(files)), batch_size)
+    for _, images, errors in image_loader(files, batches, batch_size, num_workers, device):
         readable = [not error for error in errors]
         if any(readable):
             yield images[readable].to(device).float() / 255

@@ -30,9 +30,8 @@ from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_column
 from retrieval.matching import matcher_flag
 from retrieval.store import DescriptorFile, tidy
 from retrieval.summary import save_map, save_sheet, tell
-from utils.arguments import make_parser, positive, run, whole
+from utils.arguments import add_shared, make_parser, positive, run, whole
 from utils.logs import Bar, make_log_dir, setup_logging
-from utils.precision import PRECISIONS
 from utils.signals import EXIT_CODE, Stop, Stopped, interruptible
 from utils.tables import Strings
 
@@ -82,16 +81,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--merge", metavar="FOLDER", help="put the shards in an --output folder together; nothing else is needed")
     add("--keep_photos", action="store_true", help="keep the photos' descriptors in --descriptors, too")
 
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--descriptors", default="logs/descriptors", help="folder where they are kept, so that none is made twice")
     add("--forget_descriptors", action="store_true", help="remove what was kept there for other models than this one")
     add("--shown", type=whole, help="photos in the picture, and world maps; default: 50, with --output 0")
-    add("--log_dir", default="predict", help="results go to logs/LOG_DIR/date_time")
-    add("--batch_size", type=positive, default=32, help="images described at a time")
-    add("--num_workers", type=whole, default=2)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network; auto: bf16 if it is fast")
-    add("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(group, "batch_size", "num_workers", "device", "precision", log_dir="predict")
     args = parser.parse_args(argv)
     if args.merge is None and not args.inputs:
         parser.error("photos are needed (or --merge FOLDER)")

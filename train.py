@@ -33,7 +33,7 @@ from retrieval.describe import ROTATIONS, Describer
 from retrieval.reclustering import make_clusters, save_clusters_figure, sizes_of
 from retrieval.validation import validate
 from utils import distributed
-from utils.arguments import add_run_arguments, make_parser, positive, whole
+from utils.arguments import WORKERS_HELP, add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
 from utils.logs import Meter, own_folder
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
@@ -42,6 +42,7 @@ from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings, make
 from utils.signals import Stop
+from utils.workers import default_workers
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -52,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--positives", choices=("years", "views", "photos", "years+photos"), default="years", help=positives)
     add("--pair_iou", type=float, default=0.2, help="least overlap of a photo and an image that are a pair")
     add("--source_size", type=positive, help="pixels a side as loaded; default: 1.6 × image_size, to a power of two")
-    add("--num_workers", type=whole, default=4)
+    add("--num_workers", type=whole, default=default_workers(), help=WORKERS_HELP)
     add("--max_unreadable", type=float, default=0.05, help="share of regions with unreadable images that stops the run")
     add = parser.add_argument_group("batches (paper, sec. 4.2)").add_argument
     add("--batch_size", type=positive, default=32, help="regions of four years, or pairs, or each; of all processes")
@@ -103,7 +104,7 @@ def prepare(args: Namespace) -> tuple[Regions, BatchLoader, Augmentation, Evalua
         logging.info(note)
     regions = read_regions(args.dataset_path, args.batch_size)
     shown = regions.views_of(DATABASE_YEAR) if args.positives == "views" else regions
-    loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers)
+    loader = BatchLoader(RegionDataset(shown, args.source_size), args.num_workers, args.device)
     validation = load_validation_data(args.dataset_path)
     if validation is None:
         logging.info(f"{args.dataset_path} has no photos, so no validation: best.pt is the newest")
@@ -116,7 +117,8 @@ def prepare_photos(args: Namespace, regions: Regions) -> PhotoPairs | None:
     if "photos" not in (args.cluster_draw, *args.positives.split("+")):
         return None
     pairs = read_pairs(args.dataset_path, regions, args.pair_iou, args.batch_size)
-    return PhotoPairs(pairs, BatchLoader(PairDataset(pairs, args.source_size), args.num_workers), args.max_unreadable)
+    loader = BatchLoader(PairDataset(pairs, args.source_size), args.num_workers, args.device)
+    return PhotoPairs(pairs, loader, args.max_unreadable)
 
 
 def start(

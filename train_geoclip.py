@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from augmentations.turns import turn_and_flip
@@ -28,9 +27,10 @@ from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of
 from models.image_encoder import CLIP
 from models.location_encoder import SIGMAS
+from retrieval.describe import image_loader
 from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils import distributed, figures, geo
-from utils.arguments import add_run_arguments, make_parser, positive, whole
+from utils.arguments import WORKERS_HELP, add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
 from utils.logs import Meter
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
@@ -38,7 +38,8 @@ from utils.precision import autocast, chosen_precision
 from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings
-from utils.signals import Stop, ignore_signals, iterate
+from utils.signals import Stop, iterate
+from utils.workers import default_workers
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -50,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--val_csv", help="IMG_ID,LAT,LON to validate on; an EarthLoc data set brings its validation set")
     add("--val_images", help="folder of --val_csv's images; default: the CSV's own")
     add("--source_size", type=positive, help="pixels a side as loaded; default: 1.15 × the encoder's size")
-    add("--num_workers", type=whole, default=4)
+    add("--num_workers", type=whole, default=default_workers(), help=WORKERS_HELP)
     add = parser.add_argument_group("model").add_argument
     add("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
     add("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")
@@ -224,8 +225,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
     schedule = Schedule(len(training), args.batch_size, args.iterations, args.seed, *own_part)
     own = np.arange(args.batch_size)[schedule.own()]
     photos = PhotoFiles(training.paths, source_size, encoder.fit)
-    workers = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
-    served = iterate(DataLoader(photos, batch_sampler=schedule, **workers))
+    served = iterate(image_loader(photos, schedule, len(own), args.num_workers, device))
     unreadable = set()
 
     def step(meter: Meter):

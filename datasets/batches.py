@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
@@ -11,12 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.signals import ignore_signals, iterate
+from utils.workers import PREFETCH, fitting_workers, free_shared_memory, slots_for
 
 SPARES = 8  # regions that may take the place of one that cannot be read
-PREFETCH = 2  # batches that a worker is ahead
 DRAWS = ("size", "uniform", "photos")
-SHARED_MEMORY = "/dev/shm"
-SPARE_BYTES = 1_000_000  # of shared memory, for what workers send besides images
 
 
 def schedule(
@@ -134,48 +130,28 @@ class Batches(Dataset):
         return torch.tensor(found), slot, errors
 
 
-def slots_for(workers: int) -> int:
-    """Batches in memory at once: those under way, the one in use, and the one before it."""
-    return PREFETCH * workers + 2
-
-
 def pool_note(batch_size: int, shape: tuple[int, ...], workers: int, free: int | None) -> str:
-    """A line about the memory for batches of images, shape (years, H, W, 3) each. free: bytes of shared memory that
-    this process may take, None: unknown.
+    """A line about the memory for batches of images, shape (years, H, W, 3) each. free: as in `fitting_workers`.
 
-    Raises ValueError where they do not fit, while that is an error: writing there would end the process by SIGBUS.
+    Raises ValueError where they do not fit, while that is an error.
     """
     slot = batch_size * math.prod(shape)
-    needed = slots_for(workers) * slot
-    if workers and free is not None and needed + SPARE_BYTES > free:
-        fitting = max(0, (free - SPARE_BYTES) // slot - slots_for(0)) // PREFETCH
-        fewer = f"--num_workers {fitting}" + ("" if fitting else " (the main process decodes, and needs none)")
-        raise ValueError(
-            f"--num_workers {workers}: batches need {needed / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
-            f"{free / 1e6:.0f} MB for this process. Give the container more (docker run --shm-size "
-            f"{-(-2 * needed // 10**9)}g), or {fewer}, or a smaller --source_size (now {shape[1]})"
-        )
-    kind = "shared memory" if workers else "memory"
-    return f"Batches: {slots_for(workers)} of {slot / 1e6:.1f} MB each, {needed / 1e6:.0f} MB of {kind}"
-
-
-def free_shared_memory() -> int | None:
-    """Bytes for this one of the machine's processes (torchrun starts several); None where there is no such place."""
-    try:
-        return shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    except OSError:
-        return None
+    fitting, why = fitting_workers(workers, slot, free)
+    if fitting < workers:
+        raise ValueError(f"{why}, or a smaller --source_size (now {shape[1]})")
+    kind, slots = "shared memory" if workers else "memory", slots_for(workers)
+    return f"Batches: {slots} of {slot / 1e6:.1f} MB each, {slots * slot / 1e6:.0f} MB of {kind}"
 
 
 class BatchLoader:
     """Serves scheduled batches with workers that live as long as the loader, whatever the schedules of one batch size.
 
     Workers decode into a pool of slots in shared memory that are used in turn: no copy, and no fresh pages, which cost
-    a quarter of the time (benchmarks/speed_input.py).
+    a quarter of the time (benchmarks/speed_input.py). device: where they go; for a GPU the pool is page-locked.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int) -> None:
-        self.dataset, self.num_workers = dataset, num_workers
+    def __init__(self, dataset: Dataset, num_workers: int, device: str | torch.device = "cpu") -> None:
+        self.dataset, self.num_workers, self.page_locked = dataset, num_workers, torch.device(device).type == "cuda"
         self.batches, self.spares = np.empty((0, 0), dtype=np.int64), None
         self.pool, self.loader = None, None
 
@@ -199,7 +175,7 @@ class BatchLoader:
         if self.pool is None or self.pool.shape[1] != batches.shape[1]:
             self._open(batches.shape[1])
         served = iterate(self.loader)
-        if torch.cuda.is_available() and not self.pool.is_pinned():
+        if self.page_locked and not self.pool.is_pinned():
             page_lock(self.pool)
         return map(self._place, served)
 
@@ -211,7 +187,7 @@ class BatchLoader:
             workers, self.loader._iterator = self.loader._iterator, None
             if workers is not None:
                 workers._shutdown_workers()
-            if torch.cuda.is_available() and self.pool.is_pinned():
+            if self.page_locked and self.pool.is_pinned():
                 torch.cuda.synchronize()
                 torch.cuda.cudart().cudaHostUnregister(self.pool.data_ptr())
         self.pool, self.loader = None, None

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
-import torch
 
 from datasets.names import Catalogue
 from datasets.overlap import intersections
@@ -22,8 +21,8 @@ from retrieval.earth_index import TURNS, WHITEN, compress
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
-from utils.arguments import make_parser, positive, run
-from utils.precision import PRECISIONS
+from utils.arguments import add_shared, make_parser, positive, run
+from utils.precision import chosen_precision
 
 RANKS = (1, 10, 50)
 CANDIDATES = 4 * max(RANKS)  # a region can be there in each of its turns
@@ -39,7 +38,8 @@ def main(args: Namespace) -> None:
     print(f"{len(asked)} photos, {len(database):,} images, {np.mean([len(near[row]) for row in asked]):,.0f} near each")
 
     model = load_model(args.resume).eval()
-    how = model.config.image_size, args.batch_size, args.num_workers, args.device, args.precision
+    precision = chosen_precision(args.precision, args.device)
+    how = model.config.image_size, args.batch_size, args.num_workers, args.device, precision
     kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
         args.descriptors, catalogue.root, catalogue.paths, catalogue.root.name
     )[0]
@@ -85,11 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--near_km", type=float, default=QUERY_RADIUS_KM)
     parser.add_argument("--turned_photos_only", action="store_true", help="leave the first line out: half of the time")
     parser.add_argument("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
-    parser.add_argument("--batch_size", type=positive, default=32)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser, "batch_size", "num_workers", "device", precision="fp32")
     return parser.parse_args(argv)
 
 

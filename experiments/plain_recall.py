@@ -62,7 +62,7 @@ def prepare(args: Namespace, plain: bool) -> tuple:
     augment = year_wise(args.image_size, colours, one_by_one if plain else at_once)
     if plain:
         loader.close()
-        loader = BatchLoader(PlainDataset(regions, round(RESIZED * args.image_size)), args.num_workers)
+        loader = BatchLoader(PlainDataset(regions, round(RESIZED * args.image_size)), args.num_workers, args.device)
     return regions, loader, augment, validation
 
 

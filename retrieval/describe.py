@@ -1,9 +1,10 @@
 """Image files -> descriptors: in memory, kept on disk, or a batch at a time."""
 
 import hashlib
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from utils import distributed
 from utils.precision import autocast
 from utils.signals import ignore_signals, iterate
 from utils.tables import Strings
+from utils.workers import PREFETCH, fitting_workers, free_shared_memory
 
 ROTATIONS = (0, 90, 180, 270)  # 4x90TTA (paper, sec. 5.1.2): degrees that a database image is turned counter-clockwise
 Failures = list[tuple[int, str]]  # (row, what went wrong)
@@ -215,6 +217,19 @@ def batches_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
+def image_loader(
+    files: ImageFiles, batches: Iterable, batch_size: int, num_workers: int, device: str | torch.device
+) -> DataLoader:
+    """Batches (lists of rows, batch_size at most) of files, with as many of the workers as shared memory has room for:
+    fewer are slower, which a line tells, but an error could come hours into a training."""
+    fitting, why = fitting_workers(num_workers, batch_size * 3 * files.size**2, free_shared_memory())
+    if fitting < num_workers:
+        logging.warning(f"{why}. {fitting} read now, which is slower")
+    pinned = torch.device(device).type == "cuda"
+    more = {"worker_init_fn": ignore_signals, "prefetch_factor": PREFETCH} if fitting else {}
+    return DataLoader(files, batch_sampler=batches, num_workers=fitting, pin_memory=pinned, **more)
+
+
 def through(
     forward: Callable[[Tensor], Tensor],
     files: ImageFiles,
@@ -227,9 +242,8 @@ def through(
 
     Of each batch of rows, yields rows (B,), what came out, NaN for failures, and these. label: of the progress bar.
     """
-    pinned = torch.device(device).type == "cuda"
-    workers = {"num_workers": num_workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
-    loader = DataLoader(files, batch_sampler=batches, **workers)
+    workers = min(num_workers, len(batches))  # one photo wants no more than one
+    loader = image_loader(files, batches, max(map(len, batches), default=0), workers, device)
     silent = not label or distributed.rank() > 0
     with tqdm(total=sum(map(len, batches)), desc=label, unit="img", leave=False, disable=silent) as bar:
         for rows, images, errors in iterate(loader):

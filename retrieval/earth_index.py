@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -25,9 +24,9 @@ from models.weights import weights_fingerprint
 from retrieval.describe import Describer
 from retrieval.recall import first_of_each, take
 from retrieval.search import search
-from utils.arguments import make_parser, positive, run
+from utils.arguments import add_shared, make_parser, positive, run
 from utils.files import replacing
-from utils.precision import PRECISIONS
+from utils.precision import chosen_precision
 
 FORMAT = "earthloc index 1"
 TURNS = (0, 90, 180, 270)  # degrees that a photo is turned counter-clockwise before it is described
@@ -158,7 +157,8 @@ def main(args: argparse.Namespace) -> EarthIndex:
             f"{database.paths[strange[0]]}: its corners are not those of its region, so no index of the grid can hold "
             f"it ({len(strange)} of {len(database)} images); leave it out of the database"
         )
-    how = model.config.image_size, args.batch_size, args.num_workers, args.device, args.precision
+    precision = chosen_precision(args.precision, args.device)
+    how = model.config.image_size, args.batch_size, args.num_workers, args.device, precision
     descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Earth")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     vectors = np.asarray(descriptors[0, rows], np.float32)
@@ -179,11 +179,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dim", type=positive, default=256, help="bytes a region")
     add("--whiten", type=float, default=WHITEN, help="0: plain cosines; 0.5: all directions have the same variance")
     add("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
-    add("--batch_size", type=positive, default=32)
-    add("--num_workers", type=int, default=2)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=PRECISIONS, default="fp32")
-    add("--traceback", action="store_true", help="show the traceback of an error")
+    add_shared(parser, "batch_size", "num_workers", "device", precision="fp32")
     return parser.parse_args(argv)
 
 

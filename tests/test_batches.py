@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.batches import BatchLoader, free_shared_memory, pool_note, random_clusters, schedule, spread
+from datasets.batches import BatchLoader, pool_note, random_clusters, schedule, spread
 from datasets.images import read_image
 from datasets.regions import RegionDataset, Regions
 from datasets.training import serve_period
@@ -93,7 +93,10 @@ def test_the_pool_is_pinned_for_a_gpu_and_unpinned_at_the_end(world, monkeypatch
     monkeypatch.setattr(torch.cuda, "cudart", Driver)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() in pinned)
     regions, _ = Regions.read(world.path)
-    loader = BatchLoader(RegionDataset(regions, 16), 0)
+    on_cpu = BatchLoader(RegionDataset(regions, 16), 0)
+    assert len(list(on_cpu.serve(np.array([[1, 2, 3]])))) == 1 and not pinned  # a GPU that is there, but not used
+    on_cpu.close()
+    loader = BatchLoader(RegionDataset(regions, 16), 0, "cuda:0")
     for batch in ([[1, 2, 3]], [[1, 2, 3]], [[1, 2]]):
         ((_, images, _),) = loader.serve(np.array(batch))
         ((pointer, count),) = pinned.items()
@@ -102,7 +105,7 @@ def test_the_pool_is_pinned_for_a_gpu_and_unpinned_at_the_end(world, monkeypatch
     assert not pinned
     answer = 2
     with pytest.raises(RuntimeError, match=r"page-locked \(CUDA error 2\).*--num_workers"):
-        BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2]]))
+        BatchLoader(RegionDataset(regions, 16), 0, "cuda").serve(np.array([[1, 2]]))
 
 
 PAPER = 32, (4, 512, 512, 3)  # a batch: 32 × 4 × 512 × 512 × 3 = 100,663,296 bytes
@@ -140,14 +143,6 @@ def test_the_room_is_looked_at_before_the_pool_is_taken(world, monkeypatch):
         loader.serve(np.array([[1, 2]]))
     assert loader.pool is None
     assert len(list(BatchLoader(RegionDataset(regions, 16), 0).serve(np.array([[1, 2]])))) == 1
-
-
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    alone = free_shared_memory()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert alone is None or free_shared_memory() == pytest.approx(alone / 4, rel=0.1)
-    monkeypatch.setattr("datasets.batches.SHARED_MEMORY", "/no/such/place")
-    assert free_shared_memory() is None
 
 
 def test_each_batch_is_of_one_cluster_without_repeats():

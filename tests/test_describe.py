@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from retrieval import describe
 from retrieval.describe import ROTATIONS, Describer, rotate
 from retrieval.search import search
 
@@ -95,3 +96,30 @@ def test_a_turned_photo_finds_its_image_with_the_turn(files, tmp_path, workers):
 def test_describe_without_images():
     descriptors, failures = Describer(Quadrants(), 8, rotations=(0, 90), progress=False)([])
     assert descriptors.shape[:2] == (2, 0) and not failures
+
+
+@pytest.mark.parametrize("free, fitting", [(13_000 + 10**6, 1), (9_000, 0), (10**9, 2), (None, 2)])
+def test_of_the_workers_as_many_read_as_shared_memory_has_room_for(files, monkeypatch, caplog, free, fitting):
+    monkeypatch.setattr(describe, "free_shared_memory", lambda: free)
+    used = []
+    loader = describe.DataLoader
+    monkeypatch.setattr(
+        describe, "DataLoader", lambda *values, **more: used.append(more["num_workers"]) or loader(*values, **more)
+    )
+    # A batch is 3 images of 3 x 18 x 18 bytes, 2916 in all: 4 of them for one worker, 6 for two.
+    found, failures = Describer(Quadrants(), 18, batch_size=3, num_workers=2, progress=False)(files)
+    assert used == [fitting] and len(failures) == 1 and np.isfinite(found[0, :5]).all()
+    told = [line for line in caplog.messages if "--shm-size" in line]
+    assert len(told) == (fitting < 2)
+    if told:
+        assert f"--num_workers {fitting}" in told[0] and f"{fitting} read now" in told[0]
+
+
+def test_one_batch_wants_one_worker(files, monkeypatch):
+    used = []
+    loader = describe.DataLoader
+    monkeypatch.setattr(
+        describe, "DataLoader", lambda *values, **more: used.append(more["num_workers"]) or loader(*values, **more)
+    )
+    Describer(Quadrants(), 18, batch_size=6, num_workers=2, progress=False)(files)
+    assert used == [1]

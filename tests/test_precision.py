@@ -5,7 +5,10 @@ import os
 import pytest
 import torch
 
+import app
+import predict
 import train
+from retrieval import earth_index
 from utils.precision import deterministic
 
 
@@ -40,8 +43,10 @@ def test_training_is_deterministic_all_through_where_it_is_asked_for(world, tmp_
     assert seen == [False] * 2 + [True] * 2 and not torch.are_deterministic_algorithms_enabled()
 
 
-def test_help_says_what_fp32_means_for_convolutions(capsys):
+@pytest.mark.parametrize("script", [train, predict, app, earth_index], ids=lambda each: each.__name__)
+def test_help_says_what_precision_means_for_convolutions(script, capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
+        script.parse_arguments(["--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "convolutions on a GPU in TF32" in told and "--deterministic" in told
+    assert "convolutions on a GPU in TF32" in told and "factors of 7 bits" in told
+    assert script is not train or "--deterministic" in told

@@ -9,6 +9,9 @@ import torch
 
 from utils.memory import keep_freed_blocks
 from utils.precision import DETERMINISTIC_HELP, PRECISION_HELP, PRECISIONS
+from utils.workers import MOST, default_workers
+
+WORKERS_HELP = f"processes that read images; as many as there are cores to use, but no more than {MOST}, if not given"
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +59,7 @@ def add_shared(parser: argparse._ActionsContainer, *names: str, **defaults: obje
         "dataset_path": {"required": True, "help": "folder with database/, queries/ and the intersections"},
         "log_dir": {"help": "outputs go to logs/LOG_DIR/date_time"},
         "batch_size": {"type": positive, "default": 32, "help": "images that go through the network at a time"},
-        "num_workers": {"type": whole, "default": 2, "help": "processes that read images"},
+        "num_workers": {"type": whole, "default": default_workers(), "help": WORKERS_HELP},
         "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},
         "precision": {"choices": ("auto", *PRECISIONS), "default": "auto", "help": PRECISION_HELP},
         "seed": {"type": whole, "default": 0},

@@ -8,8 +8,9 @@ import torch
 
 PRECISIONS = ("fp32", "bf16")
 PRECISION_HELP = (
-    "of the network; auto: bf16 where the hardware multiplies in it. fp32: products of matrices in full; convolutions "
-    "on a GPU in TF32 (10 of 23 bits), which is PyTorch's default"
+    "of the network; auto: bf16 where the hardware multiplies in it. bf16: convolutions and products of matrices take "
+    "factors of 7 bits in place of 23, and add in full. fp32: products in full; convolutions on a GPU in TF32 (factors "
+    "of 10 bits), which is PyTorch's default"
 )
 DETERMINISTIC_HELP = "the same bits again on the same GPU and software: slower; an operation that cannot is an error"
 

@@ -9,13 +9,13 @@ function's flags.
 
 import argparse
 import inspect
-import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from utils.arguments import positive, whole
+from utils.workers import usable_cores
 
 
 def add_flags(parser: argparse.ArgumentParser, function: Callable) -> None:
@@ -93,7 +93,7 @@ Output = Annotated[Path, "folder of the data set, where a second run continues",
 Quality = Annotated[int, "of the JPEGs", {"type": _quality}]
 Seed = Annotated[int, "of all that is drawn", {"type": whole}]
 Side = Annotated[int, "side of an image, pixels", {"type": positive}]
-CORES = os.cpu_count() or 1
+CORES = usable_cores()
 Workers = Annotated[int, "processes or threads that work beside each other", {"type": whole}]
 
 # Which regions a data set is built from.
