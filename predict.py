@@ -36,9 +36,9 @@ from utils.signals import EXIT_CODE, Stop, Stopped, interruptible
 from utils.tables import Strings
 
 # Flags that the locator takes as they are, and those that decide what is found: an archive goes on with the same ones.
-LOCATOR = "dataset_path index register matcher_weights ground candidates near_km descriptors".split()
+LOCATOR = "dataset_path index milvus register matcher_weights ground candidates near_km descriptors".split()
 LOCATOR += "device precision batch_size num_workers".split()
-DECIDING = "dataset_path index top_k near near_km register ground candidates".split()
+DECIDING = "dataset_path index milvus top_k near near_km register ground candidates".split()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +48,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", default=str(EARTH_WEIGHTS), help="checkpoint of train.py, or released weights")
     add("--dataset_path", help="folder with database/; queries are not needed")
     add("--index", help="file of python -m retrieval.earth_index; default: without --dataset_path, the shipped one")
+    told = "search the index in Milvus: a file ending in .db, or http://HOST:PORT ($MILVUS_TOKEN: USER:PASSWORD); "
+    add("--milvus", metavar="URI", help=told + "filled at the first time (docs/hub.md)")
     add("--top_k", type=positive, default=3, help="places for each photo")
 
     own = "files for each photo, in exports/, beside predictions.geojson, which has all"

@@ -148,6 +148,25 @@ class Index(Places):
         return render_region(self.blue_marble, *self.index.regions[row].tolist(), size)
 
 
+class MilvusIndex(Index):
+    """An index whose vectors are searched in Milvus (retrieval/milvus.py): uri is a file that ends in .db, or a
+    cluster's. It is told of the circle around the rows, that of a nadir: so many numbers would take it seconds."""
+
+    def __init__(self, index: EarthIndex, source: str | Path, uri: str, key: str = "sq8", token: str = "") -> None:
+        from retrieval.milvus import MilvusSearch
+
+        super().__init__(index, source)
+        self.engine = MilvusSearch.of_index(uri, index, key, token)
+
+    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> FOUND:
+        near, km = None, 0.0
+        if 0 < len(rows) < len(self):
+            near = geo.from_unit_vectors(self.vectors[rows].sum(axis=0))
+            km = geo.distance_km(self.centers[rows], near).max() + 0.01
+        every = None if near is None else rows
+        return self.index.search(photos, rows, k, lambda queries, k, _: self.engine.search(queries, k, every, near, km))
+
+
 def require_enough(places: Places, near: tuple[float, float] | None, near_km: float, top_k: int) -> None:
     """Raises ValueError where fewer than top_k places can be found, before anything is described."""
     count, where = len(places.near(near, near_km)), ""

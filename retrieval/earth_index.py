@@ -9,8 +9,8 @@ python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER mak
 
 import argparse
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +66,21 @@ class EarthIndex:
         """(N, K) float32 of unit length."""
         return _unit(self.codes * self.step + self.low)
 
-    def search(self, photos: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def search(
+        self, photos: np.ndarray, rows: np.ndarray, k: int, nearest: Callable | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """photos (4, Q, D): descriptors of each photo in TURNS; rows (m,): where to look -> scores, rows of the index
         and rotations (degrees, as predict.py counts them: of the image, counter-clockwise), each (Q, k), best first.
 
         A region counts in its best rotation. Fewer than k rows: score -inf, row -1. ValueError on other shapes.
+        nearest(queries, k, rows): a search of `vectors` elsewhere, as those of `make_search`.
         """
         turns, count, dim = photos.shape
         if turns != len(TURNS) or dim != len(self.mean):
             raise ValueError(f"photos of shape {photos.shape}: expected ({len(TURNS)}, photos, {len(self.mean)})")
         rows = np.asarray(rows)
-        scores, found = search(self.vectors, self.project(photos.reshape(-1, dim)), min(k, len(rows)), rows)
+        nearest = nearest or partial(search, self.vectors)
+        scores, found = nearest(self.project(photos.reshape(-1, dim)), min(k, len(rows)), rows)
         # Turning a photo by t is turning the images by -t.
         rotations = np.broadcast_to((-np.array(TURNS) % 360)[:, None, None], (turns, count, scores.shape[1]))
         # A photo's turns side by side, each with its k best.

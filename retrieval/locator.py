@@ -20,7 +20,7 @@ from datasets.images import read_within, within
 from datasets.nadirs import Nadir
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
-from retrieval.database import Dataset, Index, Places, search_near
+from retrieval.database import Dataset, Index, MilvusIndex, Places, search_near
 from retrieval.describe import Describer
 from utils import geo
 from utils.precision import default_precision, require_device
@@ -140,6 +140,7 @@ class Locator:
         weights: str | Path = EARTH_WEIGHTS,
         dataset_path: str | Path | None = None,
         index: str | Path | None = None,
+        milvus: str | None = None,
         register: str = "auto",
         matcher_weights: str | Path | None = None,
         ground: str | Path | None = None,
@@ -152,9 +153,10 @@ class Locator:
     ) -> Locator:
         """weights: checkpoint or released weights. dataset_path: a data set's folder (its database/ is described when
         first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py; with neither, the one of
-        the whole Earth that ships with the weights. register: xfeat, aliked, disk, sift or none, on the data set's
-        images or on ground, a Web Mercator raster; auto: `default_matcher` where there is one of these. settings:
-        near_km, candidates.
+        the whole Earth that ships with the weights. milvus: where the index is searched, if not in memory, see
+        MilvusIndex; a cluster's password is taken from $MILVUS_TOKEN. register: xfeat, aliked, disk, sift or none, on
+        the data set's images or on ground, a Web Mercator raster; auto: `default_matcher` where there is one of these.
+        settings: near_km, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
@@ -162,6 +164,11 @@ class Locator:
             raise ValueError("--dataset_path and --index: give one of them, a folder with database/ or a file")
         if dataset_path is None and index is None:
             index = EARTH_INDEX
+        if milvus is not None and index is None:
+            raise ValueError(
+                "--milvus: an index is searched there, not a data set; make one of it by python -m "
+                "retrieval.earth_index and give it by --index"
+            )
         on_ground = dataset_path is not None or ground is not None
         if register not in ("auto", "none") and not on_ground:
             raise ValueError(
@@ -189,7 +196,8 @@ class Locator:
                     f"--index {index}: was not made with {weights}, so their descriptors cannot be compared; give the "
                     f"weights that made it by --resume, or make an index of these (python -m retrieval.earth_index)"
                 )
-            places = Index(earth, index)
+            token = os.environ.get("MILVUS_TOKEN", "")  # flags are in the log
+            places = Index(earth, index) if milvus is None else MilvusIndex(earth, index, milvus, token=token)
         else:
             places = Dataset.read(dataset_path, model, descriptors, image_size=model.config.image_size, **common)
         if ground is not None:

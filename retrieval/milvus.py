@@ -7,6 +7,9 @@ pip install pymilvus milvus-lite; neither is needed for anything else.
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +19,8 @@ from utils import geo
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
+
+    from retrieval.earth_index import EarthIndex
 
 # Index of the vectors -> Milvus's name of it. Codes: sq8 a byte a value, pq a byte for each four values (not in
 # milvus-lite), flat float32.
@@ -88,6 +93,26 @@ class MilvusSearch:
             raise
         return cls(uri, name, token, probes)
 
+    @classmethod
+    def of_index(cls, uri: str | Path, index: EarthIndex, key: str = "sq8", token: str = "") -> Self:
+        """The search of an index of the Earth, in a collection named after its content: filled now where there is none
+        yet. ValueError where another process was killed while it filled it."""
+        content = hashlib.sha256(index.codes.tobytes() + index.regions.tobytes() + index.axes.tobytes())
+        name = f"{NAME}_{key}_{content.hexdigest()[:12]}"
+        client = connect(uri, token)
+        there = client.has_collection(name)
+        client.close()
+        if not there:
+            logging.info(f"{uri}: {len(index):,} vectors are put in, once, which takes minutes")
+            return cls.fill(uri, index.vectors, geo.centers(index.footprints), key, name, token)
+        engine = cls(uri, name, token)
+        if len(engine) != len(index):
+            raise ValueError(
+                f"{uri}: collection {name} has {len(engine)} of {len(index)} vectors, it was not filled to the end; "
+                f"remove it (or the file)"
+            )
+        return engine
+
     def __len__(self) -> int:
         return self.count
 
@@ -100,7 +125,8 @@ class MilvusSearch:
         km: float = 2500.0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """queries (Q, D) -> scores and indices, each (Q, k), best first; indices count in rows (m,), if given. near
-        (lat, lon) and km: only rows whose centre lies that near. Fewer than k: score -inf, index -1.
+        (lat, lon) and km: only rows whose centre lies that near; with both, Milvus is told of the circle alone, which
+        is quicker than many rows. Fewer than k: score -inf, index -1.
 
         Scores are those of the index's codes, and neighbours may be missed.
         """
@@ -113,17 +139,26 @@ class MilvusSearch:
         places = None if rows is None else {int(row): i for i, row in enumerate(rows)}
         if places is not None and not places:
             return scores, found
-        expression = " and ".join(filter(None, [_box(near, km), "" if rows is None else f"row in {list(places)}"]))
+        expression = _box(near, km) if near is not None or rows is None else f"row in {list(places)}"
+
+        def inside(hits: list[dict]) -> list[dict]:
+            if near is None or not hits:
+                return hits
+            points = [(hit["entity"]["lat"], hit["entity"]["lon"]) for hit in hits]
+            there = geo.distance_km(points, near) <= km
+            return [hit for hit, at in zip(hits, there) if at and (places is None or hit["row"] in places)]
+
         for start in range(0, len(queries), QUERIES):
-            for q, hits in enumerate(self._hits(queries[start : start + QUERIES], k, expression, near, km), start):
+            part = queries[start : start + QUERIES]
+            for q, hits in enumerate(self._hits(part, k, expression, inside, k if near is None else 2 * k + 16), start):
                 for column, (row, score) in enumerate(hits):
                     scores[q, column], found[q, column] = score, row if places is None else places[row]
         return scores, found
 
-    def _hits(self, queries: np.ndarray, k: int, expression: str, near: tuple[float, float] | None, km: float):
+    def _hits(self, queries: np.ndarray, k: int, expression: str, inside: Callable, asked: int):
         """-> a list of at most k (row, score) for each query. A box is a fifth and more larger than its circle, so more
         than k are asked for, and again where too few of them are inside."""
-        asked = k if near is None else min(MOST, 2 * k + 16)
+        asked = min(MOST, asked)
         found, left = [None] * len(queries), np.arange(len(queries))
         while len(left):
             answers = self.client.search(
@@ -137,11 +172,7 @@ class MilvusSearch:
             )
             again = []
             for q, hits in zip(left, answers):
-                kept = [(hit["row"], hit["distance"]) for hit in hits]
-                if near is not None and hits:
-                    points = [(hit["entity"]["lat"], hit["entity"]["lon"]) for hit in hits]
-                    inside = geo.distance_km(points, near) <= km
-                    kept = [each for each, there in zip(kept, inside) if there]
+                kept = [(hit["row"], hit["distance"]) for hit in inside(hits)]
                 found[q] = kept[:k]
                 if len(kept) < k and len(hits) == asked < MOST:
                     again.append(q)

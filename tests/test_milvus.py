@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from retrieval import milvus
+from retrieval.database import Index, MilvusIndex, search_near
+from retrieval.earth_index import compress
+from retrieval.locator import Locator
+from retrieval.milvus import MilvusSearch
 from utils import geo
 
 pytest.importorskip("pymilvus")
@@ -120,6 +124,56 @@ def test_what_does_not_fit_is_said(filled, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(RuntimeError, match="pip install pymilvus milvus-lite"):
         milvus.connect(tmp_path / "b.db")
+
+
+def test_a_circle_and_rows_are_the_rows_in_the_circle(filled):
+    search, vectors, centers = filled
+    inside = np.flatnonzero(geo.distance_km(centers, (20, 30)) <= 5000)
+    rows = np.random.default_rng(5).permutation(COUNT)[:300]
+    both = np.intersect1d(inside, rows)
+    _, found = search.search(queries_of(), 6, rows, near=(20, 30), km=5000)
+    _, order = expected(vectors, queries_of(), 6, both)
+    assert 10 < len(both) < len(inside) and np.array_equal(rows[found], both[order])
+
+
+@pytest.fixture(scope="module")
+def earth():
+    regions = np.array([(5, row, col) for row in range(8, 24, 2) for col in range(0, 32, 2)])
+    rng = np.random.default_rng(6)
+    return compress(regions, unit(rng.normal(size=(len(regions), DIM))).astype(np.float32), DIM, "x")
+
+
+def test_an_index_in_milvus_finds_what_it_finds_in_memory(earth, tmp_path, caplog):
+    caplog.set_level("INFO")
+    photos = unit(np.random.default_rng(7).normal(size=(4, 3, DIM))).astype(np.float32)
+    points = [(40, 175), None, (-10, 20)]
+    wanted = search_near(Index(earth, "i"), photos, points, 3000, 7)
+    for filling in (1, 0):  # the second time it is there
+        places = MilvusIndex(earth, "i", str(tmp_path / "a.db"), key="flat")
+        found = search_near(places, photos, points, 3000, 7)
+        assert found[0] == pytest.approx(wanted[0], abs=1e-5)
+        assert np.array_equal(found[1], wanted[1]) and np.array_equal(found[2], wanted[2])
+        places.engine.close()
+        assert sum("are put in" in line for line in caplog.messages) == filling
+        caplog.clear()
+
+
+def test_another_index_is_another_collection_and_half_a_one_is_an_error(earth, tmp_path):
+    file = tmp_path / "a.db"
+    MilvusSearch.of_index(file, earth, "flat").close()
+    other = MilvusSearch.of_index(file, compress(earth.regions[:40], earth.vectors[:40], DIM, "x"), "flat")
+    assert len(other) == 40 and len(other.client.list_collections()) == 2
+    (name,) = set(other.client.list_collections()) - {other.name}
+    other.client.delete(name, ids=[3, 4])
+    other.client.flush(name)
+    other.close()
+    with pytest.raises(ValueError, match="has 126 of 128 vectors.*remove it"):
+        MilvusSearch.of_index(file, earth, "flat")
+
+
+def test_a_data_set_is_not_searched_in_milvus():
+    with pytest.raises(ValueError, match="--milvus: an index is searched there, not a data set"):
+        Locator.from_files("w", "data", milvus="a.db")
 
 
 def test_a_clusters_index_by_the_same_code(monkeypatch):
