@@ -9,11 +9,12 @@ import resource
 import signal
 import sys
 import time
+from datetime import datetime
 
 import pytest
 import torch
 
-from utils import checkpoint
+from utils import checkpoint, logs
 from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
 STATE = {"model": {"weight": torch.arange(2000.0)}, "iteration": 7, "best": 1.5, "args": {"lr": "1"}}
@@ -148,6 +149,17 @@ def test_the_newest_whole_one_is_taken_with_a_line(tmp_path, caplog, damage):
         newest_checkpoint(runs[1])
     with pytest.raises(FileNotFoundError, match="2026-01-03_00-00-00: no checkpoint to go on with"):
         newest_checkpoint(runs[2])
+
+
+def test_of_many_runs_of_one_second_the_newest_is_gone_on_with(tmp_path, monkeypatch):
+    class Stopped(datetime):
+        now = classmethod(lambda cls: cls(2026, 1, 2, 3, 4, 5))
+
+    monkeypatch.setattr(logs, "datetime", Stopped)
+    for number in range(12):
+        run = logs.make_log_dir("mine", tmp_path)
+        save_checkpoint(run / "last.pt", {**STATE, "iteration": number})
+        assert newest_checkpoint(tmp_path / "mine")[1]["iteration"] == number
 
 
 def test_killed_at_every_step_of_saving(tmp_path):

@@ -86,22 +86,28 @@ def check_images(
         if not isinstance(result, str):
             sizes.setdefault(zoom_of(path), Counter())[result[0]] += 1
     expected = {zoom: (size, size) if size else max(counts, key=counts.get) for zoom, counts in sizes.items()}
-    unreadable, wrong_size, same, digests, flat = [], [], [], {}, {key: [] for key in FLAT}
+    unreadable, oblong, other_size, same, digests, flat = [], [], [], [], {}, {key: [] for key in FLAT}
     for i, (path, result) in enumerate(zip(paths, seen)):
         if isinstance(result, str):
             unreadable.append(f"{path}: {result}")
             continue
         found, digest, flatness_key = result
-        if i < len(database) and (found != expected[zoom_of(path)] or found[0] != found[1]):
-            wrong_size.append(f"{path}: {_text(found)}, not {_text(expected[zoom_of(path)])} and square")
+        if i < len(database) and found[0] != found[1]:
+            oblong.append(f"{path}: {_text(found)}")
+        elif i < len(database) and found != expected[zoom_of(path)]:
+            other_size.append(f"{path}: {_text(found)}, not {_text(expected[zoom_of(path)])}")
         if flatness_key:
             flat[flatness_key].append(path)
         if flatness_key != "one" and digests.setdefault(digest, path) != path:
             same.append(f"{path}: as {digests[digest]}")
-    what = "the size asked for" if size else "the size of most of their zoom"
+    square = "square database images of another size than "
+    square += (
+        "asked for" if size else "most of their zoom (all are resized when they are read: no harm but to sharpness)"
+    )
     return [
         Finding("images that cannot be read", PROBLEM, unreadable),
-        Finding(f"database images that do not have {what}, or are not square", PROBLEM, wrong_size),
+        Finding("database images that are not square (reading squashes them, off their footprints)", PROBLEM, oblong),
+        Finding(square, PROBLEM if size else NOTE, other_size),
         *[Finding(what, level, flat[key]) for key, (what, level) in FLAT.items()],
         Finding("images with the very bytes of another", PROBLEM, same),
     ], {_text(each): number for each, number in sum(sizes.values(), Counter()).most_common()}
