@@ -12,6 +12,8 @@ Limit: the network alone, on the views of the union, in ours' precision.
 import copy
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from benchmarks.timing import show, timed_twice
+from benchmarks.timing import seconds_on, show, timed_twice
 from datasets.names import Catalogue
 from datasets.sets import EvaluationData, load_evaluation_data
 from models.earthloc import load_model
@@ -86,6 +88,21 @@ def network_alone(
     return tuple(np.min(times, axis=0) * views / batch_size)
 
 
+@contextmanager
+def inside(model: nn.Module, clock: Callable[[], float]) -> Iterator[list[float]]:
+    """-> a list that gets the seconds of each of the model's calls inside: what is compared is of the same minutes."""
+    began, seconds = [], []
+    hooks = (
+        model.register_forward_pre_hook(lambda *_: began.append(clock())),
+        model.register_forward_hook(lambda *_: seconds.append(clock() - began.pop())),
+    )
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def thinned(data: EvaluationData, every: int) -> EvaluationData:
     """Only each `every`-th image of the database, and each such query."""
     sets = [
@@ -119,7 +136,8 @@ def main(args: Namespace) -> None:
     how = model.config.image_size, args.batch_size, args.num_workers, device, precision, ROTATIONS
     with tempfile.TemporaryDirectory() as folder:
         ours = lambda: describe_sets(Describer(model, *how), data, keep=folder)[0]
-        found, *once = timed_twice(ours)
+        with inside(model, seconds_on(device)) as network:
+            found, *once = timed_twice(ours)
         _, *again = timed_twice(ours)
     rows = [
         ("each set, plain", views_of(data.sets), views_of(data.sets), *slow),
@@ -131,6 +149,7 @@ def main(args: Namespace) -> None:
     columns = {"": "20", "images read": "12", "views": "8", "seconds": "9.1f", "times": "7.1f", "CPU s": "8.1f"}
     show(columns | {"times ": "7.1f"}, [(*row[:4], slow[0] / row[3], row[4], slow[1] / row[4]) for row in rows])
     print("CPU s: of this process; with --num_workers 0 it does the reading as well")
+    print(f"of the union once, the network itself takes {sum(network) / once[device.type == 'cpu']:.1%}")
     cosines = []
     for one in data.sets:
         union = found.database[:, np.searchsorted(found.database_rows, one.database_rows)].astype(np.float32)

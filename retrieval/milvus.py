@@ -96,16 +96,17 @@ class MilvusSearch:
     @classmethod
     def of_index(cls, uri: str | Path, index: EarthIndex, key: str = "sq8", token: str = "") -> Self:
         """The search of an index of the Earth, in a collection named after its content: filled now where there is none
-        yet. ValueError where another process was killed while it filled it."""
+        yet. ValueError where another process was killed while it filled it. All lists are looked at: a photo is less
+        like its place than two images of that are, so its neighbours are in any of them, and around a nadir are few."""
         content = hashlib.sha256(index.codes.tobytes() + index.regions.tobytes() + index.axes.tobytes())
         name = f"{NAME}_{key}_{content.hexdigest()[:12]}"
-        client = connect(uri, token)
+        client, probes = connect(uri, token), lists_for(len(index))
         there = client.has_collection(name)
         client.close()
         if not there:
             logging.info(f"{uri}: {len(index):,} vectors are put in, once, which takes minutes")
-            return cls.fill(uri, index.vectors, geo.centers(index.footprints), key, name, token)
-        engine = cls(uri, name, token)
+            return cls.fill(uri, index.vectors, geo.centers(index.footprints), key, name, token, probes)
+        engine = cls(uri, name, token, probes)
         if len(engine) != len(index):
             raise ValueError(
                 f"{uri}: collection {name} has {len(engine)} of {len(index)} vectors, it was not filled to the end; "

@@ -158,6 +158,20 @@ def test_an_index_in_milvus_finds_what_it_finds_in_memory(earth, tmp_path, caplo
         caplog.clear()
 
 
+def test_bytes_in_milvus_miss_nothing_near_a_photo_unlike_all_places(tmp_path):
+    regions = np.array([(7, row, col) for row in range(20, 100, 2) for col in range(0, 128, 2)])
+    rng = np.random.default_rng(8)
+    earth = compress(regions, unit(rng.normal(size=(len(regions), DIM))).astype(np.float32), DIM, "x")
+    photos = unit(rng.normal(size=(4, 5, DIM))).astype(np.float32)
+    points = [(40, 175)] * 5
+    wanted = search_near(Index(earth, "i"), photos, points, 3000, 10)
+    places = MilvusIndex(earth, "i", str(tmp_path / "a.db"))
+    found = search_near(places, photos, points, 3000, 10)
+    places.engine.close()
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found[1], wanted[1])]) >= 0.95
+    assert found[0] == pytest.approx(wanted[0], abs=0.02)
+
+
 def test_another_index_is_another_collection_and_half_a_one_is_an_error(earth, tmp_path):
     file = tmp_path / "a.db"
     MilvusSearch.of_index(file, earth, "flat").close()

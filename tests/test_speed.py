@@ -69,6 +69,7 @@ def test_plain_description_agrees_with_the_union(world, checkpoint, tmp_path, ca
         text,
     )
     assert re.search(r"again, kept +0 +0 ", text)
+    assert 0 < float(re.search(r"of the union once, the network itself takes ([\d.]+)%", text)[1]) <= 100
 
 
 def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypatch):
