@@ -194,7 +194,7 @@ class Renderer(Opened):
         left, top, side = windows(self.raster, [region])[0].tolist()
         pixels = np.ascontiguousarray(read_window(self.raster, left, top, side, side))
         if self.image_size is not None and side != self.image_size:
-            pixels = resize(torch.from_numpy(pixels), self.image_size).numpy()
+            pixels = np.ascontiguousarray(resize(torch.from_numpy(pixels), self.image_size))
         for path, month in missing:
             season = pixels
             if month != RASTER_MONTH:
