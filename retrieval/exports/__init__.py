@@ -1,7 +1,8 @@
 """What GIS people open, a file a photo: `python predict.py … --export kmz geotiff cog geoparquet stac report`.
 
-An export is a module here and a line in EXPORTS: write(folder, photo, places, footprints, pictures=(), matches=()) ->
-the file that it wrote, named after the photo, suffix and all: a.jpg and a.png are two photos. What goes in:
+An export is a module here and a line in EXPORTS: write(folder, photo, places, footprints, pictures, matches) -> the
+file that it wrote, named after the photo, suffix and all: a.jpg and a.png are two photos. What goes in (pictures and
+matches are for the report alone):
 
 photo: its path. places: dicts, best first, with the properties of predictions.geojson (image, rank, score, inliers,
 probability, verified, latitude, longitude, rotation, database_image, and what else there is). footprints: (P, 4, 2)

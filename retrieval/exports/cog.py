@@ -11,14 +11,7 @@ from retrieval.exports.warp import native_grid, warp
 from utils.files import replacing
 
 
-def write(
-    folder: Path,
-    photo: Path,
-    places: Sequence[dict],
-    footprints: np.ndarray,
-    pictures: Sequence = (),
-    matches: Sequence = (),
-) -> Path:
+def write(folder: Path, photo: Path, places: Sequence[dict], footprints: np.ndarray, *_: object) -> Path:
     """ValueError where the first place's corners are no view of a camera. Over the antimeridian, x passes the map's
     edge, where GIS programs show it beside the rest."""
     import rasterio.shutil

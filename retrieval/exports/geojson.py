@@ -19,14 +19,7 @@ def collection(places: Sequence[dict], footprints: np.ndarray) -> dict:
     return {"type": "FeatureCollection", "features": features}
 
 
-def write(
-    folder: Path,
-    photo: Path,
-    places: Sequence[dict],
-    footprints: np.ndarray,
-    pictures: Sequence = (),
-    matches: Sequence = (),
-) -> Path:
+def write(folder: Path, photo: Path, places: Sequence[dict], footprints: np.ndarray, *_: object) -> Path:
     file = folder / f"{photo.name}.geojson"
     with replacing(file, sync=False) as out:
         out.write((json.dumps(collection(places, footprints)) + "\n").encode())

@@ -31,14 +31,7 @@ def write_table(file: Path, places: Sequence[dict], footprints: np.ndarray) -> P
     return file
 
 
-def write(
-    folder: Path,
-    photo: Path,
-    places: Sequence[dict],
-    footprints: np.ndarray,
-    pictures: Sequence = (),
-    matches: Sequence = (),
-) -> Path:
+def write(folder: Path, photo: Path, places: Sequence[dict], footprints: np.ndarray, *_: object) -> Path:
     return write_table(folder / f"{photo.name}.parquet", places, footprints)
 
 

@@ -14,14 +14,7 @@ from utils.files import replacing
 from utils.mercator import require_view
 
 
-def write(
-    folder: Path,
-    photo: Path,
-    places: Sequence[dict],
-    footprints: np.ndarray,
-    pictures: Sequence = (),
-    matches: Sequence = (),
-) -> Path:
+def write(folder: Path, photo: Path, places: Sequence[dict], footprints: np.ndarray, *_: object) -> Path:
     """Lossless, as a viewer shows the photo. ValueError where the first place's corners are no view of a camera."""
     from rasterio.io import MemoryFile
 

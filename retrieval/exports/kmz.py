@@ -20,14 +20,7 @@ MAX_SIDE = 8192  # pixels: what graphics cards take
 OUTLINE, BEST_OUTLINE = "ffffffff", "ff3cd7ff"  # alpha, blue, green, red
 
 
-def write(
-    folder: Path,
-    photo: Path,
-    places: Sequence[dict],
-    footprints: np.ndarray,
-    pictures: Sequence = (),
-    matches: Sequence = (),
-) -> Path:
+def write(folder: Path, photo: Path, places: Sequence[dict], footprints: np.ndarray, *_: object) -> Path:
     """The first place's drape is shown, the others' can be switched on. ValueError where the first one's corners are no
     view of a camera (`require_view`)."""
     require_view(footprints[0])

@@ -36,14 +36,7 @@ ASSETS = {
 }
 
 
-def write(
-    folder: Path,
-    photo: Path,
-    places: Sequence[dict],
-    footprints: np.ndarray,
-    pictures: Sequence = (),
-    matches: Sequence = (),
-) -> Path:
+def write(folder: Path, photo: Path, places: Sequence[dict], footprints: np.ndarray, *_: object) -> Path:
     one = item(photo, places[0], footprints[0])
     one.add_asset("photo", _asset(folder, photo, f"image/{read_header(photo)[1].lower()}", "data"))
     for suffix, (name, kind, role) in ASSETS.items():
