@@ -1,7 +1,5 @@
 """What a batch holds: groups of images of one place. Quadruplets of regions, pairs with photos, or both kinds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Photos of the evaluation sets are in no pair.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

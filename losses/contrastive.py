@@ -1,7 +1,5 @@
 """The plain contrastive loss, neutral-aware like the multi-similarity loss: the baseline of the paper's sec. 4.1."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from torch import Tensor, nn

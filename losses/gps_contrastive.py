@@ -1,7 +1,5 @@
 """GeoCLIP's loss: each photo against the batch's coordinates and a queue of others (arXiv 2309.16020, sec. 3.3)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

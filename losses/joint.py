@@ -1,7 +1,5 @@
 """Several kinds of groups in a batch, a loss for each: quadruplets, and pairs with photos."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn

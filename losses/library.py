@@ -6,8 +6,6 @@ whole batch by labels, and the class-based losses know a region only by its weig
 negatives.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from torch import Tensor, nn

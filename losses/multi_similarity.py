@@ -5,8 +5,6 @@ share ground take no part); eq. 3 has a sign error, negatives use exp(+beta (S -
 (Wang et al. 2019, "Multi-Similarity Loss with General Pair Weighting", eq. 15).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch

@@ -2,8 +2,6 @@
 two pushed away from the photos and from the database images of other pairs, four directions in all.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from torch import Tensor, nn

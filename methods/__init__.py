@@ -9,8 +9,6 @@ A method is an nn.Module with `image_size` (pixels a side of its square input) a
 One of your own is such a class alone in a file: python eval.py --method mine.py
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path

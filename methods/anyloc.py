@@ -1,7 +1,5 @@
 """AnyLoc (Keetha et al., RA-L 2023): VLAD over the values of DINOv2's attention, the vocabulary from our database."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

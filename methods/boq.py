@@ -1,7 +1,5 @@
 """BoQ (Ali-bey et al., CVPR 2024): DINOv2-B with a bag of learned queries; trained on GSV-Cities."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from methods.fetch import from_hub

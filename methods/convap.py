@@ -3,8 +3,6 @@
 Its files lie in a folder of a drive without addresses of their own: they are to be brought by hand.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from methods.fetch import PUBLISHED, fill, not_had, state_of

@@ -1,7 +1,5 @@
 """CosPlace (Berton et al., CVPR 2022): ResNet-50, GeM, one linear layer; trained on San Francisco eXtra Large."""
 
-from __future__ import annotations
-
 import torch
 import torchvision
 from torch import Tensor, nn

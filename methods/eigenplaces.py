@@ -1,7 +1,5 @@
 """EigenPlaces (Berton et al., ICCV 2023): CosPlace's network, trained on places seen from different sides."""
 
-from __future__ import annotations
-
 from methods.cosplace import CosPlace
 
 

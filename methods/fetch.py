@@ -1,7 +1,5 @@
 """Where methods' weights come from: a URL, a torch.hub repo, or a file or folder at hand."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

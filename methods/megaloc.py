@@ -1,7 +1,5 @@
 """MegaLoc (Berton and Masone, CVPRW 2025): DINOv2-B with SALAD and a linear layer; trained on five data sets."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from methods.fetch import from_hub

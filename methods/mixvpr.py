@@ -1,7 +1,5 @@
 """MixVPR (Ali-bey et al., WACV 2023): ResNet-50 to layer3 and four mixers; trained on GSV-Cities."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from methods.fetch import fill, state_of

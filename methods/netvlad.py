@@ -1,7 +1,5 @@
 """NetVLAD (Arandjelovic et al., CVPR 2016): the authors' VGG-16 of Pittsburgh, with its whitening."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """SALAD (Izquierdo and Civera, CVPR 2024): DINOv2-B with optimal transport; trained on GSV-Cities."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from methods.fetch import from_hub

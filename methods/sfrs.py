@@ -1,7 +1,5 @@
 """SFRS (Ge et al., ECCV 2020): NetVLAD on VGG-16, trained on similarities of parts, whitened to 4,096."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from methods.fetch import from_hub

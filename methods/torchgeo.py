@@ -4,8 +4,6 @@ The ResNets see what they have been trained on as nearly as 8-bit photos allow: 
 training. TorchGeo's own transforms want raw Sentinel-2 values for MoCo and SeCo, which these photos do not have.
 """
 
-from __future__ import annotations
-
 import timm
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ OGCL's weights are published nowhere that we know; MBEG's lie on a Baidu disk, w
 --weights FILE, a state dict of the backbone in timm's names (a prefix such as `model.` is taken off).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import timm

@@ -1,7 +1,5 @@
 """EarthLoc's network (paper section 5.1): backbone -> aggregator -> linear -> L2-normalised descriptor."""
 
-from __future__ import annotations
-
 from inspect import signature
 from pathlib import Path
 

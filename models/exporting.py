@@ -1,7 +1,5 @@
 """A model as a file for other programs: ONNX and torch.export, any number of images at once, preprocessing inside."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

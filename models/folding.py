@@ -1,7 +1,5 @@
 """BatchNorm in eval mode is a fixed scale and shift: folded into the convolution before it, it costs nothing."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

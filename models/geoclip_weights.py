@@ -1,7 +1,5 @@
 """Reading GeoCLIP weights: our checkpoints, the PyPI package's .pth files, and the hub's safetensors folder."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

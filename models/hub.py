@@ -4,8 +4,6 @@ huggingface_hub's mixin with our own reading and writing: every file that `read_
 folder or from the Hugging Face hub; a path or a folder needs no network.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

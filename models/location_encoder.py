@@ -1,7 +1,5 @@
 """GeoCLIP's location encoder: (lat, lon) -> embedding (Vivanco et al., NeurIPS 2023, arXiv 2309.16020, sec. 3.2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

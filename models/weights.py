@@ -1,7 +1,5 @@
 """Reading weights: released EarthLoc checkpoints, our own, and classifiers' backbones."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The last layers' start from what the model gets in training (docs/decisions.md, "Plateau")."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

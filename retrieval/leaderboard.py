@@ -1,7 +1,5 @@
 """One line an evaluation in a CSV file, and the table of them: python -m experiments.leaderboard FILE."""
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """BoQ, a bag of learned queries (Ali-bey et al., CVPR 2024)."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

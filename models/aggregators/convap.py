@@ -1,7 +1,5 @@
 """Conv-AP (Ali-bey et al., Neurocomputing 2022): a 1 x 1 convolution, then the mean over a grid of cells."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Generalised-mean pooling (Radenovic et al., TPAMI 2018), globally or over a grid of cells."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

@@ -1,7 +1,5 @@
 """MixVPR aggregation (Ali-bey et al., WACV 2023)."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """NetVLAD (Arandjelovic et al., CVPR 2016): residuals of local features to learned centres, softly assigned."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """SALAD (Izquierdo and Civera, CVPR 2024): local features shared out to clusters by optimal transport."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 
