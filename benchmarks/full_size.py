@@ -13,9 +13,9 @@ import os
 import resource
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from datasets.names import DATABASE_YEAR, YEARS, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections, share_ground
 from datasets.regions import Regions
 from datasets.sets import load_evaluation_data
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import command
 
 
 def made_up_queries(regions: np.ndarray) -> list[str]:
@@ -113,16 +113,20 @@ def neutral_test(folder: Path, batches: int = 100, size: int = 32) -> str:
     return f"{1000 * seconds / batches:.1f} ms a batch of {size}"
 
 
-def main(args: Namespace) -> None:
+def main(
+    folder: Annotated[str | None, "where the tree goes and stays; default: a temporary folder"] = None,
+    queries: Annotated[str | None, "data set's folder, or a text file of query names"] = None,
+    zooms: Annotated[list[int], "of the regions"] = (9, 10, 11),
+) -> None:
     with tempfile.TemporaryDirectory(prefix="full_size_") as temporary:
-        folder = Path(args.folder or temporary)
+        folder = Path(folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        count, seconds = timed(lambda: make_tree(folder, args.queries, lambda: grid.land_regions(args.zooms)))
+        count, seconds = timed(lambda: make_tree(folder, queries, lambda: grid.land_regions(zooms)))
         print(f"{folder}: {count:,} empty files, ready in {seconds:.0f} s", flush=True)
         for file in folder.glob("index_*.parquet"):
             file.unlink()
         time.sleep(3)  # folders that changed a moment ago are not trusted
-        one = next((folder / "database" / f"{DATABASE_YEAR}_{args.zooms[0]:02d}").iterdir())
+        one = next((folder / "database" / f"{DATABASE_YEAR}_{zooms[0]:02d}").iterdir())
         steps = [
             ("training, no index", open_for_training, None),
             ("training, index", open_for_training, None),
@@ -155,14 +159,5 @@ def main(args: Namespace) -> None:
             print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--folder", help="where the tree goes and stays; default: a temporary folder")
-    parser.add_argument("--queries", help="data set's folder, or a text file of query names")
-    parser.add_argument("--zooms", type=int, nargs="+", default=[9, 10, 11])
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

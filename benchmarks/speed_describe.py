@@ -11,10 +11,10 @@ Limit: the network alone, on the views of the union, in ours' precision.
 
 import copy
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from datasets.sets import EvaluationData, load_evaluation_data
 from models.earthloc import load_model
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import describe_sets
-from utils.arguments import add_shared, make_parser, positive, run
+from utils.arguments import positive
+from utils.flags import DEVICE, WORKERS, BatchSize, DatasetPath, Device, Workers, command
 from utils.memory import GLIBC_KEEPS, keep_freed_blocks
 from utils.precision import autocast, default_precision, require_device
 
@@ -51,7 +52,9 @@ class PlainImages(Dataset):
 
 
 @torch.inference_mode()
-def plain(model: nn.Module, data: EvaluationData, args: Namespace, device: torch.device) -> dict[str, np.ndarray]:
+def plain(
+    model: nn.Module, data: EvaluationData, batch_size: int, num_workers: int, device: torch.device
+) -> dict[str, np.ndarray]:
     """Every set on its own -> {set's name: descriptors of its database (4, M, D)}."""
     model = copy.deepcopy(model).to(device, memory_format=torch.contiguous_format).eval()
     model.backbone._run_folded = model.backbone._run  # BatchNorm as it is
@@ -61,7 +64,7 @@ def plain(model: nn.Module, data: EvaluationData, args: Namespace, device: torch
         def described(catalogue: Catalogue, rows: np.ndarray, turn: int):
             paths, found = [catalogue.root / catalogue.paths[row] for row in rows], []
             images = PlainImages(paths, model.config.image_size, turn)
-            for batch in DataLoader(images, args.batch_size, num_workers=args.num_workers):
+            for batch in DataLoader(images, batch_size, num_workers=num_workers):
                 found.append(model(batch.to(device)).cpu().numpy())
                 bar.update(len(batch))
             return np.concatenate(found)
@@ -115,25 +118,25 @@ def thinned(data: EvaluationData, every: int) -> EvaluationData:
     return replace(data, sets=[one for one in sets if not one.is_empty])
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--resume", required=True, help="checkpoint")
-    parser.add_argument("--every", type=positive, default=1, help="describe each so many-th image only")
-    add_shared(parser, "batch_size", "num_workers", "device", dataset_path="data/demo_world")
-    return parser.parse_args(argv)
-
-
-def main(args: Namespace) -> None:
-    device = require_device(args.device)
-    precision, model = default_precision(device), load_model(args.resume)
-    data = thinned(load_evaluation_data(args.dataset_path), args.every)
+def main(
+    *,
+    resume: Annotated[str, "checkpoint"],
+    dataset_path: DatasetPath = "data/demo_world",
+    every: Annotated[int, "describe each so many-th image only", {"type": positive}] = 1,
+    batch_size: BatchSize = 32,
+    num_workers: Workers = WORKERS,
+    device: Device = DEVICE,
+) -> None:
+    device = require_device(device)
+    precision, model = default_precision(device), load_model(resume)
+    data = thinned(load_evaluation_data(dataset_path), every)
     keep_freed_blocks(GLIBC_KEEPS)  # its own way with memory
-    per_set, *slow = timed_twice(lambda: plain(model, data, args, device))
+    per_set, *slow = timed_twice(lambda: plain(model, data, batch_size, num_workers, device))
     keep_freed_blocks()
 
     model, seen = model.to(device, memory_format=torch.channels_last), views_of([data])
     images = len(data.query_rows) + len(data.database_rows)
-    how = model.config.image_size, args.batch_size, args.num_workers, device, precision, ROTATIONS
+    how = model.config.image_size, batch_size, num_workers, device, precision, ROTATIONS
     with tempfile.TemporaryDirectory() as folder:
         ours = lambda: describe_sets(Describer(model, *how), data, keep=folder)[0]
         with inside(model, seconds_on(device)) as network:
@@ -143,7 +146,7 @@ def main(args: Namespace) -> None:
         ("each set, plain", views_of(data.sets), views_of(data.sets), *slow),
         ("union once", images, seen, *once),
         ("again, kept", 0, 0, *again),
-        (f"limit ({precision} alone)", 0, seen, *network_alone(model, seen, args.batch_size, device, precision)),
+        (f"limit ({precision} alone)", 0, seen, *network_alone(model, seen, batch_size, device, precision)),
     ]
     print(f"{len(data.sets)} sets, {images} images in their union, on {device}")
     columns = {"": "20", "images read": "12", "views": "8", "seconds": "9.1f", "times": "7.1f", "CPU s": "8.1f"}
@@ -158,4 +161,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

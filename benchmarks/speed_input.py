@@ -8,10 +8,10 @@ import io
 import os
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import simplejpeg
@@ -27,10 +27,10 @@ from datasets.build.cache import store
 from datasets.images import read_pixels, resize
 from datasets.names import YEARS
 from datasets.regions import RegionDataset, Regions
-from utils.arguments import add_shared, make_parser
-from utils.arguments import run as run_script
+from utils.flags import Workers, command
 
 SIDE, BYTES = 1024, 97_000
+CORES = os.cpu_count() or 1
 
 
 def make_files(folder: str | Path, count: int) -> list[str]:
@@ -108,24 +108,27 @@ def loader_rates(regions: Regions, size: int, workers: int, batches: int, repeat
     return schedule.size * 4 / found[bare], schedule.size * 4 / found[loader]
 
 
-def main(args: Namespace) -> None:
+def main(
+    image_size: Annotated[int, "pixels a side"] = 320,
+    batches: Annotated[int, "of 16 quadruplets, in each turn of a loader"] = 8,
+    repeats: Annotated[int, "turns"] = 7,
+    num_workers: Workers = CORES,
+) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         paths, cache = make_files(folder, 16), Path(folder, "cache")
         for path in paths:
             store(path, folder, cache, 512, 90)
         contents, cached = ([Path(root, path).read_bytes() for path in paths] for root in (folder, cache))
-        cases = {
-            name: lambda way=way: [way(each) for each in contents] for name, way in decoders(args.image_size).items()
-        }
+        cases = {name: lambda way=way: [way(each) for each in contents] for name, way in decoders(image_size).items()}
         cases["cached 512 px, simplejpeg"] = lambda: [simplejpeg.decode_jpeg(each) for each in cached]
         cases["cached 512 px, PIL"] = lambda: [pil(each) for each in cached]
         roots = {"file": folder, "cached file": cache}
-        for size in sorted({args.image_size, 512}):
+        for size in sorted({image_size, 512}):
             for name, root in roots.items():
                 ours = lambda root=root, size=size: [read_pixels(Path(root, path), size) for path in paths]
                 cases[f"ours: {name} to {size} px"] = ours
-        found = take_turns(cases, args.repeats, time.process_time)
+        found = take_turns(cases, repeats, time.process_time)
         whole, small = (sum(map(len, each)) / len(each) / 1000 for each in (contents, cached))
         print(f"{whole:.0f} KB a file, {SIDE} px; cached: {small:.0f} KB")
         show({"one image, one core": "36", "ms": "7.2f"}, [(name, 1e3 * each / 16) for name, each in found.items()])
@@ -134,22 +137,13 @@ def main(args: Namespace) -> None:
             for size in (512, 256):
                 for name, root in roots.items():
                     regions = make_regions(root, paths, 64)
-                    bare, ours = loader_rates(regions, size, args.num_workers, args.batches, args.repeats)
+                    bare, ours = loader_rates(regions, size, num_workers, batches, repeats)
                     yield f"{name}s to {size} px", bare, ours, ours / bare
 
         print()
-        title = f"loader, {args.num_workers} workers"
+        title = f"loader, {num_workers} workers"
         show({title: "36", "bare/s": "8.0f", "loader/s": "8.0f", "share": "6.1%"}, rates())
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--image_size", type=int, default=320)
-    parser.add_argument("--batches", type=int, default=8, help="of 16 quadruplets, in each turn of a loader")
-    parser.add_argument("--repeats", type=int, default=7)
-    add_shared(parser, num_workers=os.cpu_count())
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run_script(main, parse_arguments())
+    command(main)

@@ -9,29 +9,20 @@ seconds).
 """
 
 import tempfile
-from argparse import Namespace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 
-from benchmarks.speed_search import add_descriptor_flags, bare_product, real_descriptors, spread, unit
+from benchmarks.speed_search import bare_product, real_descriptors, spread, unit
 from benchmarks.timing import show, timed_twice
 from retrieval.clustering import faiss_kmeans, kmeans
 from retrieval.search import low_precision
-from utils.arguments import make_parser, run
+from utils.flags import DEVICE, Device, Seed, command
 from utils.precision import require_device
 
 ITERATIONS, WARM_ITERATIONS = 20, 5
-
-
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=50_000, help="points; the paper's 175,000 need 8 GB")
-    parser.add_argument("--num_clusters", type=int, default=200)
-    parser.add_argument("--drift", type=float, default=0.3, help="of the descriptors before a warm start, in lengths")
-    add_descriptor_flags(parser, seed=0)
-    return parser.parse_args(argv)
 
 
 def objective(points: np.ndarray, labels: np.ndarray, block: int = 16384) -> float:
@@ -51,20 +42,26 @@ def mini_batch(points: np.ndarray, count: int, seed: int) -> np.ndarray:
     return MiniBatchKMeans(count, random_state=seed, batch_size=4096, n_init=1).fit(points).labels_
 
 
-def main(args: Namespace) -> None:
-    device = require_device(args.device)
-    _, real, _, _ = real_descriptors(args, device)
+def main(
+    rows: Annotated[int, "points; the paper's 175,000 need 8 GB"] = 50_000,
+    num_clusters: Annotated[int, "of k-means"] = 200,
+    drift: Annotated[float, "of the descriptors before a warm start, in lengths"] = 0.3,
+    seed: Seed = 0,
+    device: Device = DEVICE,
+    **source: Annotated[object, real_descriptors],
+) -> None:
+    device, count = require_device(device), num_clusters
+    _, real, _, _ = real_descriptors(device, **source)
     with tempfile.TemporaryDirectory() as folder:
-        points = spread(real, args.rows, Path(folder) / "points.npy", args.seed)[0].astype(np.float32)
-    rng = np.random.default_rng(args.seed)
-    low, count, seed = low_precision(device) or torch.float32, args.num_clusters, args.seed
+        points = spread(real, rows, Path(folder) / "points.npy", seed)[0].astype(np.float32)
+    rng, low = np.random.default_rng(seed), low_precision(device) or torch.float32
 
     # The descriptors of a period ago: another direction for each image, `drift` long.
     before = np.empty_like(points)
     for start in range(0, len(points), 16384):
         part = points[start : start + 16384]
         noise = rng.standard_normal(part.shape, dtype=np.float32)
-        before[start : start + 16384] = unit(part + args.drift * unit(noise))
+        before[start : start + 16384] = unit(part + drift * unit(noise))
     old = kmeans(before, count, seed + 1, ITERATIONS, device)[0]
     del before
     warm = np.stack([points[old == k].mean(axis=0) for k in range(count)])
@@ -90,4 +87,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -10,8 +10,8 @@ map, in one process, one after the other. Limit: the bare product of queries and
 
 import math
 import tempfile
-from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from models.earthloc import load_model
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import describe_sets
 from retrieval.search import CompressedSearch, ExactSearch, low_precision
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import DESCRIPTORS, DEVICE, DatasetPath, Device, command
 from utils.precision import default_precision, require_device
 
 FULL = 700_000  # 175,000 regions, four rotations
@@ -52,38 +52,26 @@ class Wide(nn.Module):
             return self.pool(features.float()) @ self.turn
 
 
-def add_descriptor_flags(parser: ArgumentParser, **shared: object) -> None:
-    """Flags of `real_descriptors`, and what scripts share."""
-    parser.add_argument("--resume", required=True, help="checkpoint")
-    parser.add_argument("--dim", type=int, default=4096, help="of the descriptors, see Wide where the model has fewer")
-    parser.add_argument("--descriptors", default="logs/descriptors", help="folder for the data set's descriptors")
-    add_shared(parser, "device", dataset_path="data/demo_world", **shared)
-
-
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=100_000, help="size of the database")
-    parser.add_argument("--folder", help="where the large database goes; default: a temporary one, removed at the end")
-    parser.add_argument("--singles", type=int, default=20, help="queries for the time of one at a time")
-    add_descriptor_flags(parser)
-    return parser.parse_args(argv)
-
-
 def real_descriptors(
-    args: Namespace, device: torch.device
+    device: torch.device,
+    *,
+    resume: Annotated[str, "checkpoint"],
+    dim: Annotated[int, "of the descriptors, see Wide where the model has fewer"] = 4096,
+    descriptors: Annotated[str, "folder for the data set's descriptors"] = DESCRIPTORS,
+    dataset_path: DatasetPath = "data/demo_world",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """-> queries (Q, D) float32, database (M, D) float32, both centred, of unit length; image of each of the M; and Q
     arrays of images that are right."""
-    model = load_model(args.resume)
+    model = load_model(resume)
     size = model.config.image_size
-    if model.config.descriptor_dim != args.dim:
-        model = Wide(model, args.dim)
+    if model.config.descriptor_dim != dim:
+        model = Wide(model, dim)
         size = model.image_size
     model = model.to(device, memory_format=torch.channels_last)
     describer = Describer(model, size, device=device, precision=default_precision(device), rotations=ROTATIONS)
-    found, data = describe_sets(describer, load_evaluation_data(args.dataset_path), keep=args.descriptors)
-    layers, images, dim = found.database.shape
-    database = np.asarray(found.database.reshape(-1, dim), dtype=np.float32)
+    found, data = describe_sets(describer, load_evaluation_data(dataset_path), keep=descriptors)
+    layers, images, _ = found.database.shape
+    database = np.asarray(found.database.reshape(layers * images, dim), dtype=np.float32)
     mean = database.mean(axis=0)
     position = np.full(len(data.database), -1)
     position[found.database_rows] = np.arange(images)
@@ -150,19 +138,25 @@ def bare_product(database: np.ndarray, queries: np.ndarray, dtype: torch.dtype, 
     return once * len(database) / len(block)
 
 
-def main(args: Namespace) -> None:
-    device = require_device(args.device)
-    queries, real, image, right = real_descriptors(args, device)
-    if args.rows < len(real):
-        raise ValueError(f"--rows {args.rows}: the data set has {len(real)} descriptors; give at least as many")
+def main(
+    rows: Annotated[int, "size of the database"] = 100_000,
+    folder: Annotated[str | None, "where the large database goes; default: a temporary one, removed at the end"] = None,
+    singles: Annotated[int, "queries for the time of one at a time"] = 20,
+    device: Device = DEVICE,
+    **source: Annotated[object, real_descriptors],
+) -> None:
+    device = require_device(device)
+    queries, real, image, right = real_descriptors(device, **source)
+    if rows < len(real):
+        raise ValueError(f"--rows {rows}: the data set has {len(real)} descriptors; give at least as many")
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(args.folder or temporary) / "database.npy"
-        (made, around), seconds = timed(lambda: spread(real, args.rows, path))
+        path = Path(folder or temporary) / "database.npy"
+        (made, around), seconds = timed(lambda: spread(real, rows, path))
         print(
-            f"{len(real)} real descriptors, {args.rows} with those around them ({seconds:.0f} s), dimension "
+            f"{len(real)} real descriptors, {rows} with those around them ({seconds:.0f} s), dimension "
             f"{made.shape[1]}, {len(queries)} queries, on {device}"
         )
-        measure(made, image[around], queries, right, args.singles, device)
+        measure(made, image[around], queries, right, singles, device)
 
 
 def measure(
@@ -210,4 +204,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

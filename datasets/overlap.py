@@ -12,12 +12,11 @@ experiments.positives).
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +25,9 @@ import torch
 
 from datasets import listing
 from datasets.names import DATABASE_YEAR, Catalogue
-from utils.arguments import make_parser, run
 from utils.checkpoint import load_tensors
 from utils.files import replacing
+from utils.flags import command
 from utils.geo import ring, unwrap_footprints
 from utils.tables import Strings, as_text, in_one, opened, or_anew, read_rows, store
 
@@ -255,16 +254,21 @@ def report(catalogue: Catalogue, kind: str, shown: int = 10) -> list[str]:
     return lines
 
 
-def main(args: argparse.Namespace) -> None:
+def main(
+    dataset_path: Annotated[Path, "folder with queries/ and database/; the file goes into it"],
+    queries: Annotated[Path | None, "take the queries from another data set, or a text file of names"] = None,
+    database: Annotated[Path | None, "take the database from another data set, or a text file of names"] = None,
+    output: Annotated[Path | None, "file to write instead"] = None,
+) -> None:
     """The command: positives of a data set's queries among its 2021 images."""
     began = time.perf_counter()
-    output = Path(args.output or Path(args.dataset_path) / INTERSECTIONS_FILE)
+    output = output or dataset_path / INTERSECTIONS_FILE
     if output.is_dir():
         raise ValueError(f"{output}: is a folder; name the file to write, such as {output / INTERSECTIONS_FILE}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output.parent}: no such folder to write {output.name} to; make it, or give --output")
-    queries = Catalogue.read_source(args.queries or args.dataset_path, "queries")
-    database = Catalogue.read_source(args.database or args.dataset_path, "database")
+    queries = Catalogue.read_source(queries or dataset_path, "queries")
+    database = Catalogue.read_source(database or dataset_path, "database")
     for line in report(queries, "queries") + report(database, "database images"):
         print(line)
     table = write_positives(output, queries, database)
@@ -275,15 +279,5 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__.split("\n", 1)[0])
-    parser.add_argument("dataset_path", help="folder with queries/ and database/; the file goes into it")
-    parser.add_argument("--queries", help="take the queries from another data set, or a text file of names")
-    parser.add_argument("--database", help="take the database from another data set, or a text file of names")
-    parser.add_argument("--output", help="file to write instead")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

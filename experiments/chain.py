@@ -6,9 +6,9 @@ python -m experiments.chain
 """
 
 import math
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import shapely
@@ -18,9 +18,9 @@ from torchvision.transforms import functional as TF
 
 from augmentations.year_wise import Augmentation, Draw
 from benchmarks.timing import show
-from datasets.regions import source_size
+from datasets import regions
 from utils import mercator
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import Seed, command
 
 RESIZED = 2.5  # the released code loads images at 800 pixels for an output of 320
 CROPPED = 0.875  # and crops them to 700 after the rotation
@@ -132,30 +132,26 @@ def shown(draws: list[Draw], image_size: int, loaded: int) -> tuple[float, float
     return sides.mean(), (sides * loaded < image_size).mean(), overlaps.mean(), np.mean(beyond)
 
 
-def main(args: Namespace) -> None:
-    generator = torch.Generator().manual_seed(args.seed)
-    size, loaded = args.image_size, args.source_size or source_size(args.image_size)
+def main(
+    image_size: Annotated[int, "pixels a side of a view"] = 320,
+    source_size: Annotated[int | None, "default: as in training"] = None,
+    min_crop: Annotated[list[float], "as train.py's, one warp for each"] = (1.0, 0.7),
+    draws: Annotated[int, "of each way"] = 4000,
+    seed: Seed = 0,
+) -> None:
+    generator, size = torch.Generator().manual_seed(seed), image_size
+    loaded = source_size or regions.source_size(size)
     ways = {
         "the released chain": lambda: as_one(draw_chain(size, generator, released=True)),
         "the chain without wedges": lambda: as_one(draw_chain(size, generator)),
     }
-    for least in args.min_crop:
+    for least in min_crop:
         ways[f"one warp, --min_crop {least:g}"] = lambda least=least: Augmentation(size, min_crop=least).draw(generator)
     columns = {f"to {size} px from {loaded}": "28", "side shown": "10.3f", "upsampled": "10.1%"}
     columns |= {"IoU of two years": "17.3f", "beyond the image": "17.1%"}
-    drawn = ((name, [draw() for _ in range(args.draws)]) for name, draw in ways.items())
+    drawn = ((name, [draw() for _ in range(draws)]) for name, draw in ways.items())
     show(columns, ((name, *shown(draws, size, loaded)) for name, draws in drawn))
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--image_size", type=int, default=320)
-    parser.add_argument("--source_size", type=int, help="default: as in training")
-    parser.add_argument("--min_crop", type=float, nargs="+", default=[1.0, 0.7])
-    parser.add_argument("--draws", type=int, default=4000)
-    add_shared(parser, "seed")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -13,9 +13,9 @@ and what would be verified.
 """
 
 import itertools
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -33,8 +33,9 @@ from retrieval.ground import Ground, RasterGround
 from retrieval.matching import Matcher, make_matcher, matcher_flag
 from retrieval.registration import FARTHEST_KM, register, square
 from utils import geo
-from utils.arguments import make_parser, positive, run
+from utils.arguments import positive
 from utils.files import replacing
+from utils.flags import DEVICE, Device, Seed, command
 
 Row = tuple[np.ndarray, bool, bool]  # features (F,), right, true
 
@@ -228,22 +229,34 @@ def reliability(chance: np.ndarray, right: np.ndarray, tried: int) -> list[str]:
     return lines
 
 
-def main(args: Namespace) -> None:
-    ground = RasterGround(args.raster)
-    months = [month for month in range(1, 13) if month != RASTER_MONTH][:: args.every_month]
-    ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(args.months, months)]
+def main(
+    *,
+    raster: Annotated[str, "Web Mercator GeoTIFF of the whole Earth, August"],
+    months: Annotated[Path, "folder with 01.jpg … 12.jpg, equirectangular"],
+    register: Annotated[list[str], "matchers", matcher_flag()] = ("xfeat",),
+    matcher_weights: Annotated[str | None, "folder with the matcher's published files"] = None,
+    photos: Annotated[int, "how many", {"type": positive}] = 150,
+    false: Annotated[int, "false candidates a photo; there is one true one", {"type": positive}] = 3,
+    every_month: Annotated[int, "of the months, take every so many", {"type": positive}] = 6,
+    keep: Annotated[Path | None, "folder in which the features are kept as they come; a second run goes on"] = None,
+    seed: Seed = 0,
+    device: Device = DEVICE,
+) -> None:
+    ground = RasterGround(raster)
+    wanted = [month for month in range(1, 13) if month != RASTER_MONTH][::every_month]
+    ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(months, wanted)]
     found, tried = {}, 0
-    for name in args.register:
-        matcher = make_matcher(name, args.matcher_weights, args.device)
+    for name in register:
+        matcher = make_matcher(name, matcher_weights, device)
 
-        def rows_of(photos: range) -> Iterator[list[Row]]:
-            return collect(tqdm(photos, desc=name, unit="photo"), args.false, matcher, ground, ratios, args.seed)
+        def rows_of(numbers: range) -> Iterator[list[Row]]:
+            return collect(tqdm(numbers, desc=name, unit="photo"), false, matcher, ground, ratios, seed)
 
-        rows, right, true, photos = kept_rows(args.keep and Path(args.keep) / f"{name}.npz", args.photos, rows_of)
-        found[name], tried = (rows, right), tried + photos * args.false
+        rows, right, true, count = kept_rows(keep and keep / f"{name}.npz", photos, rows_of)
+        found[name], tried = (rows, right), tried + count * false
         print(
-            f"{name}: {true.sum()} of {photos} true candidates registered, {(~true).sum()} of "
-            f"{photos * args.false} false ones; {right.sum()} right, {(~right).sum()} wrong"
+            f"{name}: {true.sum()} of {count} true candidates registered, {(~true).sum()} of {count * false} false "
+            f"ones; {right.sum()} right, {(~right).sum()} wrong"
         )
     fitted = fit_all(found)
     if not fitted:
@@ -254,22 +267,5 @@ def main(args: Namespace) -> None:
         print(f'    "{name}": ({", ".join(f"{number:.2f}" for number in numbers)}),')
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--raster", required=True, help="Web Mercator GeoTIFF of the whole Earth, August")
-    parser.add_argument("--months", required=True, help="folder with 01.jpg … 12.jpg, equirectangular")
-    parser.add_argument("--register", nargs="+", **matcher_flag(), default=["xfeat"], help="matchers")
-    parser.add_argument("--matcher_weights", help="folder with the matcher's published files")
-    parser.add_argument("--photos", type=positive, default=150)
-    parser.add_argument("--false", type=positive, default=3, help="false candidates a photo; there is one true one")
-    parser.add_argument("--every_month", type=positive, default=6, help="of the months, take every so many")
-    parser.add_argument("--keep", help="folder in which the features are kept as they come; a second run goes on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    command(main)

@@ -5,8 +5,8 @@ curve.json beside the checkpoints and a picture (--figure). Checkpoints in curve
 """
 
 import json
-from argparse import Namespace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -15,8 +15,8 @@ from models.earthloc import load_model
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.evaluation import evaluate
 from utils import figures
-from utils.arguments import add_shared, make_parser, run
 from utils.files import replacing_text
+from utils.flags import DEVICE, WORKERS, BatchSize, DatasetPath, Device, Workers, command
 from utils.precision import default_precision, require_device
 
 
@@ -28,15 +28,23 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     return {0: folder / "initial.pt", **kept}
 
 
-def main(args: Namespace) -> None:
-    device, folder = require_device(args.device), Path(args.folder)
+def main(
+    folder: Annotated[Path, "of the run: logs/LOG_DIR/DATE_TIME"],
+    *,
+    dataset_path: DatasetPath,
+    figure: Annotated[Path | None, "where the picture goes; default: curve.png in the folder"] = None,
+    batch_size: BatchSize = 64,
+    num_workers: Workers = WORKERS,
+    device: Device = DEVICE,
+) -> None:
+    device = require_device(device)
     table = folder / "curve.json"
     recalls = json.loads(table.read_text()) if table.exists() else {}
-    checkpoints, data = checkpoints_of(folder), load_evaluation_data(args.dataset_path)
+    checkpoints, data = checkpoints_of(folder), load_evaluation_data(dataset_path)
     for iteration, path in checkpoints.items():
         if str(iteration) not in recalls:
             model = load_model(path).to(device, memory_format=torch.channels_last).eval()
-            how = args.batch_size, args.num_workers, device, default_precision(device), ROTATIONS
+            how = batch_size, num_workers, device, default_precision(device), ROTATIONS
             result = evaluate(Describer(model, model.config.image_size, *how), data)
             recalls[str(iteration)] = {each.set.name: each.recalls for each in result.results}
             recalls[str(iteration)]["average"] = result.average()
@@ -50,17 +58,9 @@ def main(args: Namespace) -> None:
         ours = [sets[name]["1"] for name in names] + [sets["average"][k] for k in ("1", "10", "100")]
         print(f"| {iteration} | " + " | ".join(f"{value:.1f}" for value in ours) + " |")
     curves = {f"R@{k}": [(iteration, sets["average"][k]) for iteration, sets in rows] for k in ("1", "5", "10", "20")}
-    figure = figures.curve_figure(curves, y_title="average over the sets, %")
-    figure.savefig(args.figure or folder / "curve.png", dpi=100)
-
-
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("folder", help="of the run: logs/LOG_DIR/DATE_TIME")
-    parser.add_argument("--figure", help="where the picture goes; default: curve.png in the folder")
-    add_shared(parser, "dataset_path", "num_workers", "device", batch_size=64)
-    return parser.parse_args(argv)
+    drawn = figures.curve_figure(curves, y_title="average over the sets, %")
+    drawn.savefig(figure or folder / "curve.png", dpi=100)
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -6,7 +6,6 @@ to train again.
 
 import csv
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import predict
@@ -14,20 +13,20 @@ import train
 from datasets.names import ImageName
 from experiments.runs import evaluated, trained
 from utils import geo
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import DatasetPath, command
 
 PRESET = "presets/demo.args"
 SHIPPED = Path("weights/demo_world.safetensors")
 
 
-def main(args: Namespace) -> None:
-    folder = trained(train.parse_arguments([f"@{PRESET}", "--dataset_path", args.dataset_path]))
+def main(*, dataset_path: DatasetPath = "data/demo_world") -> None:
+    folder = trained(train.parse_arguments([f"@{PRESET}", "--dataset_path", dataset_path]))
     rows = [("before training", folder / "initial.pt"), ("after training", folder / "last.pt")]
     if SHIPPED.exists():
         rows.append(("shipped weights", SHIPPED))
     print(f"\n{'':16} {'R@1 of each set':42}    average R@1   R@10  R@100")
     for title, checkpoint in rows:
-        results, place = evaluated(checkpoint, "demo_eval", "--dataset_path", args.dataset_path, "--batch_size", "64")
+        results, place = evaluated(checkpoint, "demo_eval", "--dataset_path", dataset_path, "--batch_size", "64")
         sets = "  ".join(
             f"{name.split()[0]} {results['sets'][name]['recalls']['1']:.1f}" for name in results["average"]["over"]
         )
@@ -36,8 +35,8 @@ def main(args: Namespace) -> None:
         if (place / "predictions.jpg").exists():
             shutil.copy(place / "predictions.jpg", folder / f"predictions_{title.split()[0]}.jpg")
         if checkpoint == folder / "last.pt":
-            photo = Path(args.dataset_path) / surest(place / "predictions.csv")
-    first, located = locate(photo, folder / "last.pt", args.dataset_path)
+            photo = Path(dataset_path) / surest(place / "predictions.csv")
+    first, located = locate(photo, folder / "last.pt", dataset_path)
     shutil.copy(located / "map_0000.jpg", folder / "located_map.jpg")
     found = first["latitude"], first["longitude"]
     off = geo.distance_km(geo.centers(ImageName.parse(photo.name).footprint), found)
@@ -61,11 +60,5 @@ def locate(photo: Path, checkpoint: Path, dataset_path: str) -> tuple[dict, Path
     return first, max(Path("logs", "demo_located").iterdir())
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    add_shared(parser, dataset_path="data/demo_world")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

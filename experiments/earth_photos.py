@@ -5,7 +5,8 @@ Both are a data set's folder or a text file with one query name a line. Printed 
 was held (degrees between the photo's up and the direction away from the nadir); drawn are cumulative shares.
 """
 
-from argparse import Namespace
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from scipy.stats import ks_2samp
 from datasets.build.check_names import corner_orientations
 from datasets.names import Catalogue
 from utils import geo
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import QueryNames, command
 
 PERCENT = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 LOGARITHMIC = ("area km²", "distance km")
@@ -71,23 +72,19 @@ def draw(rendered: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> Figure
     return figure
 
 
-def main(args: Namespace) -> tuple[dict, dict]:
-    rendered, real = (quantities(Catalogue.read_source(each, "queries")) for each in (args.photos, args.names))
-    print(f"{len(rendered['area km²']):,} of {args.photos}, {len(real['area km²']):,} of {args.names}")
+def main(
+    photos: QueryNames,
+    names: Annotated[str, "the real ones: a data set's folder, or a text file of query names"],
+    figure: Annotated[Path | None, "where the picture goes; default: none is drawn"] = None,
+) -> tuple[dict, dict]:
+    """-> quantities of the rendered, and of the real."""
+    rendered, real = (quantities(Catalogue.read_source(each, "queries")) for each in (photos, names))
+    print(f"{len(rendered['area km²']):,} of {photos}, {len(real['area km²']):,} of {names}")
     print("\n".join(table(rendered, real)))
-    if args.figure:
-        draw(rendered, real).savefig(args.figure, dpi=90)
+    if figure:
+        draw(rendered, real).savefig(figure, dpi=90)
     return rendered, real
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("photos", help="data set's folder, or a text file of query names")
-    parser.add_argument("names", help="the real ones: a data set's folder, or a text file of query names")
-    parser.add_argument("--figure", help="where the picture goes; default: none is drawn")
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

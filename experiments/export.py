@@ -6,22 +6,33 @@ a folder as the Hugging Face hub has them, with a card. WEIGHTS are any that eva
 more.
 """
 
-from argparse import Namespace
 from pathlib import Path
+from typing import Annotated
 
 from models.earthloc import EarthLoc
 from models.exporting import FORMATS, export
 from models.weights import interface
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import command
 
 
-def main(args: Namespace) -> list[Path]:
+def main(
+    weights: Annotated[str, "checkpoint, weights, or a folder with some"],
+    output: Annotated[Path, "file to write; of several formats the name without its ending; of hub the folder"],
+    formats: Annotated[
+        list[str] | None,
+        "default: by the output's ending",
+        {"option": "--format", "nargs": "+", "type": str, "choices": (*FORMATS, "hub")},
+    ] = None,
+    run: Annotated[str | None, "folder of the training run, for the card of --format hub"] = None,
+    results: Annotated[
+        str | None, "folder of an evaluation with results.json, for that card; default: the run's"
+    ] = None,
+) -> list[Path]:
     """-> what was written."""
-    model = EarthLoc.from_pretrained(args.weights)
-    output, written = Path(args.output), []
-    for kind, path in targets(output, args.format).items():
+    model, written = EarthLoc.from_pretrained(weights), []
+    for kind, path in targets(output, formats).items():
         if kind == "hub":
-            model.save_pretrained(path, model_card_kwargs={"run": args.run, "results": args.results})
+            model.save_pretrained(path, model_card_kwargs={"run": run, "results": results})
         else:
             export(model, path, kind)
         files = [path] if path.is_file() else sorted(path.iterdir())
@@ -43,17 +54,5 @@ def targets(output: Path, formats: list[str] | None) -> dict[str, Path]:
     return {kind: stem if kind == "hub" else stem.with_name(stem.name + FORMATS[kind]) for kind in formats}
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("weights", help="checkpoint, weights, or a folder with some")
-    add("output", help="file to write; of several formats the name without its ending; of hub the folder")
-    add("--format", nargs="+", choices=(*FORMATS, "hub"), help="default: by the output's ending")
-    add("--run", help="folder of the training run, for the card of --format hub")
-    add("--results", help="folder of an evaluation with results.json, for that card; default: the run's")
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

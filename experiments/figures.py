@@ -17,11 +17,10 @@ Figs. 14 and 15 are clusters.jpg and batch.jpg, which train.py leaves in its fol
 
 import csv
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +37,8 @@ from models.earthloc import EarthLoc, load_model
 from retrieval.describe import Describer, rotate
 from utils import figures as pictures
 from utils import geo, world_map
-from utils.arguments import make_parser, positive, run, whole
+from utils.arguments import positive, whole
+from utils.flags import DEVICE, Device, command
 from utils.precision import default_precision, require_device
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ Predictions = dict[tuple[str, str], list[tuple[str, int, bool]]]  # as read_pred
 AREA = "area, km²"
 BINS, PHOTOS_A_BIN = 10, 20  # at most, at least
 CELL = 5  # degrees, of the map
+FIGURES = ("conditions", "map", "tsne", "queries", "database", "examples")
 FOUND, LOST = "tab:blue", "tab:red"
 
 
@@ -261,18 +262,28 @@ def examples_picture(
 # ---- the command ----
 
 
-def main(args: Namespace) -> dict[str, Path]:
+def main(
+    folders: Annotated[list[Path], "of evaluations, one for each seed", {"metavar": "FOLDER"}],
+    only: Annotated[list[str], "these figures", {"choices": FIGURES}] = FIGURES,
+    output: Annotated[Path | None, "folder of the pictures; default: figures in the first FOLDER"] = None,
+    dataset_path: Annotated[str | None, "default: as results.json has it"] = None,
+    resume: Annotated[str | None, "weights for tsne; default: as results.json has them"] = None,
+    examples: Annotated[int, "pictures a row; photos found, and not found", {"type": positive}] = 8,
+    points: Annotated[int, "photos, and database images, in tsne", {"type": positive}] = 500,
+    batch_size: Annotated[int, "images described at a time", {"type": positive}] = 32,
+    device: Device = DEVICE,
+    seed: Annotated[int, "of what is drawn by chance", {"type": whole}] = 0,
+) -> dict[str, Path]:
     """-> {figure: its file}."""
-    results, found, right = read_seeds(args.folders)
-    root = Path(args.dataset_path or results["dataset"])
-    output = Path(args.output or Path(args.folders[0]) / "figures")
+    results, found, right = read_seeds(folders)
+    root, output = Path(dataset_path or results["dataset"]), output or folders[0] / "figures"
     output.mkdir(parents=True, exist_ok=True)
     keys = list(found)
     photos = Catalogue.from_paths(root, [path for _, path in keys])
     seeds = f"{len(right)} seed{'s' if len(right) > 1 else ''}"
     print(f"{len(keys)} photos of {root}, {seeds}: R@1 {mean_and_deviation(100 * right.mean(axis=1))}")
     made = {}
-    for name in args.only:
+    for name in only:
         path = output / f"{name}.{'png' if name in ('conditions', 'tsne') else 'jpg'}"
         if name == "conditions":
             values = photo_conditions(photos)
@@ -283,7 +294,7 @@ def main(args: Namespace) -> dict[str, Path]:
         elif name == "map":
             figure = map_figure(photos.centers, right)
         elif name == "tsne":
-            checkpoint = args.resume or results["checkpoint"]
+            checkpoint = resume or results["checkpoint"]
             if not checkpoint:
                 print("tsne is not drawn: it was no checkpoint that was evaluated; --resume names one")
                 continue
@@ -294,17 +305,17 @@ def main(args: Namespace) -> dict[str, Path]:
                 [root / each for each in first],
                 right[0, list(first.values())],
                 images,
-                args.points,
-                args.batch_size,
-                require_device(args.device),
-                args.seed,
+                points,
+                batch_size,
+                require_device(device),
+                seed,
             )
         elif name == "queries":
-            figure = queries_picture(root, keys, args.examples, args.seed)
+            figure = queries_picture(root, keys, examples, seed)
         elif name == "database":
-            figure = database_picture(root, read_database(root).paths, args.examples, args.seed)
+            figure = database_picture(root, read_database(root).paths, examples, seed)
         else:
-            figure = examples_picture(root, found, args.examples, args.seed)
+            figure = examples_picture(root, found, examples, seed)
         if isinstance(figure, Figure):
             figure.savefig(path, dpi=100)
         else:
@@ -314,24 +325,5 @@ def main(args: Namespace) -> dict[str, Path]:
     return made
 
 
-FIGURES = ("conditions", "map", "tsne", "queries", "database", "examples")
-
-
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of evaluations, one for each seed")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="these figures")
-    parser.add_argument("--output", help="folder of the pictures; default: figures in the first FOLDER")
-    parser.add_argument("--dataset_path", help="default: as results.json has it")
-    parser.add_argument("--resume", help="weights for tsne; default: as results.json has them")
-    parser.add_argument("--examples", type=positive, default=8, help="pictures a row; photos found, and not found")
-    parser.add_argument("--points", type=positive, default=500, help="photos, and database images, in tsne")
-    parser.add_argument("--batch_size", type=positive, default=32, help="images described at a time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=whole, default=0, help="of what is drawn by chance")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

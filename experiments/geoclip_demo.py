@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from scipy.special import log_softmax
@@ -25,22 +26,14 @@ from models.geoclip_weights import load_geoclip
 from retrieval.describe import ROTATIONS, Describer, Failures
 from retrieval.geolocation import accuracy, embed_gallery, embed_photos, mean_point
 from utils import geo
-from utils.arguments import add_shared, make_parser, run
 from utils.files import replacing_text
+from utils.flags import BatchSize, DatasetPath, Workers, command
 from utils.logs import make_log_dir, setup_logging
 
 SHOWN_KM = (2500, 750, 200, 25)
 NADIR_KM = 2500  # what astronauts see (paper of EarthLoc, eq. 1)
 SCALES_KM = (100, 200, 300, 500, 1000)  # of the prior around the nadir, exp(-distance / scale)
 WEIGHTS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of GeoCLIP's log-probability beside EarthLoc's cosine
-
-
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--geoclip", required=True, help="checkpoint of train_geoclip.py")
-    parser.add_argument("--earthloc", required=True, help="checkpoint of train.py")
-    add_shared(parser, dataset_path="data/demo_world", batch_size=64, num_workers=1, log_dir="geoclip_demo_table")
-    return parser.parse_args(argv)
 
 
 def of_all(descriptors: np.ndarray, failures: Failures) -> np.ndarray:
@@ -121,27 +114,36 @@ def methods(
     }
 
 
-def main(args: Namespace) -> dict:
-    folder = make_log_dir(args.log_dir)
-    setup_logging(folder, args)
-    data = load_evaluation_data(args.dataset_path)
+def main(
+    *,
+    geoclip: Annotated[str, "checkpoint of train_geoclip.py"],
+    earthloc: Annotated[str, "checkpoint of train.py"],
+    dataset_path: DatasetPath = "data/demo_world",
+    batch_size: BatchSize = 64,
+    num_workers: Workers = 1,
+    log_dir: Annotated[str, "outputs go to logs/LOG_DIR/date_time"] = "geoclip_demo_table",
+) -> dict:
+    """-> {method: its row}."""
+    flags, folder = Namespace(**locals()), make_log_dir(log_dir)
+    setup_logging(folder, flags)
+    data = load_evaluation_data(dataset_path)
     queries, database = data.queries, data.database
     centers, truth, nadirs = database.centers, queries.centers, queries.nadirs
     validation = np.isin(np.arange(len(queries)), data.only(VALIDATION).query_rows)
     test = ~validation
-    how = args.batch_size, args.num_workers
-    earthloc = earthloc_scores(args.earthloc, queries, database, *how)
-    geoclip = geoclip_log_probabilities(args.geoclip, files_of(queries), centers, *how)
-    right = np.zeros(earthloc.shape, dtype=bool)
+    how = batch_size, num_workers
+    cosines = earthloc_scores(earthloc, queries, database, *how)
+    chances = geoclip_log_probabilities(geoclip, files_of(queries), centers, *how)
+    right = np.zeros(cosines.shape, dtype=bool)
     right[tuple(data.pairs.T)] = True
     findable = test & right.any(axis=1)
 
-    training = photos_of_dataset(args.dataset_path).points
+    training = photos_of_dataset(dataset_path).points
     rows = {
         "mean of the training GPS": table_row(geo.distance_km(mean_point(training), truth[test])),
         "nadir": table_row(geo.distance_km(nadirs, truth)[test]),
     }
-    named, chosen = methods(geoclip, earthloc, nadirs, centers, truth, validation)
+    named, chosen = methods(chances, cosines, nadirs, centers, truth, validation)
     for name, scores in named.items():
         picked = scores.argmax(axis=1)
         hits = right[np.arange(len(picked)), picked]
@@ -165,4 +167,4 @@ def main(args: Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

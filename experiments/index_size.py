@@ -5,9 +5,9 @@ fewer and fewer bytes a region, whitened or not. Every line turns the photo; the
 by default.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 from itertools import product
+from typing import Annotated
 
 import numpy as np
 
@@ -21,32 +21,45 @@ from retrieval.earth_index import TURNS, WHITEN, compress
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
-from utils.arguments import add_shared, make_parser, positive, run
+from utils.arguments import positive
+from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
 from utils.precision import chosen_precision
 
 RANKS = (1, 10, 50)
 CANDIDATES = 4 * max(RANKS)  # a region can be there in each of its turns
 
 
-def main(args: Namespace) -> None:
-    photos, database = Catalogue.read(args.dataset_path, "queries"), read_database(args.dataset_path)
+def main(
+    *,
+    dataset_path: Annotated[str, "folder with database/, named by the grid, and queries/"],
+    resume: Annotated[str, "the model", {"metavar": "WEIGHTS"}],
+    dims: Annotated[list[int], "bytes a region", {"type": positive}] = (512, 256, 128, 64),
+    whiten: Annotated[list[float], "powers"] = (0, WHITEN),
+    near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
+    turned_photos_only: Annotated[bool, "leave the first line out: half of the time"] = False,
+    descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
+    batch_size: BatchSize = 32,
+    num_workers: Workers = WORKERS,
+    device: Device = DEVICE,
+    precision: Precision = "fp32",
+) -> None:
+    photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     pairs, _ = intersections(photos.footprints, database.footprints)
     positives = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(photos))))
-    near = geo.distance_km(photos.nadirs[:, None], database.footprints.mean(axis=1)[None]) <= args.near_km
+    near = geo.distance_km(photos.nadirs[:, None], database.footprints.mean(axis=1)[None]) <= near_km
     near = [np.flatnonzero(each) for each in near]
     asked = [row for row, right in enumerate(positives) if np.isin(right, near[row]).any()]
     print(f"{len(asked)} photos, {len(database):,} images, {np.mean([len(near[row]) for row in asked]):,.0f} near each")
 
-    model = load_model(args.resume).eval()
-    precision = chosen_precision(args.precision, args.device)
-    how = model.config.image_size, args.batch_size, args.num_workers, args.device, precision
+    model = load_model(resume).eval()
+    how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
     kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
-        args.descriptors, catalogue.root, catalogue.paths, catalogue.root.name
+        descriptors, catalogue.root, catalogue.paths, catalogue.root.name
     )[0]
     turned = np.stack([np.asarray(each, np.float32) for each in kept(photos, TURNS)])
 
     print("| descriptors | bytes a region | " + " | ".join(f"R@{k}" for k in RANKS) + " |")
-    if not args.turned_photos_only:
+    if not turned_photos_only:
         images = np.concatenate([np.asarray(each, np.float32) for each in kept(database, ROTATIONS)])
         found = {row: nearest(images, turned[:1, row], near[row], len(database)) for row in asked}
         show("float16, images turned", 2 * images.shape[1] * len(ROTATIONS), found, positives)
@@ -54,10 +67,10 @@ def main(args: Namespace) -> None:
     found = {row: nearest(vectors, turned[:, row], near[row], len(database)) for row in asked}
     show("float16", 2 * vectors.shape[1], found, positives)
     regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
-    for whiten, dim in product(args.whiten, args.dims):
-        index = compress(regions, vectors, dim, weights_fingerprint(model), whiten)
+    for power, dim in product(whiten, dims):
+        index = compress(regions, vectors, dim, weights_fingerprint(model), power)
         found = {row: index.search(turned[:, [row]], near[row], max(RANKS))[1][0] for row in asked}
-        show(f"bytes, --whiten {whiten:g}", dim, found, positives)
+        show(f"bytes, --whiten {power:g}", dim, found, positives)
 
 
 def nearest(vectors: np.ndarray, photo: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
@@ -76,18 +89,5 @@ def show(name: str, size: int, found: dict[int, np.ndarray], positives: Sequence
     print(f"| {name} | {size:,} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + " |", flush=True)
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--dataset_path", required=True, help="folder with database/, named by the grid, and queries/")
-    parser.add_argument("--resume", required=True, metavar="WEIGHTS")
-    parser.add_argument("--dims", type=positive, nargs="+", default=(512, 256, 128, 64), help="bytes a region")
-    parser.add_argument("--whiten", type=float, nargs="+", default=(0, WHITEN), help="powers")
-    parser.add_argument("--near_km", type=float, default=QUERY_RADIUS_KM)
-    parser.add_argument("--turned_photos_only", action="store_true", help="leave the first line out: half of the time")
-    parser.add_argument("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
-    add_shared(parser, "batch_size", "num_workers", "device", precision="fp32")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

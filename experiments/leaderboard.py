@@ -3,22 +3,15 @@
 The file grows by a line with each python eval.py --results results.csv …; the table is markdown, best first.
 """
 
-from argparse import Namespace
+from typing import Annotated
 
 from retrieval.leaderboard import leaderboard, read_lines
-from utils.arguments import make_parser, run
+from utils.flags import command
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("file", help="as eval.py --results writes it")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
-def main(args: Namespace) -> None:
-    print(leaderboard(read_lines(args.file)))
+def main(file: Annotated[str, "as eval.py --results writes it"]) -> None:
+    print(leaderboard(read_lines(file)))
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

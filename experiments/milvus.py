@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
-import torch
 
 from benchmarks.speed_search import FaissFlat, spread
+from benchmarks.timing import timed
 from retrieval.locator import EARTH_INDEX
 from retrieval.milvus import KEYS, NAME, MilvusSearch, is_lite, lists_for
 from retrieval.search import CompressedSearch, search
 from utils import geo
-from utils.arguments import make_parser, positive, run
+from utils.arguments import positive
+from utils.flags import DESCRIPTORS, DEVICE, Device, command
 
 if TYPE_CHECKING:
     import faiss
@@ -43,38 +42,51 @@ WORLD = 46_000_000  # vectors: 11.5 million regions of zooms 9 to 14, four turns
 K, SINGLES = 10, 20
 
 
-def main(args: Namespace) -> list[dict]:
+def main(
+    index: Annotated[str, "file of python -m retrieval.earth_index"] = str(EARTH_INDEX),
+    dataset_path: Annotated[str | None, "in place of an index: a folder with database/, described by --resume"] = None,
+    resume: Annotated[str | None, "weights, with --dataset_path"] = None,
+    descriptors: Annotated[str, "folder where a data set's descriptors are kept"] = DESCRIPTORS,
+    uri: Annotated[str | None, "a file that ends in .db, or http://HOST:PORT; default: a temporary file"] = None,
+    name: Annotated[str, "collections made are NAME_KEY"] = NAME,
+    token: Annotated[str, "of a cluster: USER:PASSWORD or a key"] = "",
+    keys: Annotated[list[str], "indexes of Milvus; pq: on a cluster", {"choices": list(KEYS)}] = ("sq8",),
+    rows: Annotated[int, "vectors", {"type": positive}] = 100_000,
+    queries: Annotated[int, "how many", {"type": positive}] = 500,
+    near_km: Annotated[float, "for the search around a nadir"] = 2500,
+    device: Device = DEVICE,
+) -> list[dict]:
     """-> a row of the table for each way."""
-    vectors, centers = source(args)
+    vectors, centers = of_dataset(dataset_path, resume, descriptors, device) if dataset_path else of_index(index)
     rng = np.random.default_rng(0)
-    asked, rest = np.split(rng.permutation(len(vectors)), [args.queries])
-    queries, points = np.asarray(vectors[asked], np.float32), centers[asked]
-    rest = np.sort(rest[: args.rows])
+    asked, rest = np.split(rng.permutation(len(vectors)), [queries])
+    asked_vectors, points = np.asarray(vectors[asked], np.float32), centers[asked]
+    rest = np.sort(rest[:rows])
     real, centers = np.asarray(vectors[rest], np.float32), centers[rest]
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "database.npy"
-        if args.rows > len(real):
-            made, around = spread(real, args.rows, file)
+        if rows > len(real):
+            made, around = spread(real, rows, file)
             centers = centers[around]
         else:
             np.save(file, real.astype(np.float16))
         made = np.load(file, mmap_mode="c")
-        uri = args.uri or str(Path(temporary) / "earth.db")
-        print(f"{len(made):,} vectors of {made.shape[1]} values, {len(queries)} queries; Milvus at {uri}")
-        right = search(made, queries, K)[1]
-        near_rows = [np.flatnonzero(geo.distance_km(centers, point) <= args.near_km) for point in points[:SINGLES]]
-        near_right = [nearest(made, queries[q : q + 1], rows) for q, rows in enumerate(near_rows)]
-        ways = ["faiss flat", "faiss IVF, SQ8", "compressed", *(f"milvus {key}" for key in args.keys)]
+        uri = uri or str(Path(temporary) / "earth.db")
+        print(f"{len(made):,} vectors of {made.shape[1]} values, {queries} queries; Milvus at {uri}")
+        right = search(made, asked_vectors, K)[1]
+        near_rows = [np.flatnonzero(geo.distance_km(centers, point) <= near_km) for point in points[:SINGLES]]
+        near_right = [nearest(made, asked_vectors[q : q + 1], near) for q, near in enumerate(near_rows)]
+        ways = ["faiss flat", "faiss IVF, SQ8", "compressed", *(f"milvus {key}" for key in keys)]
         print(
             "| | recall@1 | recall@10 | memory, bytes/vector | disk | build s | ms, 100 at a time | ms, one | "
             "ms, one near its nadir | recall@10 there | 46 million: GB of memory |\n" + "| --- " * 11 + "|"
         )
         table = []
         for way in ways:
-            place, build = (uri, args.name, args.token), None
+            place, build = (uri, name, token), None
             if way.startswith("milvus"):
                 build = alone(fill, way, file, centers, place)
-            found = alone(measure, way, file, queries, points, near_rows, place, args.near_km)
+            found = alone(measure, way, file, asked_vectors, points, near_rows, place, near_km)
             table.append(found | recalls(found, right, near_right) | {"way": way, "build": build or found["build"]})
             print(line(table[-1]), flush=True)
     return table
@@ -88,20 +100,23 @@ def nearest(
     return rows[found[0][found[0] >= 0]]
 
 
-def source(args: Namespace) -> tuple[np.ndarray, np.ndarray]:
+def of_index(file: str) -> tuple[np.ndarray, np.ndarray]:
     """-> vectors (N, D) and centers (N, 2) degrees."""
-    if not args.dataset_path:
-        from retrieval.earth_index import EarthIndex
+    from retrieval.earth_index import EarthIndex
 
-        index = EarthIndex.load(args.index)
-        return index.vectors, geo.centers(index.footprints)
+    index = EarthIndex.load(file)
+    return index.vectors, geo.centers(index.footprints)
+
+
+def of_dataset(dataset_path: str, weights: str, folder: str, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """As of_index, by weights; folder: where descriptors are kept."""
     from datasets.sets import read_database
     from models.earthloc import load_model
     from retrieval.describe import Describer
 
-    model, database = load_model(args.resume).eval(), read_database(args.dataset_path)
-    how = model.config.image_size, 32, 2, args.device, "fp32"
-    descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Milvus")
+    model, database = load_model(weights).eval(), read_database(dataset_path)
+    how = model.config.image_size, 32, 2, device, "fp32"
+    descriptors, failures = Describer(model, *how).kept(folder, database.root, database.paths, "Milvus")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     return np.asarray(descriptors[0, rows]), geo.centers(database.footprints[rows])
 
@@ -115,9 +130,7 @@ def alone(work: Callable[..., T], *values: object) -> T:
 def fill(way: str, file: Path, centers: np.ndarray, place: Place) -> float:
     """Puts the vectors into Milvus, reads them back -> seconds that the first took. ValueError where they differ."""
     made, (uri, name, token), key = np.load(file, mmap_mode="c"), place, way.split()[1]
-    began = time.perf_counter()
-    engine = MilvusSearch.fill(uri, made, centers, key, f"{name}_{key}", token)
-    seconds = time.perf_counter() - began
+    engine, seconds = timed(lambda: MilvusSearch.fill(uri, made, centers, key, f"{name}_{key}", token))
     for start in range(0, len(made), 10_000):
         part = slice(start, start + 10_000)
         back, where = engine.read(np.arange(len(made))[part])
@@ -147,9 +160,7 @@ def measure(
             small.close()
         gc.collect()
         before = own_memory()
-    began = time.perf_counter()
-    engine = make(way, made, place)
-    build = time.perf_counter() - began
+    engine, build = timed(lambda: make(way, made, place))
     engine.search(queries[:2], K)
     if lite:
         gc.collect()
@@ -210,12 +221,7 @@ def own_memory() -> int:
 
 def clock(work: Callable[[], object]) -> float:
     """Seconds, the best of three."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(timed(work)[1] for _ in range(3))
 
 
 def folder_bytes(uri: str | Path) -> int:
@@ -243,24 +249,5 @@ def line(row: dict) -> str:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--index", default=str(EARTH_INDEX), help="file of python -m retrieval.earth_index")
-    add("--dataset_path", help="in place of an index: a folder with database/, described by --resume")
-    add("--resume", help="weights, with --dataset_path")
-    add("--descriptors", default="logs/descriptors", help="folder where a data set's descriptors are kept")
-    add("--uri", help="a file that ends in .db, or http://HOST:PORT; default: a temporary file")
-    add("--name", default=NAME, help="collections made are NAME_KEY")
-    add("--token", default="", help="of a cluster: USER:PASSWORD or a key")
-    add("--keys", nargs="+", choices=list(KEYS), default=["sq8"], help="indexes of Milvus; pq: on a cluster")
-    add("--rows", type=positive, default=100_000, help="vectors")
-    add("--queries", type=positive, default=500)
-    add("--near_km", type=float, default=2500, help="for the search around a nadir")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -5,13 +5,13 @@ zoom_row_col and year; each query name is read and written again. Every name tha
 do.
 """
 
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
 from datasets import grid
 from datasets.names import FIELDS, Catalogue, ImageName
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import command
 
 
 def made_path(path: str) -> str:
@@ -38,34 +38,29 @@ def compare(paths: Iterable[str], make: Callable[[str], str]) -> list[tuple[str,
     return [each for each in compared if each[2]]
 
 
-def main(args: Namespace) -> int:
+def main(
+    names: Annotated[str, "data set's folder, or a text file of database paths"],
+    queries: Annotated[str | None, "data set's folder, or a text file of query names"] = None,
+    shown: Annotated[int, "differing names printed in full"] = 20,
+) -> int:
     """-> how many names differ."""
-    jobs = [(args.names, "database", made_path)]
-    if args.queries:
-        jobs.append((args.queries, "queries", lambda path: path[: path.find("@")] + str(ImageName.parse(path))))
+    jobs = [(names, "database", made_path)]
+    if queries:
+        jobs.append((queries, "queries", lambda path: path[: path.find("@")] + str(ImageName.parse(path))))
     different = 0
-    for names, folder, make in jobs:
-        catalogue = Catalogue.read_source(names, folder)
+    for source, folder, make in jobs:
+        catalogue = Catalogue.read_source(source, folder)
         found = compare(catalogue.paths, make)
         different += len(found)
-        for real, made, fields in found[: args.shown]:
+        for real, made, fields in found[:shown]:
             print(f"{', '.join(fields)}:\n    is   {real}\n    made {made}")
         counts = Counter(field for *_, fields in found for field in fields)
         print(
-            f"{names}: {len(catalogue) - len(found):,} of {len(catalogue):,} names of {folder} come out the same"
+            f"{source}: {len(catalogue) - len(found):,} of {len(catalogue):,} names of {folder} come out the same"
             + (f"; fields that differ: {dict(counts)}" if found else "")
         )
     return different
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("names", help="data set's folder, or a text file of database paths")
-    parser.add_argument("--queries", help="data set's folder, or a text file of query names")
-    parser.add_argument("--shown", type=int, default=20, help="differing names printed in full")
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -7,8 +7,9 @@ float32, no folded BatchNorm, plain Adam, and an evaluation in float32 with a fl
 is not done again.
 """
 
-from argparse import Namespace
+import argparse
 from collections.abc import Callable, Sequence
+from typing import Annotated
 from unittest.mock import patch
 
 import numpy as np
@@ -24,7 +25,7 @@ from datasets.regions import RegionDataset
 from experiments.chain import RESIZED, ChainDraw, as_one, chain, draw_chain
 from experiments.runs import trained_and_evaluated
 from models.backbone import Backbone
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import OTHERS, command
 
 RANKS = ("1", "5", "10", "20", "100")
 
@@ -55,7 +56,7 @@ def at_once(images: Tensor, draw: ChainDraw) -> Tensor:
     return jitter(warp(images, one, draw.size), one)
 
 
-def prepare(args: Namespace, plain: bool) -> tuple:
+def prepare(args: argparse.Namespace, plain: bool) -> tuple:
     """As train.prepare, with chain draws."""
     regions, loader, _, validation = train_prepare(args)
     colours = args.brightness, args.contrast, args.saturation, args.hue
@@ -90,28 +91,17 @@ def recalls(flags: list[str], name: str, plain: bool) -> list[float]:
     return [average[rank] for rank in RANKS]
 
 
-def main(args: Namespace) -> None:
+def main(others: Annotated[list[str], OTHERS], seeds: Annotated[list[int], "two trainings each"] = (0,)) -> None:
+    train.parse_arguments(others)  # a wrong flag is better met now than after minutes
     found = {
-        way: [
-            recalls([*args.flags, "--seed", str(seed)], f"plain_recall/{way}_{seed}", way == "plain")
-            for seed in args.seeds
-        ]
+        way: [recalls([*others, "--seed", str(seed)], f"plain_recall/{way}_{seed}", way == "plain") for seed in seeds]
         for way in ("plain", "fast")
     }
-    rows = [(way, str(seed), *each) for way, table in found.items() for seed, each in zip(args.seeds, table)]
+    rows = [(way, str(seed), *each) for way, table in found.items() for seed, each in zip(seeds, table)]
     rows += [(way, "mean", *np.mean(table, axis=0)) for way, table in found.items()]
-    print(f"\nAverages over the six sets; seeds {' '.join(map(str, args.seeds))}")
+    print(f"\nAverages over the six sets; seeds {' '.join(map(str, seeds))}")
     show({"": "6", "seed": ">5"} | {f"R@{rank}": "6.1f" for rank in RANKS}, rows)
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    add_shared(parser)
-    args, args.flags = parser.parse_known_args(argv)
-    train.parse_arguments(args.flags)  # a wrong flag is better met now than after minutes
-    return args
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -7,8 +7,8 @@ spherical excess.
 """
 
 import resource
-from argparse import Namespace
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import shapely
@@ -20,7 +20,7 @@ from datasets.names import Catalogue
 from datasets.overlap import degenerate, intersections, ring, self_crossing
 from experiments.table1 import ZOOMS
 from utils import geo
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import command
 
 STEPS = 32  # pieces of an edge along a parallel
 
@@ -64,16 +64,22 @@ def spherical_iou(query: np.ndarray, region: np.ndarray) -> float:
     return shared / (spherical_area(outline) + spherical_area(edges) - shared)
 
 
-def main(args: Namespace) -> np.ndarray:
+def main(
+    names: Annotated[str, "data set's folder, or a text file of query names"],
+    database: Annotated[
+        str | None, "data set's folder, or a text file of database names; default: land regions"
+    ] = None,
+    pairs: Annotated[int, "compared with the sphere"] = 20_000,
+) -> np.ndarray:
     """-> the errors of the IoU."""
-    queries = Catalogue.read_source(args.names, "queries")
-    if args.database:
-        footprints = Catalogue.read_source(args.database, "database").footprints
+    queries = Catalogue.read_source(names, "queries")
+    if database:
+        footprints = Catalogue.read_source(database, "database").footprints
     else:
         footprints = grid.footprints(grid.land_regions(ZOOMS))
-    (pairs, iou), seconds, cpu = timed_twice(lambda: intersections(queries.footprints, footprints))
+    (found, iou), seconds, cpu = timed_twice(lambda: intersections(queries.footprints, footprints))
     print(
-        f"{len(queries):,} queries, {len(footprints):,} regions: {len(pairs):,} pairs in {seconds:.1f} s "
+        f"{len(queries):,} queries, {len(footprints):,} regions: {len(found):,} pairs in {seconds:.1f} s "
         f"({cpu:.1f} s of CPU)"
     )
     print(
@@ -82,10 +88,10 @@ def main(args: Namespace) -> np.ndarray:
     )
     print(
         f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
-        f"{'' if args.database else ' (1 GB of it is the land mask)'}"
+        f"{'' if database else ' (1 GB of it is the land mask)'}"
     )
-    chosen = np.random.default_rng(0).permutation(len(pairs))[: args.pairs]
-    exact = np.array([spherical_iou(queries.footprints[q], footprints[d]) for q, d in pairs[chosen]])
+    chosen = np.random.default_rng(0).permutation(len(found))[:pairs]
+    exact = np.array([spherical_iou(queries.footprints[q], footprints[d]) for q, d in found[chosen]])
     error = np.abs(iou[chosen] - exact)
     print(
         f"IoU against the sphere, {len(chosen):,} pairs: mean error {error.mean():.5f}, 99 % below "
@@ -95,14 +101,5 @@ def main(args: Namespace) -> np.ndarray:
     return error
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("names", help="data set's folder, or a text file of query names")
-    parser.add_argument("--database", help="data set's folder, or a text file of database names; default: land regions")
-    parser.add_argument("--pairs", type=int, default=20_000, help="compared with the sphere")
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -11,18 +11,18 @@ as names have them in any.
 """
 
 import time
-from argparse import Namespace
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
-import torch
 
 from datasets.names import Catalogue
 from datasets.overlap import polygons, share_ground
 from retrieval.locator import EARTH_WEIGHTS, Locator, Place
 from retrieval.matching import matcher_flag
 from utils import geo
-from utils.arguments import make_parser, positive, run
+from utils.arguments import positive
+from utils.flags import DESCRIPTORS, DEVICE, Device, command
 
 PLAUSIBLE = 2.2  # of a label's sides
 
@@ -115,55 +115,43 @@ def summary(results: Sequence[dict]) -> list[str]:
     return [*lines, f"{np.mean(seconds):.1f} s a photo (median {np.median(seconds):.1f})"]
 
 
-def main(args: Namespace) -> None:
-    photos = Catalogue.read(args.dataset_path, "queries")
-    rows = np.flatnonzero(photos.areas >= args.min_km2)
-    rows = rows[np.linspace(0, len(rows) - 1, min(args.photos or len(rows), len(rows))).astype(int)]
-    places = {"index": args.index} if args.index else {"dataset_path": args.dataset_path}
-    for name in args.register:
-        locator = Locator.from_files(
-            args.resume,
-            **places,
-            register=name,
-            matcher_weights=args.matcher_weights,
-            ground=args.ground,
-            candidates=args.candidates,
-            descriptors=args.descriptors,
-            device=args.device,
-        )
-        near = [locator.places.near(tuple(nadir), locator.near_km) for nadir in photos.nadirs[rows].tolist()]
+def main(
+    dataset_path: Annotated[str, "folder with queries/, and database/ without --index"],
+    resume: Annotated[str, "the model that finds candidates"] = str(EARTH_WEIGHTS),
+    index: Annotated[
+        str | None, "file of retrieval/earth_index.py: its regions are the candidates; needs --ground"
+    ] = None,
+    ground: Annotated[str | None, "Web Mercator raster to register on; default: the data set's images"] = None,
+    register: Annotated[list[str], "matchers", matcher_flag()] = ("xfeat",),
+    matcher_weights: Annotated[str | None, "folder with the matcher's published files"] = None,
+    candidates: Annotated[int, "of a photo", {"type": positive}] = 10,
+    photos: Annotated[int | None, "so many of them, evenly from the list; default: all", {"type": positive}] = None,
+    min_km2: Annotated[float, "smallest photo that is looked for"] = 0,
+    descriptors: Annotated[str, "folder where the images' descriptors are kept"] = DESCRIPTORS,
+    device: Device = DEVICE,
+) -> None:
+    queries = Catalogue.read(dataset_path, "queries")
+    rows = np.flatnonzero(queries.areas >= min_km2)
+    rows = rows[np.linspace(0, len(rows) - 1, min(photos or len(rows), len(rows))).astype(int)]
+    settings = {"index": index} if index else {"dataset_path": dataset_path}
+    settings |= dict(matcher_weights=matcher_weights, ground=ground, candidates=candidates)
+    settings |= dict(descriptors=descriptors, device=device)
+    for name in register:
+        locator = Locator.from_files(resume, register=name, **settings)
+        near = [locator.places.near(tuple(nadir), locator.near_km) for nadir in queries.nadirs[rows].tolist()]
         locator.places.prepare(np.unique(np.concatenate(near)))  # once, so it is no photo's time
         results = []
         print(f"{name}\n{HEADER}")
         for row in rows:
             began = time.perf_counter()
-            (found,) = locator([photos.root / photos.paths[row]], [tuple(photos.nadirs[row])], args.candidates)
+            (found,) = locator([queries.root / queries.paths[row]], [tuple(queries.nadirs[row])], candidates)
             seconds = time.perf_counter() - began
             if found:
-                candidates = locator.places.footprints[[place.row for place in found]]
-                results.append(measure(photos.ids[row], photos.footprints[row], found, candidates, seconds))
+                before = locator.places.footprints[[place.row for place in found]]
+                results.append(measure(queries.ids[row], queries.footprints[row], found, before, seconds))
                 print(line(results[-1]), flush=True)
         print("\n".join(summary(results)), flush=True)
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("dataset_path", help="folder with queries/, and database/ without --index")
-    add("--resume", default=str(EARTH_WEIGHTS), help="the model that finds candidates")
-    add("--index", help="file of retrieval/earth_index.py: its regions are the candidates; needs --ground")
-    add("--ground", help="Web Mercator raster to register on; default: the data set's images")
-    add("--register", nargs="+", **matcher_flag(), default=["xfeat"], help="matchers")
-    add("--matcher_weights", help="folder with the matcher's published files")
-    add("--candidates", type=positive, default=10, help="of a photo")
-    add("--photos", type=positive, help="so many of them, evenly from the list; default: all")
-    add("--min_km2", type=float, default=0, help="smallest photo that is looked for")
-    add("--descriptors", default="logs/descriptors", help="folder where the images' descriptors are kept")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run(main, arguments)
+    command(main)

@@ -16,8 +16,8 @@ as everywhere (median 10,287 km², Toshka 10,316). Its row would fit a database 
 """
 
 import time
-from argparse import Namespace
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import shapely
@@ -28,7 +28,7 @@ from datasets.overlap import intersections, ring
 from datasets.sets import DATABASE_RADIUS_KM, POINTS_OF_INTEREST, QUERY_RADIUS_KM, EvaluationSet, select_set
 from retrieval.recall import nearest_to_nadir, random_choice_recall, recall_at
 from utils import geo
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import command
 
 ZOOMS = (9, 10, 11)
 RANKS = (1, 10, 100)
@@ -131,16 +131,23 @@ def nadir_lines(recalls: dict[str, tuple[float, float]]) -> list[str]:
     ]
 
 
-def main(args: Namespace) -> Sets:
+def main(
+    names: Annotated[str, "data set's folder, or a text file of query names"],
+    database: Annotated[
+        str | None, "data set's folder, or a text file of database names; default: land regions"
+    ] = None,
+    min_land: Annotated[float, "a region counts with more than this share of land"] = 0.0,
+    max_latitude: Annotated[float, "of a region's centre, degrees"] = 60.0,
+) -> Sets:
     began = time.perf_counter()
-    queries = Catalogue.read_source(args.names, "queries")
-    if args.database:
-        footprints = Catalogue.read_source(args.database, "database").footprints
-        said = f"names of {args.database}, {DATABASE_YEAR}"
+    queries = Catalogue.read_source(names, "queries")
+    if database:
+        footprints = Catalogue.read_source(database, "database").footprints
+        said = f"names of {database}, {DATABASE_YEAR}"
     else:
-        footprints = grid.footprints(grid.land_regions(ZOOMS, args.max_latitude, args.min_land))
-        said = f"all regions of zooms {', '.join(map(str, ZOOMS))} with land, centre within ±{args.max_latitude:g}"
-    print(f"{len(queries):,} queries of {args.names}; database: {len(footprints):,} images ({said})")
+        footprints = grid.footprints(grid.land_regions(ZOOMS, max_latitude, min_land))
+        said = f"all regions of zooms {', '.join(map(str, ZOOMS))} with land, centre within ±{max_latitude:g}"
+    print(f"{len(queries):,} queries of {names}; database: {len(footprints):,} images ({said})")
     sets = compute_sets(queries, footprints)
     for lines in (table_1(sets), table_2(sets), nadir_lines(nadir_recalls(queries, footprints, sets))):
         print("\n" + "\n".join(lines))
@@ -148,15 +155,5 @@ def main(args: Namespace) -> Sets:
     return sets
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("names", help="data set's folder, or a text file of query names")
-    parser.add_argument("--database", help="data set's folder, or a text file of database names; default: land regions")
-    parser.add_argument("--min_land", type=float, default=0.0, help="a region counts with more than this share of land")
-    parser.add_argument("--max_latitude", type=float, default=60.0, help="of a region's centre, degrees")
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

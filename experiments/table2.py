@@ -6,12 +6,12 @@ weights counts. The paper's last row is Table 3's row without the neutral-aware 
 it, whose R@10 the paper does not print. Its naive rows, recomputed: python -m experiments.table1.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
+from typing import Annotated
 
 from datasets.sets import POINTS_OF_INTEREST
 from retrieval.leaderboard import read_lines, set_recalls
-from utils.arguments import make_parser, run
+from utils.flags import command
 
 # A method's name (methods/; none here for what has a space or a capital), and R@1 R@10 R@100 of the six sets.
 PAPER = {
@@ -53,22 +53,17 @@ def own_row(line: dict[str, str]) -> list[str]:
     return [told.replace("|", "\\|"), *(set_recalls(line, name) for name in POINTS_OF_INTEREST)]
 
 
-def main(args: Namespace) -> None:
-    lines = read_lines(args.file)
+def main(
+    file: Annotated[str, "as eval.py --results writes it"],
+    dataset: Annotated[str | None, "only this one; default: a table for each"] = None,
+) -> None:
+    lines = read_lines(file)
     datasets = list(dict.fromkeys(line["dataset"] for line in lines))
-    if args.dataset not in (None, *datasets):
-        raise ValueError(f"--dataset {args.dataset}: no line of {args.file} has it; there are {', '.join(datasets)}")
-    for dataset in datasets if args.dataset is None else [args.dataset]:
-        print(f"\n{dataset}\n\n" + "\n".join(table([line for line in lines if line["dataset"] == dataset])))
-
-
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("file", help="as eval.py --results writes it")
-    parser.add_argument("--dataset", help="only this one; default: a table for each")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    if dataset not in (None, *datasets):
+        raise ValueError(f"--dataset {dataset}: no line of {file} has it; there are {', '.join(datasets)}")
+    for one in datasets if dataset is None else [dataset]:
+        print(f"\n{one}\n\n" + "\n".join(table([line for line in lines if line["dataset"] == one])))
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

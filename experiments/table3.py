@@ -5,13 +5,13 @@ python -m experiments.table3 @presets/demo.args --seeds 0 1 2: all other flags a
 its last checkpoint evaluated on the six sets; a run whose results are there is not done again.
 """
 
-from argparse import Namespace
+from typing import Annotated
 
 import numpy as np
 
 import train
 from experiments.runs import mean_and_deviation, trained_and_evaluated
-from utils.arguments import add_shared, make_parser, run
+from utils.flags import OTHERS, command
 
 # What changes, the flags that make it so, and the paper's average R@1 and R@100.
 ROWS = {
@@ -29,17 +29,22 @@ ROWS = {
 }
 
 
-def main(args: Namespace) -> None:
+def main(
+    others: Annotated[list[str], OTHERS],
+    seeds: Annotated[list[int], "one training each"] = (0,),
+    rows: Annotated[list[str], "of the table", {"choices": list(ROWS)}] = tuple(ROWS),
+) -> None:
+    train.parse_arguments(others)  # a wrong flag is better met now than after hours
     table = []
-    for name in args.rows:
+    for name in rows:
         title, flags, *paper = ROWS[name]
         ours = []
-        for seed in args.seeds:
-            more = [*args.flags, *flags.split(), "--seed", str(seed)]
+        for seed in seeds:
+            more = [*others, *flags.split(), "--seed", str(seed)]
             recalls = trained_and_evaluated(f"table3/{name}_{seed}", more)
             ours.append((recalls["1"], recalls["100"]))
         table.append((title, paper, np.array(ours)))
-    title = f"mean ± deviation of {len(args.seeds)} seeds"
+    title = f"mean ± deviation of {len(seeds)} seeds"
     print(f"\n| {title:26} | R@1 | R@100 | paper R@1 | paper R@100 |")
     print("| --- | --- | --- | --- | --- |")
     for title, paper, ours in table:
@@ -47,15 +52,5 @@ def main(args: Namespace) -> None:
         print(f"| {title:26} | {r1} | {r100} | {paper[0]} | {paper[1]} |")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    add_shared(parser)
-    args, args.flags = parser.parse_known_args(argv)
-    train.parse_arguments(args.flags)  # a wrong flag is better met now than after hours
-    return args
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

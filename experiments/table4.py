@@ -5,23 +5,27 @@ same recipe with other seeds: mean ± standard deviation over them. An evaluatio
 again.
 """
 
-from argparse import Namespace
+from typing import Annotated
 
 import numpy as np
 
 import eval as evaluation
 from datasets.sets import POINTS_OF_INTEREST
 from experiments.runs import evaluated, mean_and_deviation
-from utils.arguments import make_parser, run
+from utils.flags import OTHERS, command
 
 PAPER = {"none": (32.6, 30.9, 31.1, 30.4, 27.2, 39.1), "4x90": (54.6, 53.9, 55.9, 46.8, 45.6, 67.6)}
 
 
-def main(args: Namespace) -> None:
+def main(
+    weights: Annotated[list[str], "checkpoints, one for each seed", {"metavar": "WEIGHTS"}],
+    others: Annotated[list[str], OTHERS],
+) -> None:
+    evaluation.parse_arguments(others)  # a wrong flag is better met now than after hours
     names = list(POINTS_OF_INTEREST)
     lines = [f"| test-time augmentation | {' | '.join(names)} | average |", "| --- " * (len(names) + 2) + "|"]
     for way, paper in PAPER.items():
-        runs = [evaluated(each, f"table4/{way}", *args.flags, "--tta", way)[0]["sets"] for each in args.weights]
+        runs = [evaluated(each, f"table4/{way}", *others, "--tta", way)[0]["sets"] for each in weights]
         ours = np.array([[sets[name]["recalls"]["1"] if name in sets else np.nan for name in names] for sets in runs])
         cells = [mean_and_deviation(column) for column in (*ours.T, np.nanmean(ours, axis=1))]
         lines.append(f"| {way} | {' | '.join(cells)} |")
@@ -30,14 +34,5 @@ def main(args: Namespace) -> None:
     print("\n" + "\n".join(lines))
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("weights", nargs="+", metavar="WEIGHTS", help="checkpoints, one for each seed")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    args, args.flags = parser.parse_known_args(argv)
-    evaluation.parse_arguments(args.flags)  # a wrong flag is better met now than after hours
-    return args
-
-
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -7,11 +7,11 @@ kept.
 python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER makes one of a data set's images of 2021.
 """
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Annotated, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,8 +24,9 @@ from models.weights import weights_fingerprint
 from retrieval.describe import Describer
 from retrieval.recall import first_of_each, take
 from retrieval.search import search
-from utils.arguments import add_shared, make_parser, positive, run
+from utils.arguments import positive
 from utils.files import replacing
+from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
 from utils.precision import chosen_precision
 
 FORMAT = "earthloc index 1"
@@ -103,7 +104,7 @@ class EarthIndex:
             file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
 
     @classmethod
-    def load(cls, path: str | Path) -> "EarthIndex":
+    def load(cls, path: str | Path) -> Self:
         """What `save` wrote. FileNotFoundError, ValueError where there is none or something else."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"--index {path}: no such file; make one by `python -m retrieval.earth_index`")
@@ -151,9 +152,21 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def main(args: argparse.Namespace) -> EarthIndex:
-    """-> the EarthIndex, written to args.index."""
-    model, database = load_model(args.resume).eval(), read_database(args.dataset_path)
+def main(
+    index: Annotated[Path, "file to write, .safetensors"],
+    *,
+    resume: Annotated[str, "weights or checkpoint"],
+    dataset_path: Annotated[str, "folder with database/, images named by the grid"],
+    dim: Annotated[int, "bytes a region", {"type": positive}] = 256,
+    whiten: Annotated[float, "0: plain cosines; 0.5: all directions have the same variance"] = WHITEN,
+    descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
+    batch_size: BatchSize = 32,
+    num_workers: Workers = WORKERS,
+    device: Device = DEVICE,
+    precision: Precision = "fp32",
+) -> EarthIndex:
+    """-> the EarthIndex, written to its file."""
+    model, database = load_model(resume).eval(), read_database(dataset_path)
     regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
     strange = np.flatnonzero(np.abs(grid.footprints(regions) - database.footprints).max(axis=(1, 2)) > 1e-4)
     if len(strange):
@@ -161,31 +174,15 @@ def main(args: argparse.Namespace) -> EarthIndex:
             f"{database.paths[strange[0]]}: its corners are not those of its region, so no index of the grid can hold "
             f"it ({len(strange)} of {len(database)} images); leave it out of the database"
         )
-    precision = chosen_precision(args.precision, args.device)
-    how = model.config.image_size, args.batch_size, args.num_workers, args.device, precision
-    descriptors, failures = Describer(model, *how).kept(args.descriptors, database.root, database.paths, "Earth")
+    how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
+    described, failures = Describer(model, *how).kept(descriptors, database.root, database.paths, "Earth")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
-    vectors = np.asarray(descriptors[0, rows], np.float32)
-    index = compress(regions[rows], vectors, args.dim, weights_fingerprint(model), args.whiten)
-    index.save(args.index)
-    print(
-        f"{args.index}: {len(index):,} regions, {Path(args.index).stat().st_size / 1e6:.1f} MB, {len(failures)} failed"
-    )
-    return index
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("index", help="file to write, .safetensors")
-    add("--resume", required=True, help="weights or checkpoint")
-    add("--dataset_path", required=True, help="folder with database/, images named by the grid")
-    add("--dim", type=positive, default=256, help="bytes a region")
-    add("--whiten", type=float, default=WHITEN, help="0: plain cosines; 0.5: all directions have the same variance")
-    add("--descriptors", default="logs/descriptors", help="folder where whole descriptors are kept")
-    add_shared(parser, "batch_size", "num_workers", "device", precision="fp32")
-    return parser.parse_args(argv)
+    vectors = np.asarray(described[0, rows], np.float32)
+    earth = compress(regions[rows], vectors, dim, weights_fingerprint(model), whiten)
+    earth.save(index)
+    print(f"{index}: {len(earth):,} regions, {index.stat().st_size / 1e6:.1f} MB, {len(failures)} failed")
+    return earth
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    command(main)

@@ -10,6 +10,7 @@ from models.earthloc import EarthLoc, load_model
 from models.weights import save_safetensors, weights_fingerprint
 from retrieval import earth_index
 from retrieval.earth_index import EarthIndex, compress
+from utils.flags import call
 
 REGIONS = np.array([(8, row, col) for row in range(90, 110, 2) for col in range(120, 150, 2)])
 
@@ -121,7 +122,7 @@ def test_the_command_makes_an_index_of_a_data_set(world, tmp_path, monkeypatch, 
     model = EarthLoc(config)
     save_safetensors(model, tmp_path / "m.safetensors")
     flags = ["out.safetensors", "--resume", "m.safetensors", "--dataset_path", str(world.path), "--dim", "8"]
-    made = earth_index.main(earth_index.parse_arguments([*flags, "--num_workers", "0", "--device", "cpu"]))
+    made = call(earth_index.main, [*flags, "--num_workers", "0", "--device", "cpu"])
     assert "regions" in capsys.readouterr().out
     index = EarthIndex.load("out.safetensors")
     assert len(index) == len(made) and index.codes.shape[1] == 8

@@ -21,6 +21,7 @@ from datasets.overlap import INTERSECTIONS_FILE, load_intersections
 from datasets.sets import POINTS_OF_INTEREST
 from experiments import earth_photos as experiment
 from utils import geo
+from utils.flags import call
 from utils.geo import MERCATOR_HALF
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names" / "queries.txt"
@@ -280,7 +281,7 @@ def test_the_experiment_compares_what_was_planned_with_the_names(tmp_path, capsy
     (tmp_path / "photos.txt").write_text("\n".join(map(str, names)))
     (tmp_path / "real.txt").write_text("\n".join(map(str, names[1:])))
     files = [str(tmp_path / "photos.txt"), str(tmp_path / "real.txt")]
-    rendered, real = experiment.main(experiment.parse_arguments([*files, "--figure", str(tmp_path / "a.png")]))
+    rendered, real = call(experiment.main, [*files, "--figure", str(tmp_path / "a.png")])
     assert rendered["distance km"] == pytest.approx([100, 200, 400], abs=10)  # a name's nadir has one decimal
     assert rendered["area km²"] == pytest.approx([20_000] * 3, rel=0.01) and len(real["area km²"]) == 2
     assert rendered["up from away °"] == pytest.approx([30] * 3, abs=15)  # the roll, but for perspective

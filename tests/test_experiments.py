@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import train
 from experiments import curve, demo, export, plain_recall, real_photos, table3
 from models.earthloc import load_model
+from utils.flags import call
 
 TINY = [
     "--backbone",
@@ -43,7 +44,7 @@ def test_the_demo_ends_with_a_photo_on_a_map(world, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.args").write_text(" ".join([*TINY, "--log_dir", "demo"]))
     monkeypatch.setattr(demo, "PRESET", tmp_path / "tiny.args")
-    demo.main(demo.parse_arguments(["--dataset_path", str(world.path)]))
+    call(demo.main, ["--dataset_path", str(world.path)])
     lines = capsys.readouterr().out.splitlines()
     (photo,) = (Path(line.split("? ")[1]) for line in lines if line.startswith("Where was this photo taken?"))
     assert photo.is_file() and photo.parent == world.path / "queries"
@@ -64,7 +65,7 @@ def test_the_surest_photo_is_the_one_with_the_highest_first_score(tmp_path):
 def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--rows", "views", "all", "--seeds", "0", "1", "--dataset_path", str(world.path), *TINY]
-    table3.main(table3.parse_arguments(argv))
+    call(table3.main, argv)
     lines = capsys.readouterr().out.splitlines()
     views, everything = [line.split("|") for line in lines if line.startswith(("| views", "| everything"))]
     assert views[4].strip() == "26.2" and everything[5].strip() == "88.9"
@@ -78,13 +79,13 @@ def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_pa
 
     # Again: nothing is trained twice.
     monkeypatch.setattr(table3.train, "main", None)
-    table3.main(table3.parse_arguments(argv))
+    call(table3.main, argv)
     assert capsys.readouterr().out.splitlines()[-1].startswith("| everything")
 
 
 def test_table3_refuses_a_wrong_flag_before_training(capsys):
     with pytest.raises(SystemExit):
-        table3.parse_arguments(["--seeds", "0", "--no_such_flag", "1"])
+        call(table3.main, ["--seeds", "0", "--no_such_flag", "1"])
     assert "--no_such_flag" in capsys.readouterr().err
 
 
@@ -105,18 +106,16 @@ def test_a_curve_of_the_kept_checkpoints_and_an_export_of_the_last(world, tmp_pa
             ]
         )
     )
-    args = curve.parse_arguments(
-        [str(folder), "--dataset_path", str(world.path), "--device", "cpu", "--num_workers", "0"]
-    )
-    curve.main(args)
+    flags = [str(folder), "--dataset_path", str(world.path), "--device", "cpu", "--num_workers", "0"]
+    call(curve.main, flags)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [row.split("|")[1].strip() for row in rows] == ["0", "2", "4"]
     assert (folder / "curve.png").is_file()
     monkeypatch.setattr(curve, "evaluate", None)  # again: read, not evaluated
-    curve.main(args)
+    call(curve.main, flags)
     assert capsys.readouterr().out.count("| 4 |") == 1
 
-    export.main(export.parse_arguments([str(folder / "last.pt"), "small.safetensors"]))
+    call(export.main, [str(folder / "last.pt"), "small.safetensors"])
     whole, small = load_model(folder / "last.pt"), load_model("small.safetensors")
     assert small.config == whole.config
     for key, value in whole.state_dict().items():
@@ -126,13 +125,13 @@ def test_a_curve_of_the_kept_checkpoints_and_an_export_of_the_last(world, tmp_pa
 
 def test_a_curve_of_a_run_that_kept_nothing(tmp_path):
     with pytest.raises(ValueError, match="--keep_every"):
-        curve.main(curve.parse_arguments([str(tmp_path), "--dataset_path", "nowhere", "--device", "cpu"]))
+        call(curve.main, [str(tmp_path), "--dataset_path", "nowhere", "--device", "cpu"])
 
 
 def test_plain_and_fast_runs_take_the_same_draws(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset_path", str(world.path), *TINY, "--hue", "0.05"]
-    plain_recall.main(plain_recall.parse_arguments(argv))
+    call(plain_recall.main, argv)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:2] for line in lines[-4:]] == [["plain", "0"], ["fast", "0"], ["plain", "mean"], ["fast", "mean"]]
     assert [line[2:] for line in lines[-4:-2]] == [line[2:] for line in lines[-2:]]
@@ -159,8 +158,8 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     torch.manual_seed(0)
     save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "m.safetensors")
     common = ["--resume", "m.safetensors", "--dataset_path", str(world.path)]
-    earth_index.main(earth_index.parse_arguments(["i.safetensors", *common, "--dim", "32", "--num_workers", "0"]))
-    real_photos.main(real_photos.parse_arguments([*common, "--index", "i.safetensors"]))
+    call(earth_index.main, ["i.safetensors", *common, "--dim", "32", "--num_workers", "0"])
+    call(real_photos.main, [*common, "--index", "i.safetensors"])
     lines = capsys.readouterr().out.splitlines()
     assert "10 of 10 photos have a right image among 24" in lines
     recalls = [float(cell) for cell in next(line for line in lines if "m.safetensors |" in line).split("|")[2:6]]
@@ -188,7 +187,7 @@ def test_milvus_beside_faiss_and_a_file_into_it_and_back(tmp_path, capsys, monke
     )
     compress(regions, vectors.astype(np.float32), 16, "x").save(tmp_path / "i.safetensors")
     argv = ["--index", str(tmp_path / "i.safetensors"), "--rows", "600", "--queries", "40", "--keys", "flat", "sq8"]
-    table = milvus.main(milvus.parse_arguments([*argv, "--near_km", "1500"]))
+    table = call(milvus.main, [*argv, "--near_km", "1500"])
     assert len(grid.footprints(regions)) == 1200 and [row["way"] for row in table][3:] == ["milvus flat", "milvus sq8"]
     flat, exact, sq8 = table[0], table[3], table[4]
     assert flat["recall1"] == flat["recall10"] == exact["recall1"] == exact["recall10"] == exact["near_recall"] == 100

@@ -13,6 +13,7 @@ from experiments import export as script
 from models.config import ModelConfig
 from models.earthloc import EarthLoc, load_model
 from models.weights import save_safetensors
+from utils.flags import call
 
 CONFIG = ModelConfig("resnet18", "conv1", "none", "mixvpr", 16, 32, {"mix_depth": 1})
 SHIPPED = Path(__file__).parents[1] / "weights" / "earth.safetensors"
@@ -21,7 +22,7 @@ SHIPPED = Path(__file__).parents[1] / "weights" / "earth.safetensors"
 def export_all(weights, folder):
     """-> model and folder of its exports."""
     argv = [str(weights), str(folder / "out"), "--format", "safetensors", "onnx", "torch_export"]
-    written = script.main(script.parse_arguments(argv))
+    written = call(script.main, argv)
     assert [path.name for path in written] == ["out.safetensors", "out.onnx", "out.pt2"]
     return load_model(weights).eval(), folder
 
@@ -92,7 +93,7 @@ def test_the_ending_says_the_format_and_hub_makes_a_folder(exported, tmp_path, c
     assert script.targets(tmp_path / "a.pt2", None) == {"torch_export": tmp_path / "a.pt2"}
     with pytest.raises(ValueError, match="say --format"):
         script.targets(tmp_path / "a", None)
-    script.main(script.parse_arguments([str(folder / "out.safetensors"), str(tmp_path / "hub"), "--format", "hub"]))
+    call(script.main, [str(folder / "out.safetensors"), str(tmp_path / "hub"), "--format", "hub"])
     assert EarthLoc.from_pretrained(tmp_path / "hub").config == load_model(folder / "out.safetensors").config
     assert (tmp_path / "hub" / "README.md").is_file()
     assert "(batch, 3, 32, 32), RGB in [0, 1]" in capsys.readouterr().out

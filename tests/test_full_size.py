@@ -7,6 +7,7 @@ from benchmarks import full_size
 from datasets.names import YEARS
 from datasets.regions import Regions
 from datasets.sets import load_evaluation_data
+from utils.flags import call
 
 REGIONS = np.array([(zoom, row, col) for zoom in (5, 6) for row in range(10, 16, 2) for col in range(4, 20, 2)])
 
@@ -56,6 +57,6 @@ def test_an_unfinished_tree_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_the_script(tree, capfd):
-    full_size.main(full_size.parse_arguments(["--folder", str(tree[0]), "--zooms", "5"]))
+    call(full_size.main, ["--folder", str(tree[0]), "--zooms", "5"])
     text = capfd.readouterr().out
     assert "train.py: both, index" in text and "neutral test" in text

@@ -31,6 +31,7 @@ from models.weights import save_safetensors
 from utils import geo
 from utils.arguments import run
 from utils.checkpoint import load_checkpoint
+from utils.flags import call
 from utils.settings import chosen_settings
 from utils.signals import EXIT_CODE
 
@@ -436,7 +437,7 @@ def test_table_beside_earthloc_and_the_nadir(world, trained, tmp_path):
         "--num_workers",
         "0",
     ]
-    rows = geoclip_demo.main(geoclip_demo.parse_arguments(flags))
+    rows = call(geoclip_demo.main, flags)
     data = load_evaluation_data(world.path)
     test = np.setdiff1d(np.arange(10), data.only(VALIDATION).query_rows)
     expected = [geo.distance_km(data.queries.nadirs[row], data.queries.centers[row]) for row in test]

@@ -8,6 +8,7 @@ from experiments.index_size import RANKS, nearest
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.weights import save_safetensors
+from utils.flags import call
 
 
 def test_nearest_ranks_images_by_their_best_turn_among_the_given_rows():
@@ -33,7 +34,7 @@ def test_a_whole_index_loses_nothing_and_a_byte_a_region_most(world, tmp_path, c
     torch.manual_seed(0)
     save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "m.safetensors")
     flags = ["--resume", "m.safetensors", "--dataset_path", str(world.path), "--dims", "64", "1", "--num_workers", "0"]
-    index_size.main(index_size.parse_arguments(flags))
+    call(index_size.main, flags)
     first, *table = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if not line.startswith("| descriptors")]
     assert first.startswith("10 photos, 24 images")

@@ -6,6 +6,7 @@ import pytest
 
 from experiments import leaderboard as script
 from retrieval.leaderboard import FIELDS, append_line, leaderboard, read_lines, result_line
+from utils.flags import call
 
 AVERAGE = {1: 12.344, 5: 20.0, 10: 30.5, 20: 40.0, 100: 90.0}
 
@@ -65,7 +66,7 @@ def test_the_table_has_the_best_first_and_the_newest_of_each(tmp_path, capsys):
         line("worse", 5, weights="other weights"),
     ):
         append_line(tmp_path / "r.csv", each)
-    script.main(script.parse_arguments([str(tmp_path / "r.csv")]))
+    call(script.main, [str(tmp_path / "r.csv")])
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == "| data set | method | weights | tta | Alps | average | date |" and rows[1].count("---") == 7
     assert rows[2].startswith("| another | other\\|data | w |")

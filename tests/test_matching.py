@@ -16,6 +16,7 @@ from retrieval import matching
 from retrieval.matching import MATCHERS, WEIGHTS, default_matcher, load_glue, make_matcher, matcher_flag, mutual_matches
 from utils.checkpoint import load_tensors
 from utils.files import package_files
+from utils.flags import parse
 
 MOSAIC = Path(__file__).parents[1] / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
 LEARNED = [
@@ -249,12 +250,12 @@ def test_every_script_that_registers_takes_vismatch():
     import predict
     from experiments import confidence, registration
 
-    for parse, needed in (
-        (predict.parse_arguments, ["photo.jpg"]),
-        (app.parse_arguments, []),
-        (registration.parse_arguments, ["data"]),
-        (confidence.parse_arguments, ["--raster", "r", "--months", "m"]),
+    for flags_of, needed in (
+        (lambda words: vars(predict.parse_arguments(words)), ["photo.jpg"]),
+        (lambda words: vars(app.parse_arguments(words)), []),
+        (lambda words: parse(registration.main, words)[0], ["data"]),
+        (lambda words: parse(confidence.main, words)[0], ["--raster", "r", "--months", "m"]),
     ):
-        assert parse([*needed, "--register", "vismatch:roma"]).register in ("vismatch:roma", ["vismatch:roma"])
+        assert flags_of([*needed, "--register", "vismatch:roma"])["register"] in ("vismatch:roma", ["vismatch:roma"])
         with pytest.raises(SystemExit):
-            parse([*needed, "--register", "surf"])
+            flags_of([*needed, "--register", "surf"])

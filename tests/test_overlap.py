@@ -22,6 +22,7 @@ from datasets.overlap import (
     share_ground,
 )
 from experiments import positives as on_sphere
+from utils.flags import call
 
 
 def box(bottom, left, top, right):
@@ -209,7 +210,7 @@ def test_table_of_the_tiny_world(world):
 def test_the_command_writes_the_file(own_world, capsys):
     expected = load_intersections(own_world.path / INTERSECTIONS_FILE)
     (own_world.path / INTERSECTIONS_FILE).unlink()
-    overlap.main(overlap.parse_arguments([str(own_world.path)]))
+    call(overlap.main, [str(own_world.path)])
     assert load_intersections(own_world.path / INTERSECTIONS_FILE) == expected
     assert "10 of 10 queries have a positive among 24 images" in capsys.readouterr().out
 
@@ -229,7 +230,7 @@ def test_the_command_takes_lists_of_names_and_lists_bad_footprints(tmp_path, cap
     images = [grid.image_path(9, 210, 120, year) for year in (2018, 2021)] + [grid.image_path(9, 254, 508, 2021)]
     (tmp_path / "database.txt").write_text("\n".join(images))
     flags = ["--queries", str(tmp_path / "queries.txt"), "--database", str(tmp_path / "database.txt")]
-    overlap.main(overlap.parse_arguments([str(tmp_path), *flags]))
+    call(overlap.main, [str(tmp_path), *flags])
     table = load_intersections(tmp_path / INTERSECTIONS_FILE)
     assert [[path for path, _ in table[name]] for name in names] == [images[1:2], [], images[1:2], images[2:]]
     assert table[names[0]] == table[names[2]]
@@ -237,13 +238,13 @@ def test_the_command_takes_lists_of_names_and_lists_bad_footprints(tmp_path, cap
     assert "1 queries have a degenerate" in text and f"    {names[1]}" in text
     assert "1 queries list their corners" in text
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder.*--output"):
-        overlap.main(overlap.parse_arguments([str(tmp_path / "nowhere"), *flags]))
+        call(overlap.main, [str(tmp_path / "nowhere"), *flags])
     with pytest.raises(ValueError, match="is a folder; name the file to write"):
-        overlap.main(overlap.parse_arguments([str(tmp_path), *flags, "--output", str(tmp_path)]))
+        call(overlap.main, [str(tmp_path), *flags, "--output", str(tmp_path)])
     with pytest.raises(ValueError, match="is no name of database.*timestamp is a year"):
-        overlap.main(overlap.parse_arguments([str(tmp_path), "--queries", flags[1], "--database", flags[1]]))
+        call(overlap.main, [str(tmp_path), "--queries", flags[1], "--database", flags[1]])
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder or file.*text file"):
-        overlap.main(overlap.parse_arguments([str(tmp_path), "--queries", str(tmp_path / "nowhere")]))
+        call(overlap.main, [str(tmp_path), "--queries", str(tmp_path / "nowhere")])
 
 
 def test_a_query_without_a_positive_has_an_empty_list(world):

@@ -16,6 +16,7 @@ from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.weights import save_safetensors
 from retrieval.leaderboard import FIELDS, append_line
+from utils.flags import call
 from utils.logs import make_log_dir
 
 PAPER = sorted((Path(__file__).resolve().parents[2] / "shared" / "seeds").glob("001*"))
@@ -123,12 +124,12 @@ def test_all_figures_of_an_evaluation(own_world, tmp_path, monkeypatch, capsys):
     evaluation.main(evaluation.parse_arguments(argv))
     (folder,) = Path("logs/e").iterdir()
     common = [str(folder), "--device", "cpu", "--points", "6", "--examples", "2"]
-    made = figures.main(figures.parse_arguments([*common, "--only", "conditions"]))
+    made = call(figures.main, [*common, "--only", "conditions"])
     told = capsys.readouterr().out
     assert "Tilt or clouds are not known" in told and "tilt, degrees" not in told
     narrow = Image.open(made["conditions"]).width
     write_conditions(own_world.path, {photo: (row, 10 * row) for row, photo in enumerate(photos.ids)})
-    made = figures.main(figures.parse_arguments(common))
+    made = call(figures.main, common)
     told = capsys.readouterr().out
     assert list(made) == list(figures.FIGURES)
     assert all(np.ptp(np.asarray(Image.open(path).convert("L"))) > 50 for path in made.values())
@@ -144,14 +145,14 @@ def test_all_figures_of_an_evaluation(own_world, tmp_path, monkeypatch, capsys):
 
 def test_without_a_checkpoint_tsne_is_left_out(tmp_path, monkeypatch, capsys):
     folder = write_predictions(tmp_path / "one", {"@".join(["", *"11223344", "a", "20200101", *"0000", ".jpg"]): True})
-    made = figures.main(figures.parse_arguments([str(folder), "--only", "tsne", "map"]))
+    made = call(figures.main, [str(folder), "--only", "tsne", "map"])
     assert list(made) == ["map"] and "--resume names one" in capsys.readouterr().out
 
 
 def test_table4_evaluates_each_once_and_prints_the_paper_beside(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [*(weights(f"{seed}.safetensors", seed) for seed in (0, 1)), "--dataset_path", str(world.path), *FLAGS]
-    table4.main(table4.parse_arguments(argv))
+    call(table4.main, argv)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
     assert [row[0] for row in rows] == ["none", "none, paper", "4x90", "4x90, paper"]
     assert rows[1][1:] == "32.6 30.9 31.1 30.4 27.2 39.1 31.9".split() and rows[3][-1] == "54.1"
@@ -164,7 +165,7 @@ def test_table4_evaluates_each_once_and_prints_the_paper_beside(world, tmp_path,
         assert row[2] == f"{sum(values) / 2:.1f} ± {spread:.1f}"
 
     monkeypatch.setattr(runs.evaluation, "main", None)
-    table4.main(table4.parse_arguments(argv))
+    call(table4.main, argv)
     assert "| 4x90, paper |" in capsys.readouterr().out
 
 
@@ -222,7 +223,7 @@ def test_table2_has_our_lines_under_the_papers(tmp_path, capsys):
     ):
         line = dict.fromkeys(FIELDS, "") | {"method": method, "weights": told, "dataset": "data", "tta": tta}
         append_line(tmp_path / "r.csv", line | {"Alps R@1": str(r1), "Alps R@10": "7.25", "Alps R@100": "8"})
-    table2.main(table2.parse_arguments([str(tmp_path / "r.csv")]))
+    call(table2.main, [str(tmp_path / "r.csv")])
     rows = capsys.readouterr().out.strip().splitlines()
     assert rows[0] == "data" and rows[2].startswith("| method | Texas | Alps |")
     where = rows.index(next(row for row in rows if row.startswith("| cosplace (paper)")))
@@ -230,7 +231,7 @@ def test_table2_has_our_lines_under_the_papers(tmp_path, capsys):
     assert rows[where + 1] == "| cosplace, w | - / - / - | 6.0 / 7.2 / 8.0 |" + " - / - / - |" * 4
     assert rows[where + 2].startswith("| mixvpr (paper)") and rows[-1].startswith("| megaloc, w, tta none |")
     with pytest.raises(ValueError, match="--dataset other.*there are data"):
-        table2.main(table2.parse_arguments([str(tmp_path / "r.csv"), "--dataset", "other"]))
+        call(table2.main, [str(tmp_path / "r.csv"), "--dataset", "other"])
 
 
 @pytest.mark.skipif(not PAPER, reason="shared/ is not there")

@@ -15,6 +15,7 @@ from datasets.sets import load_evaluation_data
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from utils.checkpoint import save_checkpoint
+from utils.flags import call
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_objective_against_a_plain_loop():
 
 
 def test_plain_description_agrees_with_the_union(world, checkpoint, tmp_path, capsys):
-    speed_describe.main(speed_describe.parse_arguments(flags(world, checkpoint, tmp_path, "--num_workers", "0")))
+    call(speed_describe.main, flags(world, checkpoint, tmp_path, "--num_workers", "0"))
     text = capsys.readouterr().out
     cosine = float(re.search(r"mean cosine of the two ways' descriptors: ([\d.]+)", text)[1])
     assert cosine > 0.98
@@ -75,7 +76,7 @@ def test_plain_description_agrees_with_the_union(world, checkpoint, tmp_path, ca
 def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = flags(world, checkpoint, tmp_path, "--descriptors", str(tmp_path / "kept"), "--dim", "64")
-    speed_search.main(speed_search.parse_arguments([*common, "--rows", "1500", "--singles", "1"]))
+    call(speed_search.main, [*common, "--rows", "1500", "--singles", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("96 real descriptors, 1500 with those around them")
     rows = {line.split("  ")[0]: line for line in lines[2:]}
@@ -84,8 +85,8 @@ def test_search_and_kmeans_tables(world, checkpoint, tmp_path, capsys, monkeypat
     )
     assert any(name == "compressed" for name in rows)
     with pytest.raises(ValueError, match="--rows 50: the data set has 96 descriptors"):
-        speed_search.main(speed_search.parse_arguments([*common, "--rows", "50"]))
-    speed_kmeans.main(speed_kmeans.parse_arguments([*common, "--rows", "400", "--num_clusters", "5"]))
+        call(speed_search.main, [*common, "--rows", "50"])
+    call(speed_kmeans.main, [*common, "--rows", "400", "--num_clusters", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and min(float(line.split()[-1]) for line in lines[2:]) == 0  # against the best, percent
 

@@ -9,6 +9,7 @@ from datasets import grid
 from datasets.names import Catalogue, ImageName
 from experiments import names, table1
 from utils import geo
+from utils.flags import call
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "names"
 
@@ -24,9 +25,9 @@ def write_names(tmp_path, world):
 
 def test_a_folder_and_files_of_names_give_the_same_tables(world, tmp_path, capsys):
     lists = write_names(tmp_path, world)
-    from_folder = table1.main(table1.parse_arguments([str(world.path), "--database", str(world.path)]))
+    from_folder = call(table1.main, [str(world.path), "--database", str(world.path)])
     text = capsys.readouterr().out
-    from_files = table1.main(table1.parse_arguments([str(lists["queries"]), "--database", str(lists["database"])]))
+    from_files = call(table1.main, [str(lists["queries"]), "--database", str(lists["database"])])
     assert "24 images" in text and "Table 2, row Random choice" in text
     for name, (reach, one) in from_folder.items():
         assert (reach, len(one.query_rows), len(one.database_rows)) == (
@@ -40,7 +41,7 @@ def test_a_folder_and_files_of_names_give_the_same_tables(world, tmp_path, capsy
 
 
 def test_random_choice_by_simulation(world):
-    sets = table1.main(table1.parse_arguments([str(world.path), "--database", str(world.path)]))
+    sets = call(table1.main, [str(world.path), "--database", str(world.path)])
     rng = np.random.default_rng(0)
     one = sets["Texas"][1]
     hits = [
@@ -59,12 +60,12 @@ def test_names_that_the_grid_does_not_make_are_listed_with_their_fields(tmp_path
     area = f"@{ImageName.parse(good).area}@"
     listed = tmp_path / "database.txt"
     listed.write_text("\n".join([good, name, f"elsewhere/{name}", good.replace(area, "@7@")]))
-    assert names.main(names.parse_arguments([str(listed)])) == 2
+    assert call(names.main, [str(listed)]) == 2
     text = capsys.readouterr().out
     assert "2 of 4 names" in text and "folder:\n" in text and "sq_km_area:\n" in text
     listed.write_text(good.replace("09_0200_0100", "mine"))
     with pytest.raises(ValueError, match="field image_id is 'mine', expected zoom_row_col"):
-        names.main(names.parse_arguments([str(listed)]))
+        call(names.main, [str(listed)])
 
 
 def test_nadir_inside_is_the_ray_test_of_plain_loops():
@@ -124,7 +125,7 @@ def test_photos_of_the_public_names_that_show_their_nadir():
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_NAMES.is_dir(), reason="the public names are not here")
 def test_tables_at_full_size(capsys):
-    sets = table1.main(table1.parse_arguments([str(REAL_NAMES / "queries.txt")]))
+    sets = call(table1.main, [str(REAL_NAMES / "queries.txt")])
     assert [len(one.query_rows) for _, one in sets.values()] == [6142, 2394, 3568, 727, 682, 2164]
     for name, (_, recalls) in table1.random_choice(sets).items():
         assert recalls[100] == pytest.approx(table1.RANDOM_CHOICE[name][2], rel=2 if name == "Amazon" else 0.1)

@@ -1,7 +1,7 @@
 """Makes data sets in EarthLoc's layout, and looks after them: python -m datasets.build COMMAND …; --help lists them.
 
-Each command is a module of this package with `main`, whose parameters are its flags (flags.py) and which returns what
-to say at the end.
+Each command is a module of this package with `main`, whose parameters are its flags (utils/flags.py) and which returns
+what to say at the end.
 """
 
 import argparse
@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from datasets.build import cache, check, demo, earth, earth_photos, earth_raster, own, rasters, tiles
-from datasets.build.flags import add_flags
 from utils.arguments import HelpFormatter
+from utils.flags import add_flags
 
 COMMANDS = {
     "demo": demo,

@@ -1,57 +1,11 @@
-"""A command's flags are the annotated parameters of its function, said once with their kind, default and help:
-
-    def main(output: Output, *, raster: Annotated[Path, "GeoTIFF"], seed: Seed = 0, scale: Annotated[float, "…"] = 1.0)
-
-Annotated[kind, help, {more for add_argument}]: what has no default is positional, or after the * a flag that has to be
-given; list[int] takes one or more, tuple[float, float] two; **more: Annotated[object, function] stands for another
-function's flags.
-"""
+"""Kinds of flags that builders share; utils/flags.py makes flags of a function's parameters."""
 
 import argparse
-import inspect
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from utils.arguments import positive, whole
 from utils.workers import usable_cores
-
-
-def add_flags(parser: argparse.ArgumentParser, function: Callable) -> None:
-    """Adds the function's flags; parameters that are not annotated are none."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    for name, parameter in inspect.signature(function).parameters.items():
-        if typing.get_origin(hints.get(name)) is not Annotated:
-            continue
-        kind, text, *more = typing.get_args(hints[name])
-        if parameter.kind is parameter.VAR_KEYWORD:
-            add_flags(parser, text)
-            continue
-        flag = {**_taking(kind, parameter.default), "help": text, **(more[0] if more else {})}
-        option = flag.pop("option", f"--{name}")
-        if parameter.default is not parameter.empty:
-            parser.add_argument(option, dest=name, default=parameter.default, **flag)
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            parser.add_argument(option, dest=name, required=True, **flag)
-        else:
-            parser.add_argument(name, **flag)
-
-
-def _taking(kind: object, default: object) -> dict:
-    """Kind of a parameter -> what add_argument is to do with its texts."""
-    inside = [each for each in typing.get_args(kind) if each is not type(None)]
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
-    if not inside:
-        return {"type": kind}
-    if typing.get_origin(kind) is list:
-        return {"type": inside[0], "nargs": "+"}
-    if typing.get_origin(kind) is tuple:
-        return {"type": inside[0], "nargs": len(inside)}
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": inside}
-    return _taking(inside[0], default)  # … | None
 
 
 def share(text: str) -> float:
