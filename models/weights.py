@@ -39,11 +39,6 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig]:
     return state, config or infer_config(state)
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The config of a whole model's file, see `read_model`."""
-    return read_model(path)[1]
-
-
 def save_safetensors(model: nn.Module, path: str | Path, half: bool = True) -> None:
     """Writes state dict and config to a .safetensors file that `load_model` reads. `half`: matrices and kernels in
     float16; vectors (biases, BatchNorm statistics) stay in float32: they are small and some must cancel a mean."""
@@ -144,16 +139,11 @@ def is_whole_model(state: dict[str, Tensor]) -> bool:
     return any(key.startswith(("backbone.", "aggregator.")) for key in state)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a whole model's state dict (see `read_state_dict`) strictly.
+def fit_model_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """A whole model's state dict (see `read_state_dict`) into it, strictly; `source` is named in errors.
 
     ValueError lists what is missing, unexpected or of another shape, and the flags with which it would fit.
     """
-    fit_model_(model, read_state_dict(path), str(path))
-
-
-def fit_model_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """As `load_weights`, from a state dict already read; `source` is named in errors."""
     state = our_names(state, source)
     misfits = _misfits(model.state_dict(), state)
     if misfits:
@@ -161,15 +151,10 @@ def fit_model_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     _copy(model, state)
 
 
-def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:
-    """Loads a classifier's state dict into a backbone, by timm's names (of a ResNet torchvision's, too) or, for
-    efficientnet_lite0, EfficientNet-PyTorch's. The classifier and the stages that are cut off are ignored; otherwise
-    strict, ValueError."""
-    fit_backbone_(backbone, read_state_dict(path), str(path))
-
-
 def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
-    """As `load_backbone_weights`, from a state dict already read; `source` is named in errors."""
+    """A classifier's state dict into a backbone, by timm's names (of a ResNet torchvision's, too) or, for
+    efficientnet_lite0, EfficientNet-PyTorch's; `source` is named in errors. The classifier and the stages that are cut
+    off are ignored; otherwise strict, ValueError."""
     if backbone.name == LITE0 and "_conv_stem.weight" in state:
         state = lite0_to_timm(state)
     own = backbone.model.state_dict()
@@ -177,15 +162,8 @@ def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
     state = {key: value for key, value in state.items() if key not in unused}
     misfits = _misfits(own, state)
     if misfits:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{source} does not fit the backbone {backbone.name}:",
-                    *misfits,
-                    "Change --backbone, or give --weights another file.",
-                ]
-            )
-        )
+        head = f"{source} does not fit the backbone {backbone.name}:"
+        raise ValueError("\n".join([head, *misfits, "Change --backbone, or give --weights another file."]))
     _copy(backbone.model, state)
 
 

@@ -10,18 +10,23 @@ from safetensors.torch import save_file
 from models.backbone import Backbone, imagenet_state_dict
 from models.config import ModelConfig
 from models.earthloc import EarthLoc, build_model, load_model
-from models.weights import (
-    infer_config,
-    load_backbone_weights,
-    load_weights,
-    read_config,
-    read_state_dict,
-    save_safetensors,
-)
+from models.weights import fit_backbone_, fit_model_, infer_config, read_model, read_state_dict, save_safetensors
 
 torch.set_num_threads(1)
 
 TINY = ModelConfig("resnet18", "layer2", descriptor_dim=16, image_size=32, aggregator_settings={"mix_depth": 1})
+
+
+def load_weights(model, path):
+    fit_model_(model, read_state_dict(path), str(path))
+
+
+def load_backbone_weights(backbone, path):
+    fit_backbone_(backbone, read_state_dict(path), str(path))
+
+
+def read_config(path):
+    return read_model(path)[1]
 
 
 def tiny(seed, config=TINY):
