@@ -100,3 +100,18 @@ def from_hub(what: str, repo: str, entry: str, weights: str | Path, **settings: 
             )
     except Exception as error:  # whatever the network, the server or the repo's code raise
         raise not_had(what, place, error) from error
+
+
+class HubNetwork(nn.Module):
+    """Normalised images (B, 3, H, W) -> (B, D), by what `entry` of the repo `source` makes, see `from_hub`."""
+
+    source: str
+    entry: str
+    settings: dict = {}
+
+    def __init__(self, weights: str = "published") -> None:
+        super().__init__()
+        self.net = from_hub(type(self).__name__, self.source, self.entry, weights, **self.settings)
+
+    def describe(self, images: Tensor) -> Tensor:
+        return self.net(images)
