@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from models.aggregators import AGGREGATORS
 from models.backbone import FROZEN_BATCHNORM, choose_stages, kept_and_frozen
 from utils.arguments import positive
-from utils.settings import add_settings, chosen_settings, settings_of
+from utils.settings import add_settings, chosen_settings, require_at_least, settings_of
 
 FLAT_SETTINGS = ("mix_depth", "mix_channels", "out_rows", "gem_grid")  # fields of their own in older checkpoints
 
@@ -31,9 +31,7 @@ class ModelConfig:
         for flag, choices in (("aggregator", AGGREGATORS), ("frozen_batchnorm", FROZEN_BATCHNORM)):
             if getattr(self, flag) not in choices:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: unknown; choose one of {', '.join(choices)}")
-        for flag in ("descriptor_dim", "image_size"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        require_at_least(1, descriptor_dim=self.descriptor_dim, image_size=self.image_size)
         defaults = {name: default for name, (_, default, _) in settings_of(AGGREGATORS[self.aggregator]).items()}
         unknown = self.aggregator_settings.keys() - defaults.keys()
         if unknown:

@@ -14,6 +14,7 @@ from models.backbone import choose_stages, imagenet_state_dict, kept_and_frozen,
 from models.image_encoder import CLIP, BackboneEncoder, ClipEncoder
 from models.location_encoder import SIGMAS, LocationEncoder
 from models.weights import fit_backbone_, is_whole_model, read_state_dict
+from utils.settings import require_at_least
 
 MAX_LOGIT_SCALE = 100.0
 FROZEN_PREFIX = "image_encoder.clip."  # 1.2 GB that never change: not in our checkpoints
@@ -47,9 +48,7 @@ class GeoClipConfig:
         except ValueError as error:
             raise ValueError(f"--image_encoder {self.image_encoder}: neither clip nor a backbone ({error})") from None
         kept_and_frozen(self.image_encoder, self.cut_after or last, self.freeze_until or "none")
-        for field in ("image_size", "gem_grid"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ValueError(f"--{field} {getattr(self, field)}: must be at least 1")
+        require_at_least(1, image_size=self.image_size, gem_grid=self.gem_grid)
 
     def with_defaults(self, pretrained: bool) -> GeoClipConfig:
         """The same config with every None filled in. Nothing that was never pre-trained is frozen."""

@@ -57,6 +57,13 @@ def chosen_settings(args: argparse.Namespace, cls: type) -> dict:
     return {name: default if given[name] is None else given[name] for name, (_, default, _) in settings_of(cls).items()}
 
 
+def require_at_least(least: float, **settings: float | None) -> None:
+    """ValueError at the first setting that is less; None is a default, which fits."""
+    for name, value in settings.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
+
+
 def make(cls: type, settings: dict, **known) -> object:
     """cls(**settings), with those of the `known` values that its __init__ takes."""
     taken = inspect.signature(cls.__init__).parameters

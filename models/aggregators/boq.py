@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.normalise import l2_normalise
+from utils.settings import require_at_least
 
 HEAD_DIM = 64  # of the attentions, in the published models
 
@@ -48,14 +49,8 @@ class BoQ(nn.Module):
         boq_rows: Annotated[int, "rows of the output"] = 32,
     ) -> None:
         super().__init__()
-        for flag, value in (
-            ("boq_channels", boq_channels),
-            ("boq_queries", boq_queries),
-            ("boq_blocks", boq_blocks),
-            ("boq_rows", boq_rows),
-        ):
-            if value < 1:
-                raise ValueError(f"--{flag} {value}: must be at least 1")
+        require_at_least(1, boq_channels=boq_channels, boq_queries=boq_queries)
+        require_at_least(1, boq_blocks=boq_blocks, boq_rows=boq_rows)
         if boq_channels > HEAD_DIM and boq_channels % (boq_channels // HEAD_DIM):
             raise ValueError(
                 f"--boq_channels {boq_channels}: must be a multiple of its {boq_channels // HEAD_DIM} heads"

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.normalise import l2_normalise
+from utils.settings import require_at_least
 
 
 class ConvAP(nn.Module):
@@ -30,8 +31,7 @@ class ConvAP(nn.Module):
                 f"--descriptor_dim {descriptor_dim} is no multiple of {conv_grid**2} cells: change --conv_grid or set "
                 "--conv_channels"
             )
-        if conv_channels is not None and conv_channels < 1:
-            raise ValueError(f"--conv_channels {conv_channels}: must be at least 1")
+        require_at_least(1, conv_channels=conv_channels)
         conv_channels = conv_channels or descriptor_dim // conv_grid**2
         self.grid, self.out_dim = conv_grid, conv_channels * conv_grid**2
         self.channel_pool = nn.Conv2d(channels, conv_channels, 1)

@@ -5,6 +5,7 @@ from typing import Annotated
 from torch import Tensor, nn
 
 from models.normalise import l2_normalise
+from utils.settings import require_at_least
 
 
 class FeatureMixer(nn.Module):
@@ -40,13 +41,8 @@ class MixVPR(nn.Module):
         out_rows: Annotated[int, "rows of the output"] = 4,
     ) -> None:
         super().__init__()
-        for flag, value, least in (
-            ("mix_depth", mix_depth, 0),
-            ("mix_channels", mix_channels, 1),
-            ("out_rows", out_rows, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"--{flag} {value}: must be at least {least}")
+        require_at_least(0, mix_depth=mix_depth)
+        require_at_least(1, mix_channels=mix_channels, out_rows=out_rows)
         if mix_channels is None and descriptor_dim % out_rows:
             raise ValueError(
                 f"--descriptor_dim {descriptor_dim} is no multiple of --out_rows {out_rows}: "

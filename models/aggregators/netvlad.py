@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.normalise import l2_normalise
+from utils.settings import require_at_least
 
 RATIO = 100  # of the two largest assignments, on average, after start_from: as in the authors' code
 
@@ -28,9 +29,8 @@ class NetVLAD(nn.Module):
         vlad_channels: Annotated[int | None, "project features to so many values; default: as they are"] = None,
     ) -> None:
         super().__init__()
-        for flag, value, least in (("vlad_clusters", vlad_clusters, 2), ("vlad_channels", vlad_channels, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"--{flag} {value}: must be at least {least}")
+        require_at_least(2, vlad_clusters=vlad_clusters)
+        require_at_least(1, vlad_channels=vlad_channels)
         dim = vlad_channels or channels
         self.out_dim = vlad_clusters * dim
         self.project = nn.Conv2d(channels, dim, 1) if vlad_channels else nn.Identity()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.normalise import l2_normalise
+from utils.settings import require_at_least
 
 
 def sinkhorn(scores: Tensor, dustbin: Tensor, iterations: int) -> Tensor:
@@ -51,14 +52,8 @@ class SALAD(nn.Module):
                 f"--salad_clusters {salad_clusters}: must be at least 1 and fewer than the {height} x {width} "
                 "features; use fewer, or a larger --image_size"
             )
-        for flag, value in (
-            ("salad_dim", salad_dim),
-            ("salad_token", salad_token),
-            ("salad_hidden", salad_hidden),
-            ("sinkhorn_steps", sinkhorn_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"--{flag} {value}: must be at least 1")
+        require_at_least(1, salad_dim=salad_dim, salad_token=salad_token)
+        require_at_least(1, salad_hidden=salad_hidden, sinkhorn_steps=sinkhorn_steps)
         if not 0 <= salad_dropout < 1:
             raise ValueError(f"--salad_dropout {salad_dropout}: must be at least 0 and less than 1")
         self.clusters, self.steps = salad_clusters, sinkhorn_steps
@@ -84,15 +79,9 @@ class SALAD(nn.Module):
                 f"SALAD has {self.clusters} clusters and got features of {x.shape[2]} x {x.shape[3]}: images must "
                 "have the size of the model's --image_size"
             )
-        features, scores, token = (
-            self.cluster_features(x).flatten(2),
-            self.score(x).flatten(2),
-            self.token_features(token),
-        )
+        found = self.cluster_features(x).flatten(2), self.score(x).flatten(2), self.token_features(token)
         with torch.autocast(x.device.type, enabled=False):  # exponentials
-            features, scores, token = (
-                each.to(torch.promote_types(each.dtype, torch.float32)) for each in (features, scores, token)
-            )
+            features, scores, token = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in found)
             shares = sinkhorn(scores, self.dust_bin.to(scores), self.steps)[:, :-1].exp()
             clusters = torch.einsum("bdn,bkn->bdk", features, shares)
             return l2_normalise(torch.cat([F.normalize(token, dim=1), F.normalize(clusters, dim=1).flatten(1)], dim=1))
