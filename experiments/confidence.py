@@ -30,8 +30,9 @@ from datasets.build.earth import RASTER_MONTH, month_ratios
 from experiments.registration import iou
 from retrieval.confidence import FEATURES, features
 from retrieval.ground import Ground, RasterGround
+from retrieval.homographies import FARTHEST_KM
 from retrieval.matching import Matcher, make_matcher, matcher_flag
-from retrieval.registration import FARTHEST_KM, register, square
+from retrieval.registration import register, square
 from utils import geo
 from utils.arguments import positive
 from utils.files import replacing
@@ -100,6 +101,7 @@ def render(camera: Camera, ground: Ground, ratios: Sequence[np.ndarray], rng: np
 
 
 def sample(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(H, W, 3) float32 at places (h, w) in its pixels -> (h, w, 3), bilinear."""
     return cv2.remap(
         picture, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
@@ -242,6 +244,7 @@ def main(
     seed: Seed = 0,
     device: Device = DEVICE,
 ) -> None:
+    """Prints the reliability of what was held back, and the lines for COEFFICIENTS."""
     ground = RasterGround(raster)
     wanted = [month for month in range(1, 13) if month != RASTER_MONTH][::every_month]
     ratios = [ratio.astype(np.float32) for _, ratio in month_ratios(months, wanted)]

@@ -6,8 +6,8 @@ import pytest
 
 from datasets.build.camera import Camera, footprint, ground_points
 from experiments.registration import iou
+from retrieval.homographies import corners_of, project
 from retrieval.pose import footprint_by_pose
-from retrieval.registration import corners_of, project
 from utils import geo
 
 SIZE = (512, 512)  # a 3:2 photo, squashed

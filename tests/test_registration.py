@@ -9,20 +9,21 @@ import torch
 from datasets.build.camera import Camera, footprint, ground_points
 from datasets.images import read_image
 from retrieval import registration
-from retrieval.matching import make_matcher
-from retrieval.registration import (
+from retrieval.homographies import (
     Fit,
     corners_of,
+    fit_homography,
     is_plausible,
     is_visible,
     project,
-    register,
+    shift,
     skew,
     slant,
     spread,
     stretch,
-    turn,
 )
+from retrieval.matching import make_matcher
+from retrieval.registration import register, turn
 from utils import geo
 
 MOSAIC = Path(__file__).parents[1] / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
@@ -278,12 +279,12 @@ def test_what_moves_is_measured_where_the_inliers_are():
     here = np.random.default_rng(0).uniform(20, 60, (30, 2))
     old = Fit(UPRIGHT, here, project(UPRIGHT, here), 30)
     moved = UPRIGHT @ np.array([[1, 0, 3], [0, 1, 4.0], [0, 0, 1]])
-    assert registration.shift(old, Fit(moved, here, None, 30)) == pytest.approx(5)
+    assert shift(old, Fit(moved, here, None, 30)) == pytest.approx(5)
     # A lean about the inliers' middle carries the far corners away, not them.
     middle = np.array([[1, 0, 40], [0, 1, 40], [0, 0, 1.0]])
     leaning = UPRIGHT @ middle @ np.array([[1, 0, 0], [0, 1, 0], [1e-3, 1e-3, 1]]) @ np.linalg.inv(middle)
     far = np.linalg.norm(project(leaning, corners_of(SIZE)) - project(UPRIGHT, corners_of(SIZE)), axis=1).max() / 500
-    assert registration.shift(old, Fit(leaning, here, None, 30)) < 2 < 20 < far
+    assert shift(old, Fit(leaning, here, None, 30)) < 2 < 20 < far
 
 
 def test_the_cameras_pose_takes_the_place_of_a_homography_that_swings():
@@ -292,7 +293,7 @@ def test_the_cameras_pose_takes_the_place_of_a_homography_that_swings():
     places = rng.uniform(0.6, 0.9, (40, 2))
     here, there = places * size + rng.normal(size=(40, 2)), geo.to_mercator(ground_points(camera, *places.T))
     pixel = 500
-    fit = registration.fit_homography(here, there / pixel * [1, -1], np.diag([pixel, -pixel, 1.0]))
+    fit = fit_homography(here, there / pixel * [1, -1], np.diag([pixel, -pixel, 1.0]))
     ground = geo.from_mercator(fit.there)
     swung = geo.from_mercator(project(fit.homography, corners_of(size)))
     truth = footprint(camera)
@@ -305,7 +306,7 @@ def test_the_cameras_pose_takes_the_place_of_a_homography_that_swings():
     there = geo.to_mercator(ground_points(wide, *(0.4 * places.T)))
     middle = there.mean(axis=0)
     to_ground = np.array([[1000, 0, middle[0]], [0, -1000, middle[1]], [0, 0, 1]])
-    fit = registration.fit_homography(places * size, (there - middle) / 1000 * [1, -1], to_ground)
+    fit = fit_homography(places * size, (there - middle) / 1000 * [1, -1], to_ground)
     corners = geo.from_mercator(project(fit.homography, corners_of(size)))
     assert registration.by_pose(fit, corners, geo.from_mercator(fit.there), size, wide.nadir) is corners
 
@@ -317,7 +318,7 @@ def test_photos_of_the_sphere_are_nearly_homographies(tilt, focal, pixels):
     u, v = (each.ravel() for each in np.meshgrid(np.linspace(0, 1, 9), np.linspace(0, 1, 9)))
     here, there = np.stack([u, v], axis=1) * 512, geo.to_mercator(ground_points(camera, u, v)) * [1, -1]
     pixel = np.sqrt(np.ptp(there, axis=0).prod()) / 512
-    fit = registration.fit_homography(here, there / pixel, np.eye(3))
+    fit = fit_homography(here, there / pixel, np.eye(3))
     off = np.linalg.norm(project(fit.homography, here) - there / pixel, axis=1)
     assert fit.inliers >= 70 and off.max() < pixels
 
