@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,35 +175,18 @@ class Locator:
             )
         device = require_device(str(device))
         precision = default_precision(device) if precision == "auto" else precision
-        model = load_model(weights)
-        fingerprint = weights_fingerprint(model)
-        model = model.to(device).eval()
-        matcher, register = None, register if register != "auto" or on_ground else "none"
-        if register != "none":
-            from retrieval.matching import default_matcher, make_matcher
-
-            make = default_matcher if register == "auto" else partial(make_matcher, register)
-            matcher = make(matcher_weights, device)
-            register = matcher.name
+        model = load_model(weights).to(device).eval()
+        matcher = chosen_matcher(register, matcher_weights, device) if on_ground else None
         common = dict(batch_size=batch_size, num_workers=num_workers, device=device, precision=precision)
         if index is not None:
-            from retrieval.earth_index import EarthIndex
-
-            earth = EarthIndex.load(index)
-            if earth.fingerprint != fingerprint:
-                raise ValueError(
-                    f"--index {index}: was not made with {weights}, so their descriptors cannot be compared; give the "
-                    f"weights that made it by --resume, or make an index of these (python -m retrieval.earth_index)"
-                )
-            token = os.environ.get("MILVUS_TOKEN", "")  # flags are in the log
-            places = Index(earth, index) if milvus is None else MilvusIndex(earth, index, milvus, token=token)
+            places = open_index(index, model, weights, milvus)
         else:
             places = Dataset.read(dataset_path, model, descriptors, image_size=model.config.image_size, **common)
         if ground is not None:
             from retrieval.ground import RasterGround
 
             places.ground = RasterGround(ground)
-        return cls(model, places, matcher, register, **common, **settings)
+        return cls(model, places, matcher, "none" if matcher is None else matcher.name, **common, **settings)
 
     def __call__(
         self, images: Sequence, nadirs: Sequence[tuple[float, float] | None] | None = None, top_k: int = 3
@@ -316,6 +298,29 @@ class Locator:
             nadir.columns,
             registration,
         )
+
+
+def chosen_matcher(register: str, weights: str | Path | None, device: torch.device) -> Matcher | None:
+    """--register on some ground -> the matcher; None for "none"."""
+    if register == "none":
+        return None
+    from retrieval.matching import default_matcher, make_matcher
+
+    return default_matcher(weights, device) if register == "auto" else make_matcher(register, weights, device)
+
+
+def open_index(file: str | Path, model: torch.nn.Module, weights: str | Path, milvus: str | None) -> Index:
+    """A file of retrieval/earth_index.py -> Index. ValueError where other weights than the model's made it."""
+    from retrieval.earth_index import EarthIndex
+
+    earth = EarthIndex.load(file)
+    if earth.fingerprint != weights_fingerprint(model):
+        raise ValueError(
+            f"--index {file}: was not made with {weights}, so their descriptors cannot be compared; give the "
+            f"weights that made it by --resume, or make an index of these (python -m retrieval.earth_index)"
+        )
+    token = os.environ.get("MILVUS_TOKEN", "")  # flags are in the log
+    return Index(earth, file) if milvus is None else MilvusIndex(earth, file, milvus, token=token)
 
 
 def by_inliers(registrations: Sequence) -> list[int]:
