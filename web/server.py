@@ -47,16 +47,7 @@ def make_app(
     desk: Desk, hosts: set[str], max_bytes: int, ground: Callable | None = None, near_km: float = 2500
 ) -> FastAPI:
     """desk: not yet started; it lives as long as the app. hosts: what a request's Host may be, with its port.
-    max_bytes: of an upload. ground: of retrieval/ground.py, a finer map than the one that ships; it is asked by one
-    thread at a time, and from zoom COARSE on: wider tiles would read much of it. near_km: shown around nadirs."""
-    max_zoom = MAX_ZOOM if ground is None else FINE_ZOOM
-    drawing = threading.Lock()
-
-    @lru_cache(maxsize=2048)
-    def ground_tile(zoom: int, x: int, y: int):
-        with drawing:
-            pixels = ground(tile_box(zoom, x, y), TILE)
-        return None if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
+    max_bytes: of an upload. ground: see `serve_map`. near_km: shown around nadirs."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -64,8 +55,26 @@ def make_app(
             yield
 
     app = FastAPI(title="EarthLoc", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
     app.add_middleware(Guard, hosts=hosts)
+    answer_errors(app)
+
+    @app.get("/")
+    async def page():
+        return FileResponse(STATIC / "index.html")
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    max_zoom = serve_map(app, ground)
+
+    @app.get("/api/about")
+    async def tell():
+        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom, "near_km": near_km}
+
+    serve_photos(app, desk, max_bytes)
+    return app
+
+
+def answer_errors(app: FastAPI) -> None:
+    """What the desk raises -> status and reason."""
 
     @app.exception_handler(Unknown)
     async def unknown(_: Request, error: Exception):
@@ -84,11 +93,18 @@ def make_app(
         logging.error(str(error))
         return JSONResponse({"detail": f"the photo cannot be kept: {error.strerror}"}, 507)
 
-    @app.get("/")
-    async def page():
-        return FileResponse(STATIC / "index.html")
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+def serve_map(app: FastAPI, ground: Callable | None) -> int:
+    """The map's tiles -> their largest zoom. ground: of retrieval/ground.py, a finer map than the one that ships; it is
+    asked by one thread at a time, and from zoom COARSE on: wider tiles would read much of it."""
+    max_zoom = MAX_ZOOM if ground is None else FINE_ZOOM
+    drawing = threading.Lock()
+
+    @lru_cache(maxsize=2048)
+    def ground_tile(zoom: int, x: int, y: int):
+        with drawing:
+            pixels = ground(tile_box(zoom, x, y), TILE)
+        return None if pixels is None else as_jpeg(pixels.permute(1, 2, 0).numpy())
 
     @app.get("/tiles/{zoom}/{x}/{y}.jpg")
     def tile(zoom: int, x: int, y: int):
@@ -99,9 +115,11 @@ def make_app(
             content or blue_marble(zoom, x, y), media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"}
         )
 
-    @app.get("/api/about")
-    async def tell():
-        return {**desk.status(), "max_mb": max_bytes / 1e6, "max_zoom": max_zoom, "near_km": near_km}
+    return max_zoom
+
+
+def serve_photos(app: FastAPI, desk: Desk, max_bytes: int) -> None:
+    """All that the page does with photos. max_bytes: of an upload."""
 
     @app.get("/api/photos")
     async def photos():
@@ -161,8 +179,6 @@ def make_app(
     @app.get("/api/export/{kind}")
     def export_accepted(kind: str):
         return download(*desk.export_accepted(kind))
-
-    return app
 
 
 class Guard:
@@ -238,14 +254,17 @@ def blue_marble(zoom: int, x: int, y: int) -> bytes:
 
 
 def as_jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> JPEG of at most TILE pixels a side."""
     return to_jpeg(pixels, TILE, quality=88)
 
 
 def told(desk: Desk, photo: Photo) -> dict:
+    """What the browser is told of one photo."""
     return next((each for each in desk.listed() if each["id"] == photo.id), {})
 
 
 def too_large(max_bytes: int) -> HTTPException:
+    """The answer to an upload of more than max_bytes."""
     return HTTPException(413, f"the file is larger than {max_bytes / 1e6:g} MB (--max_mb)")
 
 
@@ -255,4 +274,5 @@ def download(file: Path, name: str) -> FileResponse:
 
 
 def discard(folder: Path) -> None:
+    """Removes a folder, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)
