@@ -6,11 +6,10 @@ render.
 """
 
 import csv
-import io
 from pathlib import Path
 
 from datasets.csv_rows import read_csv
-from utils.files import replacing
+from utils.files import replacing_text
 
 CONDITIONS_FILE = "conditions.csv"
 CONDITIONS = ("tilt", "clouds")
@@ -18,12 +17,10 @@ CONDITIONS = ("tilt", "clouds")
 
 def write_conditions(root: str | Path, conditions: dict[str, tuple[float, float]]) -> None:
     """{photo's id: (tilt degrees, clouds percent)} -> root/conditions.csv."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("id", *CONDITIONS))
-    writer.writerows((photo, f"{tilt:.2f}", f"{clouds:.2f}") for photo, (tilt, clouds) in conditions.items())
-    with replacing(Path(root) / CONDITIONS_FILE) as file:
-        file.write(text.getvalue().encode())
+    with replacing_text(Path(root) / CONDITIONS_FILE) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("id", *CONDITIONS))
+        writer.writerows((photo, f"{tilt:.2f}", f"{clouds:.2f}") for photo, (tilt, clouds) in conditions.items())
 
 
 def read_conditions(root: str | Path) -> dict[str, dict[str, float]]:

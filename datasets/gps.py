@@ -158,11 +158,6 @@ def each_image(paths: Iterable[str | Path]) -> Iterator[str]:
             raise FileNotFoundError(f"{path}: no such image or folder")
 
 
-def package_gallery() -> np.ndarray:
-    """The published gallery -> (100000, 2) degrees. RuntimeError without the package."""
-    return read_points(package_files(GALLERY_PACKAGE, "model", "gps_gallery", "coordinates_100K.csv")[0])
-
-
 def grid_points(spacing_km: float, land_only: bool = False) -> np.ndarray:
     """Points about spacing_km apart over the whole Earth, on parallels with as many points as fit -> (N, 2) degrees.
 
@@ -183,12 +178,12 @@ def grid_points(spacing_km: float, land_only: bool = False) -> np.ndarray:
 
 
 def gallery_points(spec: str, training: np.ndarray | None = None) -> np.ndarray:
-    """--gallery -> (N, 2) degrees: "package", "train" (the given training coordinates), "grid:KM", "land:KM", or CSV.
+    """--gallery -> (N, 2) degrees: "package" (as published), "train" (`training`), "grid:KM", "land:KM", or CSV.
 
     Raises ValueError, FileNotFoundError or RuntimeError that says what to give instead.
     """
     if spec == "package":
-        return package_gallery()
+        return read_points(package_files(GALLERY_PACKAGE, "model", "gps_gallery", "coordinates_100K.csv")[0])
     if spec == "train":
         if training is None or not len(training):
             raise ValueError(

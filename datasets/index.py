@@ -26,10 +26,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import shapely
 
 from datasets.listing import as_known, walk
-from utils.outlines import GEO, outlines
+from utils.outlines import GEO, geometry
 from utils.tables import ROW_GROUP, Damaged, as_text, in_one, opened, or_anew, read_rows, store
 
 VERSION = 2  # raise when the columns change
@@ -116,6 +115,4 @@ def _for_others(table: pa.Table) -> Iterator[pa.Table]:
     for start in range(0, max(len(table), 1), ROW_GROUP):
         part = table.slice(start, ROW_GROUP)
         corners = np.stack([part[f"{axis}{corner}"] for corner in range(1, 5) for axis in ("lat", "lon")], axis=-1)
-        yield part.append_column(
-            "geometry", pa.array(shapely.to_wkb(outlines(corners.reshape(-1, 4, 2))).tolist(), pa.binary())
-        )
+        yield part.append_column("geometry", geometry(corners.reshape(-1, 4, 2)))

@@ -24,13 +24,13 @@ from datasets.orbit import Orbit, in_utc
 from utils.files import printable
 
 COLUMNS = ("path", "nadir_lat", "nadir_lon", "time")
-SOURCES = ("table", "near", "name", "orbit", "none")
 BLOCK = 20_000
 
 
 @dataclass(frozen=True)
 class Nadir:
-    """point (lat, lon) degrees, None: unknown; source: one of SOURCES; columns: the table's others; why: unknown."""
+    """point (lat, lon) degrees, None: unknown, and `why`. source: "table", "near", "name", "orbit", "given" or "none".
+    columns: the table's others."""
 
     point: tuple[float, float] | None
     source: str

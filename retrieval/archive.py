@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import shapely
 
+from datasets.names import CORNER_FIELDS
 from retrieval.predictions import write_predictions
 from utils.files import printable, replacing
-from utils.outlines import GEO, outlines
+from utils.outlines import GEO, geometry
 
 PLACES, PARTS, FAILURES, PROGRESS = "predictions.jsonl", "predictions.parquet", "failures.csv", "progress.json"
 PART = 10_000  # places in a file of Parquet
@@ -200,13 +200,12 @@ def as_table(places: Sequence[dict], columns: Mapping[str, type]) -> pa.Table:
     texts = lambda values: [printable(each) if isinstance(each, str) else each for each in values]
     arrays = [pa.array(texts([each[name] for each in places]), KINDS[kind]) for name, kind in columns.items()]
     corners = np.array([each["footprint"] for each in places], dtype=np.float64).reshape(-1, 8)
-    names = [f"{axis}{corner}" for corner in range(1, 5) for axis in ("lat", "lon")]
-    geometry = pa.array(shapely.to_wkb(outlines(corners.reshape(-1, 4, 2))).tolist(), pa.binary())
-    arrays += [*map(pa.array, corners.T.copy()), geometry]
-    return pa.table(arrays, [*columns, *names, "geometry"]).replace_schema_metadata(GEO)
+    arrays += [*map(pa.array, corners.T.copy()), geometry(corners.reshape(-1, 4, 2))]
+    return pa.table(arrays, [*columns, *CORNER_FIELDS, "geometry"]).replace_schema_metadata(GEO)
 
 
 def digest(image: str) -> int:
+    """64 bits that stand for a photo's name."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(image), digest_size=8).digest(), "little")
 
 

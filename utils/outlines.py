@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import shapely
 from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.polygon import orient
@@ -42,6 +43,11 @@ def outlines(footprints: np.ndarray) -> np.ndarray:
     parts[shapely.area(parts) == 0] = None  # an edge on the antimeridian
     shapes[over] = [_counter_clockwise(each) for each in shapely.union_all(parts, axis=0)]
     return shapes
+
+
+def geometry(footprints: np.ndarray) -> pa.Array:
+    """(N, 4, 2) degrees -> Arrow array (N,): the outlines as a GeoParquet file with the metadata GEO has them."""
+    return pa.array(shapely.to_wkb(outlines(footprints)).tolist(), pa.binary())
 
 
 def _around_pole(footprint: np.ndarray, steps: np.ndarray):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from datasets import grid
-from datasets.build import flags, jobs
+from datasets.build import earth, flags, jobs
 from datasets.build.camera import Camera, footprint, great_circle, ground_points
 from datasets.build.demo_world import (
     ALTITUDES_KM,
@@ -39,16 +39,6 @@ from datasets.build.demo_world import (
     photograph,
     planned,
     query_name,
-)
-from datasets.build.earth import (
-    MIN_SIDE,
-    MercatorRaster,
-    Opened,
-    image_side,
-    month_prints,
-    open_raster,
-    read_window,
-    stored_ratios,
 )
 from datasets.build.plan import fingerprint, kept_plan
 from datasets.conditions import CONDITIONS_FILE, write_conditions
@@ -98,7 +88,7 @@ _LINEAR = (torch.arange(256) / 255.0) ** GAMMA
 
 def smallest_area(around: int) -> float:
     """Pixels around the Earth -> km² of the smallest photo: MIN_SIDE of a raster's pixels high at the equator, 3:2."""
-    return (MIN_SIDE * 2 * np.pi * grid.AREA_RADIUS_KM / around) ** 2 * SENSOR_MM[0] / SENSOR_MM[1]
+    return (earth.MIN_SIDE * 2 * np.pi * grid.AREA_RADIUS_KM / around) ** 2 * SENSOR_MM[0] / SENSOR_MM[1]
 
 
 def draw_size(rng: np.random.Generator, areas: Sequence[float] | None = None) -> tuple[float, float]:
@@ -206,7 +196,7 @@ def spread(at_nodes: np.ndarray, height: int, width: int) -> torch.Tensor:
     return _interpolation(height) @ torch.from_numpy(at_nodes) @ _interpolation(width).T
 
 
-def raster_places(latlon: np.ndarray, raster: MercatorRaster) -> tuple[np.ndarray, np.ndarray]:
+def raster_places(latlon: np.ndarray, raster: earth.MercatorRaster) -> tuple[np.ndarray, np.ndarray]:
     """(..., 2) degrees of one photo -> x (...), y (...) in the raster's pixels, of which the first covers 0 to 1.
 
     x goes on beyond the antimeridian.
@@ -220,7 +210,7 @@ def raster_places(latlon: np.ndarray, raster: MercatorRaster) -> tuple[np.ndarra
     return x - (source.transform.c + MERCATOR_HALF) / pixel, y - (MERCATOR_HALF - source.transform.f) / pixel
 
 
-def covers(camera: Camera, raster: MercatorRaster, margin: int = 8) -> bool:
+def covers(camera: Camera, raster: earth.MercatorRaster, margin: int = 8) -> bool:
     """Whether the raster holds all that the camera sees, and `margin` pixels more."""
     edge = np.linspace(0, 1, 9)
     u, v = np.concatenate([edge, edge, 0 * edge, 0 * edge + 1]), np.concatenate([0 * edge, 0 * edge + 1, edge, edge])
@@ -236,7 +226,7 @@ def covers(camera: Camera, raster: MercatorRaster, margin: int = 8) -> bool:
 
 
 def render_ground(
-    raster: MercatorRaster, ratio: np.ndarray | None, camera: Camera, size: int
+    raster: earth.MercatorRaster, ratio: np.ndarray | None, camera: Camera, size: int
 ) -> tuple[torch.Tensor, np.ndarray]:
     """-> float32 (3, size, size) in 0…1, linear light, and latlon (NODES, NODES, 2): the ground in clear air.
 
@@ -259,7 +249,7 @@ def render_ground(
 
 
 def _sampled(
-    raster: MercatorRaster,
+    raster: earth.MercatorRaster,
     ratio: np.ndarray | None,
     latlon: np.ndarray,
     at_nodes: tuple[np.ndarray, np.ndarray],
@@ -272,7 +262,7 @@ def _sampled(
     left, top, right, bottom = (int(np.floor(end)) for end in _bounds(x, y, margin=3 * shrink))
     top, bottom = max(top, 0), min(bottom, raster.source.height)
     columns, rows = (right - left) // shrink, (bottom - top) // shrink
-    pixels = torch.from_numpy(read_window(raster, left, top, columns * shrink, rows * shrink))
+    pixels = torch.from_numpy(earth.read_window(raster, left, top, columns * shrink, rows * shrink))
     patch = _LINEAR[pixels.int()].permute(2, 0, 1)[None]
     patch = F.avg_pool2d(patch, shrink) if shrink > 1 else patch
     at_nodes = ((x - left) / shrink / columns * 2 - 1, (y - top) / shrink / rows * 2 - 1)
@@ -314,7 +304,7 @@ def sample_colours(ratio: np.ndarray, latlon: np.ndarray) -> np.ndarray:
 
 
 def render_photo(
-    raster: MercatorRaster,
+    raster: earth.MercatorRaster,
     ratio: np.ndarray | None,
     camera: Camera,
     rng: np.random.Generator | None,
@@ -347,7 +337,7 @@ def conditions(seed: int, queries: Sequence[Query], size: int, photos: Photos) -
 
 
 @dataclasses.dataclass
-class Renderer(Opened):
+class Renderer(earth.Opened):
     """(path, Query) -> the file."""
 
     size: int
@@ -370,7 +360,7 @@ def main(
     months: Annotated[Path, "01.jpg … 12.jpg, as for `earth`", {"metavar": "FOLDER"}],
     photos: Annotated[int, "how many", {"type": positive}] = 3000,
     seed: flags.Seed = 0,
-    image_size: Annotated[int, "pixels a side; 3:2 is squashed to a square", {"type": image_side}] = 512,
+    image_size: Annotated[int, "pixels a side; 3:2 is squashed to a square", {"type": earth.image_side}] = 512,
     seasons: Annotated[
         list[int],
         "the photos' months; the default has none of `earth`'s years",
@@ -397,17 +387,17 @@ def main(
     are written anew.
     """
     groups = SETS if nadirs == "sets" else WHOLE_EARTH
-    opened = open_raster(raster)
+    opened = earth.open_raster(raster)
     smallest, (low, high) = smallest_area(opened.around), areas or (AREAS_KM2[0], AREAS_KM2[-1])
     if not smallest <= low < high:
         raise ValueError(
             f"--areas {low} {high}: expected LOW HIGH, and LOW at "
-            f"least {smallest:,.0f} km², which is {MIN_SIDE} of the raster's pixels high"
+            f"least {smallest:,.0f} km², which is {earth.MIN_SIDE} of the raster's pixels high"
         )
     parameters = {
         "version": VERSION,
         "raster": fingerprint(raster),
-        "months": month_prints(months, seasons),
+        "months": earth.month_prints(months, seasons),
         "count": photos,
         "seed": seed,
         "size": image_size,
@@ -435,7 +425,7 @@ def main(
         # Along the raster's rows of blocks, so that a block is still decoded when the next photo wants it.
         missing.sort(key=lambda photo: (photo[1].camera.nadir[0] // 2, photo[1].camera.nadir[1]))
         (output / "queries").mkdir(parents=True, exist_ok=True)
-        with stored_ratios(months, {int(query.date[4:6]) for _, query in missing}) as ratios:
+        with earth.stored_ratios(months, {int(query.date[4:6]) for _, query in missing}) as ratios:
             render = Renderer(output, raster, ratios, image_size, seed, weather)
             for _ in jobs.run(missing, render, num_workers, "photos", "photo"):
                 pass

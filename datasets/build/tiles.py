@@ -6,7 +6,6 @@ whole or not at all, so a second run after a kill continues with the images that
 """
 
 import csv
-import io
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import groupby
@@ -23,7 +22,7 @@ from datasets.build.area import check_years, select_regions
 from datasets.build.tile_server import TileError, TileServer, check_template, is_blank, open_tile
 from datasets.images import save_jpeg
 from datasets.names import YEARS
-from utils.files import replacing
+from utils.files import replacing_text
 
 LEFT_OUT_FILE = "left_out.csv"
 IMAGE_KB = 97  # an image of 1024 × 1024 of the public data set
@@ -133,10 +132,8 @@ def write_left_out(output: Path, problems: dict[str, list[tuple]]) -> None:
         ]
     if rows or file.exists():
         output.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([["image", "tile z/x/y", "image was", "the tile"], *rows])
-        with replacing(file) as stream:
-            stream.write(text.getvalue().encode())
+        with replacing_text(file) as stream:
+            csv.writer(stream).writerows([["image", "tile z/x/y", "image was", "the tile"], *rows])
 
 
 def main(

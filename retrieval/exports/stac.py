@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 import numpy as np
 import shapely
-from PIL import ExifTags
 
-from datasets.images import errors_name, open_image, read_header
+from datasets.images import read_header
+from datasets.nadirs import time_of_photo
 from datasets.names import ImageName
 from utils import geo
 from utils.files import printable, replacing
@@ -85,14 +85,9 @@ def box_of(footprint: np.ndarray) -> list[float]:
 
 
 def time_taken(photo: Path) -> datetime | None:
-    """The time in the photo's EXIF (with its offset, else UTC), or the day in its EarthLoc name; None where neither."""
-    with errors_name(photo), open_image(photo) as image:
-        try:
-            exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
-            text = f"{exif[ExifTags.Base.DateTimeOriginal]}{exif.get(ExifTags.Base.OffsetTimeOriginal) or '+00:00'}"
-            return datetime.strptime(text.replace("\0", "").strip(), "%Y:%m:%d %H:%M:%S%z").astimezone(UTC)
-        except Exception:  # PIL raises all sorts at broken EXIF
-            pass
+    """The time in the photo's EXIF (see `time_of_photo`), or the day in its EarthLoc name; None where neither."""
+    if (taken := time_of_photo(photo)) is not None:
+        return taken
     try:
         return datetime.strptime(ImageName.parse(photo.name).timestamp, "%Y%m%d").replace(tzinfo=UTC)
     except ValueError:
