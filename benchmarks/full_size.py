@@ -19,7 +19,7 @@ from typing import Annotated
 
 import numpy as np
 
-from benchmarks.timing import show, timed, timed_twice
+from benchmarks.timing import own_memory, show, timed, timed_twice
 from datasets import grid
 from datasets.names import DATABASE_YEAR, YEARS, Catalogue, ImageName
 from datasets.overlap import INTERSECTIONS_FILE, intersections_table, save_intersections, share_ground
@@ -83,18 +83,18 @@ def _measure(function: Callable, *args):
 
 
 def _peak_gb():
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss would be no less than the parent's
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts in bytes
+    # On Linux ru_maxrss would be no less than the parent's; macOS counts it in bytes.
+    return (own_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
 
 
 def open_for_training(folder: Path) -> str:
+    """As train.py opens its regions."""
     regions, missing = Regions.read(folder)
     return f"{len(regions):,} regions with four years, {len(missing)} without"
 
 
 def open_for_evaluation(folder: Path) -> str:
+    """As eval.py opens its sets."""
     data = load_evaluation_data(folder)
     return f"{len(data.queries):,} queries, {len(data.database):,} images, {len(data.pairs):,} positives"
 
@@ -118,6 +118,7 @@ def main(
     queries: Annotated[str | None, "data set's folder, or a text file of query names"] = None,
     zooms: Annotated[list[int], "of the regions"] = (9, 10, 11),
 ) -> None:
+    """Prints a row for each way to open the tree."""
     with tempfile.TemporaryDirectory(prefix="full_size_") as temporary:
         folder = Path(folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)

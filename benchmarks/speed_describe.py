@@ -127,6 +127,7 @@ def main(
     num_workers: Workers = WORKERS,
     device: Device = DEVICE,
 ) -> None:
+    """Prints a row for each way."""
     device = require_device(device)
     precision, model = default_precision(device), load_model(resume)
     data = thinned(load_evaluation_data(dataset_path), every)

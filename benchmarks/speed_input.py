@@ -114,6 +114,7 @@ def main(
     repeats: Annotated[int, "turns"] = 7,
     num_workers: Workers = CORES,
 ) -> None:
+    """Prints a row for each decoder and loader."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         paths, cache = make_files(folder, 16), Path(folder, "cache")

@@ -50,6 +50,7 @@ def main(
     device: Device = DEVICE,
     **source: Annotated[object, real_descriptors],
 ) -> None:
+    """Prints a row for each way."""
     device, count = require_device(device), num_clusters
     _, real, _, _ = real_descriptors(device, **source)
     with tempfile.TemporaryDirectory() as folder:

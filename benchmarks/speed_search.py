@@ -145,6 +145,7 @@ def main(
     device: Device = DEVICE,
     **source: Annotated[object, real_descriptors],
 ) -> None:
+    """Prints a row for each search."""
     device = require_device(device)
     queries, real, image, right = real_descriptors(device, **source)
     if rows < len(real):

@@ -1,8 +1,9 @@
-"""Clocks and tables of the speed measurements. Ways that are compared take turns, the median of their turns counts."""
+"""Clocks, memory and tables of measurements. Ways that are compared take turns, the median of their turns counts."""
 
 import re
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -33,6 +34,15 @@ def seconds_on(device: str | torch.device) -> Callable[[], float]:
         return time.perf_counter()
 
     return synchronised if torch.device(device).type == "cuda" else time.process_time
+
+
+def own_memory(field: str) -> int:
+    """Bytes of this process: its peak ("VmHWM"), or what belongs to it alone ("RssAnon"); 0 where Linux is not."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def take_turns(cases: dict[T, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[T, float]:

@@ -86,6 +86,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def require_file(path: str | Path) -> None:
+    """ValueError at what is no file."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for
         raise ValueError("not a regular file")
 

@@ -24,6 +24,7 @@ from utils.flags import Seed, command
 
 RESIZED = 2.5  # the released code loads images at 800 pixels for an output of 320
 CROPPED = 0.875  # and crops them to 700 after the rotation
+ROTATION, DISTORTION = 45.0, 0.5  # degrees either way; of the perspective, share of half a side
 BILINEAR = TF.InterpolationMode.BILINEAR
 
 
@@ -45,17 +46,13 @@ class ChainDraw:
 
     @property
     def starts(self) -> tuple:
+        """Corners of the first crop, clockwise from the upper left."""
         side = self.inner - 1
         return (0, 0), (side, 0), (side, side), (0, side)
 
 
 def draw_chain(
-    size: int,
-    generator: torch.Generator,
-    rotation: float = 45.0,
-    distortion: float = 0.5,
-    colours: Sequence[float] = (0.9, 0.9, 0.9, 0.0),
-    released: bool = False,
+    size: int, generator: torch.Generator, colours: Sequence[float] = (0.9, 0.9, 0.9, 0.0), released: bool = False
 ) -> ChainDraw:
     """-> a ChainDraw without black wedges: the crops keep what every angle and every perspective leaves.
 
@@ -67,10 +64,10 @@ def draw_chain(
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     resized = round(RESIZED * size)
-    angle = uniform(-rotation, rotation)
+    angle = uniform(-ROTATION, ROTATION)
     radians = abs(math.radians(angle))
     inner = round(CROPPED * resized) if released else int(resized / (math.cos(radians) + math.sin(radians)))
-    far, room = inner - 1, int(distortion * inner / 2)
+    far, room = inner - 1, int(DISTORTION * inner / 2)
     x, y = ([round(uniform(0, room)) for _ in range(4)] for _ in range(2))
     ends = (x[0], y[0]), (far - x[1], y[1]), (far - x[2], far - y[2]), (x[3], far - y[3])
     factors = [uniform(max(0.0, 1 - each), 1 + each) for each in colours[:3]] + [uniform(-colours[3], colours[3])]
@@ -139,6 +136,7 @@ def main(
     draws: Annotated[int, "of each way"] = 4000,
     seed: Seed = 0,
 ) -> None:
+    """Prints a row for each way."""
     generator, size = torch.Generator().manual_seed(seed), image_size
     loaded = source_size or regions.source_size(size)
     ways = {

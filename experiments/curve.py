@@ -37,6 +37,7 @@ def main(
     num_workers: Workers = WORKERS,
     device: Device = DEVICE,
 ) -> None:
+    """Prints the table, and writes curve.json and the picture."""
     device = require_device(device)
     table = folder / "curve.json"
     recalls = json.loads(table.read_text()) if table.exists() else {}

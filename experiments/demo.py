@@ -20,6 +20,7 @@ SHIPPED = Path("weights/demo_world.safetensors")
 
 
 def main(*, dataset_path: DatasetPath = "data/demo_world") -> None:
+    """Prints recalls, and where a photo was found; pictures go to the training's folder."""
     folder = trained(train.parse_arguments([f"@{PRESET}", "--dataset_path", dataset_path]))
     rows = [("before training", folder / "initial.pt"), ("after training", folder / "last.pt")]
     if SHIPPED.exists():

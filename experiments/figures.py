@@ -48,6 +48,7 @@ AREA = "area, km²"
 BINS, PHOTOS_A_BIN = 10, 20  # at most, at least
 CELL = 5  # degrees, of the map
 FIGURES = ("conditions", "map", "tsne", "queries", "database", "examples")
+SIZE = 128  # pixels of a picture among others
 FOUND, LOST = "tab:blue", "tab:red"
 
 
@@ -227,36 +228,31 @@ def draw(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
     return [items[row] for row in sorted(rng.choice(len(items), min(count, len(items)), replace=False))]
 
 
-def queries_picture(root: Path, keys: Sequence[tuple[str, str]], count: int, seed: int, size: int = 128) -> Image.Image:
+def queries_picture(root: Path, keys: Sequence[tuple[str, str]], count: int, seed: int) -> Image.Image:
     """keys: (set, path) of the photos -> PIL image, a row each set."""
     rng, sets = np.random.default_rng(seed), list(dict.fromkeys(name for name, _ in keys))
     rows = [draw(rng, [path for name, path in keys if name == each], count) for each in sets]
-    cells = [[read_image(root / path, size) for path in row] for row in rows]
-    return pictures.mosaic(cells, size, row_titles=[name.replace(" ", "\n") for name in sets])
+    cells = [[read_image(root / path, SIZE) for path in row] for row in rows]
+    return pictures.mosaic(cells, SIZE, row_titles=[name.replace(" ", "\n") for name in sets])
 
 
-def database_picture(
-    root: Path, paths: Sequence[str], count: int, seed: int, size: int = 128, rows: int = 6
-) -> Image.Image:
+def database_picture(root: Path, paths: Sequence[str], count: int, seed: int, rows: int = 6) -> Image.Image:
     """-> PIL image of rows of `count` images each."""
-    drawn = draw(np.random.default_rng(seed), paths, rows * count)
-    cells = [drawn[start : start + count] for start in range(0, len(drawn), count)]
-    return pictures.mosaic([[read_image(root / path, size) for path in row] for row in cells], size)
+    drawn = [read_image(root / path, SIZE) for path in draw(np.random.default_rng(seed), paths, rows * count)]
+    return pictures.mosaic([drawn[start : start + count] for start in range(0, len(drawn), count)], SIZE)
 
 
-def examples_picture(
-    root: Path, found: Predictions, count: int, seed: int, size: int = 128, depth: int = 3
-) -> Image.Image:
+def examples_picture(root: Path, found: Predictions, count: int, seed: int, depth: int = 3) -> Image.Image:
     """read_predictions' -> PIL image: `count` photos whose first prediction is right, beside as many others."""
     rng, rows = np.random.default_rng(seed), []
     sides = [[key for key in found if found[key][0][2] == right] for right in (True, False)]
     for key in (key for pair in zip_longest(*(draw(rng, side, count) for side in sides)) for key in pair if key):
         entries = [
-            (rotate(read_image(root / image, size), rotation), correct)
+            (rotate(read_image(root / image, SIZE), rotation), correct)
             for image, rotation, correct in found[key][:depth]
         ]
-        rows.append((read_image(root / key[1], size), entries, key[0]))
-    return pictures.predictions_figure(rows, size)
+        rows.append((read_image(root / key[1], SIZE), entries, key[0]))
+    return pictures.predictions_figure(rows, SIZE)
 
 
 # ---- the command ----

@@ -55,6 +55,7 @@ def earthloc_scores(
 
 
 def files_of(catalogue: Catalogue) -> list[Path]:
+    """Paths of all images."""
     return [catalogue.root / path for path in catalogue.paths]
 
 

@@ -43,6 +43,7 @@ def main(
     device: Device = DEVICE,
     precision: Precision = "fp32",
 ) -> None:
+    """Prints a row for each size."""
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     pairs, _ = intersections(photos.footprints, database.footprints)
     positives = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(photos))))
@@ -85,6 +86,7 @@ def nearest(vectors: np.ndarray, photo: np.ndarray, rows: np.ndarray, count: int
 
 
 def show(name: str, size: int, found: dict[int, np.ndarray], positives: Sequence[np.ndarray]) -> None:
+    """A row of the table; found: {photo: rows of images, best first}."""
     recalls = recall_at(np.stack(list(found.values())), [positives[row] for row in found], RANKS)
     print(f"| {name} | {size:,} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + " |", flush=True)
 

@@ -10,6 +10,7 @@ from utils.flags import command
 
 
 def main(file: Annotated[str, "as eval.py --results writes it"]) -> None:
+    """Prints the table."""
     print(leaderboard(read_lines(file)))
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import numpy as np
 
 from benchmarks.speed_search import FaissFlat, spread
-from benchmarks.timing import timed
+from benchmarks.timing import own_memory, timed
 from retrieval.locator import EARTH_INDEX
 from retrieval.milvus import KEYS, NAME, MilvusSearch, is_lite, lists_for
 from retrieval.search import CompressedSearch, search
@@ -159,12 +159,12 @@ def measure(
             small.search(queries[:2], K)
             small.close()
         gc.collect()
-        before = own_memory()
+        before = own_memory("RssAnon")
     engine, build = timed(lambda: make(way, made, place))
     engine.search(queries[:2], K)
     if lite:
         gc.collect()
-        memory = (own_memory() - before) / len(made)
+        memory = (own_memory("RssAnon") - before) / len(made)
     elif not milvus:
         memory = index_bytes(engine) / len(made)
     found = np.concatenate([engine.search(queries[q : q + 100], K)[1] for q in range(0, len(queries), 100)])
@@ -185,6 +185,7 @@ def measure(
 
 
 def index_bytes(engine: Engine) -> int:
+    """Of faiss's index, and what the search keeps beside it."""
     import faiss
 
     if hasattr(engine, "bytes_in_memory"):
@@ -193,6 +194,7 @@ def index_bytes(engine: Engine) -> int:
 
 
 def make(way: str, made: np.ndarray, place: Place) -> Engine:
+    """What searches that way; Milvus's collection is there by then."""
     import faiss
 
     uri, name, token = place
@@ -208,15 +210,6 @@ def make(way: str, made: np.ndarray, place: Place) -> Engine:
         index.nprobe = max(8, lists // 8)
         return index
     return MilvusSearch(uri, f"{name}_{way.split()[1]}", token)
-
-
-def own_memory() -> int:
-    """Bytes of memory that belong to this process alone; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def clock(work: Callable[[], object]) -> float:
@@ -240,6 +233,7 @@ def recalls(found: dict, right: np.ndarray, near_right: Sequence[np.ndarray]) ->
 
 
 def line(row: dict) -> str:
+    """A row of the table."""
     memory = "" if row["memory"] is None else f"{row['memory']:.0f}"
     world = "" if row["memory"] is None else f"{row['memory'] * WORLD / 1e9:.0f}"
     milliseconds = " | ".join(f"{1e3 * row[name]:.2f}" for name in ("batch", "single", "near_time"))

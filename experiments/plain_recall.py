@@ -48,10 +48,12 @@ def year_wise(size: int, colours: Sequence[float], one_draw: Callable[[Tensor, C
 
 
 def one_by_one(images: Tensor, draw: ChainDraw) -> Tensor:
+    """The draw as torchvision's chain."""
     return chain(images.float() / 255, draw)
 
 
 def at_once(images: Tensor, draw: ChainDraw) -> Tensor:
+    """The same draw as train.py applies its own."""
     one = as_one(draw)
     return jitter(warp(images, one, draw.size), one)
 
@@ -92,6 +94,7 @@ def recalls(flags: list[str], name: str, plain: bool) -> list[float]:
 
 
 def main(others: Annotated[list[str], OTHERS], seeds: Annotated[list[int], "two trainings each"] = (0,)) -> None:
+    """Prints recalls of both ways, a row for each seed."""
     train.parse_arguments(others)  # a wrong flag is better met now than after minutes
     found = {
         way: [recalls([*others, "--seed", str(seed)], f"plain_recall/{way}_{seed}", way == "plain") for seed in seeds]

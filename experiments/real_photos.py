@@ -34,20 +34,22 @@ def main(
     batch_size: BatchSize = 32,
     precision: Precision = "fp32",
 ) -> None:
+    """Prints the tables."""
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     pairs, _ = intersections(photos.footprints, database.footprints)
     positives = [pairs[pairs[:, 0] == row, 1] for row in range(len(photos))]
     with_one = [row for row, each in enumerate(positives) if len(each)]
     print(f"{len(with_one)} of {len(photos)} photos have a right image among {len(database)}")
     print("| weights | " + " | ".join(f"R@{k}" for k in RANKS) + " |")
-    described = {}
+    described = []
     for weights in resume:
         model = load_model(weights).eval()
         files = lambda catalogue: [catalogue.root / path for path in catalogue.paths]
         how = model.config.image_size, batch_size, 0, "cpu", chosen_precision(precision, "cpu")
-        described[weights], _ = Describer(model, *how, TURNS, upright=True)(files(photos))
+        turned, _ = Describer(model, *how, TURNS, upright=True)(files(photos))
+        described.append((weights, turned))
         images, _ = Describer(model, *how, ROTATIONS)(files(database))
-        _, found, _ = best_rotations(described[weights][0], images, np.arange(len(database)), len(database))
+        _, found, _ = best_rotations(turned[0], images, np.arange(len(database)), len(database))
         recalls = recall_at(found[with_one], [positives[row] for row in with_one], RANKS)
         print(f"| {weights} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + " |", flush=True)
     if index:
@@ -55,13 +57,13 @@ def main(
 
 
 def against_earth(
-    photos: Catalogue, described: dict[str, np.ndarray], indexes: list[str], min_km2: float, near_km: float
+    photos: Catalogue, described: list[tuple[str, np.ndarray]], indexes: list[str], min_km2: float, near_km: float
 ) -> None:
-    """described: {weights: (4, N, D)}, indexes: a file for each of them. Prints the second table."""
+    """described: weights and (4, N, D); indexes: a file for each of them. Prints the second table."""
     large = np.flatnonzero(photos.areas >= min_km2)
     print(f"{len(large)} photos of {min_km2:g} km² and more against the whole Earth")
     print("| weights, index | ranks near the nadir | within ten | ranks in the whole world | within ten |")
-    for (weights, turned), file in zip(described.items(), indexes, strict=True):
+    for (weights, turned), file in zip(described, indexes, strict=True):
         index = EarthIndex.load(file)
         right = share_ground(photos.footprints[large], index.footprints)
         near = geo.distance_km(photos.nadirs[large][:, None], index.footprints.mean(axis=1)[None]) <= near_km

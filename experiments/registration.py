@@ -130,6 +130,7 @@ def main(
     descriptors: Annotated[str, "folder where the images' descriptors are kept"] = DESCRIPTORS,
     device: Device = DEVICE,
 ) -> None:
+    """Prints a row for each photo and a summary, for each matcher."""
     queries = Catalogue.read(dataset_path, "queries")
     rows = np.flatnonzero(queries.areas >= min_km2)
     rows = rows[np.linspace(0, len(rows) - 1, min(photos or len(rows), len(rows))).astype(int)]

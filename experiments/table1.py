@@ -139,6 +139,7 @@ def main(
     min_land: Annotated[float, "a region counts with more than this share of land"] = 0.0,
     max_latitude: Annotated[float, "of a region's centre, degrees"] = 60.0,
 ) -> Sets:
+    """Prints the three tables -> the sets."""
     began = time.perf_counter()
     queries = Catalogue.read_source(names, "queries")
     if database:

@@ -49,6 +49,7 @@ def table(lines: Sequence[dict[str, str]]) -> list[str]:
 
 
 def own_row(line: dict[str, str]) -> list[str]:
+    """A line of the file of results -> its cells."""
     told = f"{line['method']}, {line['weights']}" + ("" if line["tta"] == "4x90" else f", tta {line['tta']}")
     return [told.replace("|", "\\|"), *(set_recalls(line, name) for name in POINTS_OF_INTEREST)]
 
@@ -57,6 +58,7 @@ def main(
     file: Annotated[str, "as eval.py --results writes it"],
     dataset: Annotated[str | None, "only this one; default: a table for each"] = None,
 ) -> None:
+    """Prints a table for each data set."""
     lines = read_lines(file)
     datasets = list(dict.fromkeys(line["dataset"] for line in lines))
     if dataset not in (None, *datasets):

@@ -34,6 +34,7 @@ def main(
     seeds: Annotated[list[int], "one training each"] = (0,),
     rows: Annotated[list[str], "of the table", {"choices": list(ROWS)}] = tuple(ROWS),
 ) -> None:
+    """Trains and evaluates what is not done yet, and prints the table."""
     train.parse_arguments(others)  # a wrong flag is better met now than after hours
     table = []
     for name in rows:

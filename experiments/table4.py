@@ -21,6 +21,7 @@ def main(
     weights: Annotated[list[str], "checkpoints, one for each seed", {"metavar": "WEIGHTS"}],
     others: Annotated[list[str], OTHERS],
 ) -> None:
+    """Evaluates what is not done yet, and prints the table."""
     evaluation.parse_arguments(others)  # a wrong flag is better met now than after hours
     names = list(POINTS_OF_INTEREST)
     lines = [f"| test-time augmentation | {' | '.join(names)} | average |", "| --- " * (len(names) + 2) + "|"]

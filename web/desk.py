@@ -347,6 +347,7 @@ def make_previews(file: Path, folder: Path) -> tuple[int, int]:
 
 
 def save_preview(pixels: np.ndarray, file: Path, side: int) -> None:
+    """uint8 (H, W, 3) -> JPEG, its longer side at most `side` pixels."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2)
     image.save(file, "JPEG", quality=88)

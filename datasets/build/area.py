@@ -49,5 +49,6 @@ def select_regions(zooms: Sequence[int], box: Sequence[float] | None = None, lan
 
 
 def check_years(years: Sequence[int]) -> None:
+    """ValueError where one does not have four digits."""
     if not years or min(years) < 1000 or max(years) > 9999:
         raise ValueError(f"--years {list(years)}: expected years of four digits")

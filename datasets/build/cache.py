@@ -169,6 +169,7 @@ def main(
     output: Annotated[Path | None, "default: the data set's folder with _SIZE after its name"] = None,
     num_workers: flags.Workers = flags.CORES,
 ) -> str:
+    """-> How many images were made, and left out."""
     output = output or Path(f"{dataset_path}_{size}")
     made, errors = make_cache(dataset_path, output, size, quality, num_workers)
     for error in errors:

@@ -223,6 +223,7 @@ def to_text(report: dict, show: int = 3) -> str:
 
 
 def to_json(report: dict) -> str:
+    """The report for programs: all items of each finding."""
     findings = [
         {"what": finding.what, "level": finding.level, "count": len(finding.items), "items": finding.items}
         for finding in report["findings"]

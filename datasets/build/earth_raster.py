@@ -61,6 +61,7 @@ def fetch_tiles(server: TileServer, folder: Path, zoom: int, places: list[tuple[
 
 
 def file_of(folder: Path, row: int, col: int) -> Path:
+    """Where a tile is kept."""
     return folder / str(col) / str(row)
 
 

@@ -63,6 +63,7 @@ def check_template(template: str, years: Iterable[int]) -> str:
 
 
 def tile_url(template: str, year: int, zoom: int, row: int, col: int) -> str:
+    """Template -> the address of one tile."""
     values = {"{z}": zoom, "{x}": col, "{y}": row, "{-y}": 2**zoom - 1 - row, "{year}": year}
     return re.sub("|".join(map(re.escape, values)), lambda match: str(values[match[0]]), template)
 
