@@ -24,7 +24,7 @@ from benchmarks.speed_augmentation import pictures
 from benchmarks.timing import show, take_turns
 from datasets.batches import BatchLoader
 from datasets.build.cache import store
-from datasets.images import read_pixels, resize
+from datasets.images import encode_jpeg, read_pixels, resize
 from datasets.names import YEARS
 from datasets.regions import RegionDataset, Regions
 from utils.flags import Workers, command
@@ -41,7 +41,7 @@ def make_files(folder: str | Path, count: int) -> list[str]:
         fine = resize(picture.permute(1, 2, 0).contiguous(), SIDE).numpy().astype(np.float32)
         grain = np.kron(rng.normal(0, 6, (SIDE // 2, SIDE // 2, 1)), np.ones((2, 2, 1)))
         pixels = (fine + grain).clip(0, 255).astype(np.uint8)
-        encoded = (simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420") for quality in range(90, 20, -4))
+        encoded = (encode_jpeg(pixels, quality) for quality in range(90, 20, -4))
         paths.append(f"database/{number}.jpg")
         Path(folder, paths[-1]).write_bytes(next(each for each in encoded if len(each) <= BYTES))
     return paths
