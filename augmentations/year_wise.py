@@ -49,11 +49,14 @@ class Augmentation:
     size: side of the output, pixels. rotation: degrees, drawn in ±rotation. perspective: torchvision's distortion
     scale. min_crop: smallest side of the crop as a share of the largest that fits. aspect: the crop's sides are
     stretched against each other by up to this factor. brightness, contrast, saturation, hue: torchvision's ColorJitter.
-    clouds, haze, exposure: of each image on its own, see augmentations.weather.
+    clouds, haze, exposure: of each image on its own, see augmentations.weather. turns, flip: as well, by a random
+    multiple of 90 degrees before all else, and mirrored or not.
     """
 
     size: int
     group: str = "year"
+    turns: bool = False
+    flip: bool = False
     rotation: Annotated[float, "degrees"] = 45.0
     perspective: Annotated[float, "distortion scale"] = 0.5
     min_crop: Annotated[float, "smallest crop, as a share of the largest; below 1 it zooms in at random"] = 1.0
@@ -101,6 +104,10 @@ class Augmentation:
             columns, draws = flat[:, None], self.draw(1, generator)
         else:
             columns, draws = flat[None], self.draw(batch * years, generator).rows(own)
+        if self.turns or self.flip:
+            draws = draws.rows(torch.arange(len(draws.quads)).repeat(len(columns)))
+            turned = torch.rand(batch * years, 2, generator=generator)[own]
+            draws, columns = draws._replace(quads=self.turned(draws.quads, turned)), flat[None]
         if not (self.clouds or self.haze or self.exposure):
             return apply(columns, draws, self.size)[0].view(-1, years, 3, self.size, self.size)
         *weather, seed = draw_weather(batch * years, own, generator)
@@ -109,6 +116,13 @@ class Augmentation:
         views = views.view(-1, 3, self.size, self.size)
         add_weather(views, rows - own.start, uniform, noise, self.clouds, self.haze, self.exposure)
         return views.unflatten(0, (-1, years))
+
+    def turned(self, quads: Tensor, uniform: Tensor) -> Tensor:
+        """quads (N, 4, 2) in images as they are turned and mirrored by uniform (N, 2) in [0, 1) -> in the images."""
+        quarters, mirrored = (uniform * torch.tensor([4 if self.turns else 1, 2 if self.flip else 1])).long().unbind(1)
+        turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        turns = torch.stack([torch.eye(2), turn, turn @ turn, turn @ turn @ turn])
+        return quads * F.pad((1.0 - 2 * mirrored)[:, None, None], (0, 1), value=1.0) @ turns[quarters]
 
     def draw(self, count: int, generator: torch.Generator) -> Draws:
         """-> so many Draws."""
@@ -138,10 +152,12 @@ def apply(columns: Tensor, draws: Draws, size: int, *more: Tensor) -> list[Tenso
     """columns (M, D, 3, H, W), uint8 or float32 in [0, 1]: those of a column share a draw -> float32 (M, D, 3, size,
     size). And `more` CPU tensors, which go to the columns' device in the same copy."""
     samples = samples_per_pixel(draws.quads, columns.shape[-2:], size)
-    hues, many = draws.order == HUE, len(samples) > 4
-    if many:  # of many draws those of one kind become neighbours, which are handled at once
+    hues = draws.order == HUE
+    turns_at = (hues * torch.arange(hues.shape[1])).sum(dim=1)
+    many = (samples.diff().bool() | turns_at.diff().bool()).sum() > 4
+    if many:  # those of one kind become neighbours, which are handled at once
         first = samples.argsort(stable=True)
-        second = (hues * torch.arange(hues.shape[1])).sum(dim=1)[first].argsort(stable=True)
+        second = turns_at[first].argsort(stable=True)
         both = first[second]
         more, samples, hues = (first, second, both.argsort(), *more), samples[first], hues[both]
         draws = Draws(draws.quads[first], draws.colours[both], draws.order[both])
@@ -224,7 +240,7 @@ def jitter(columns: Tensor, steps: Tensor, turns: Tensor, hues: Sequence[Sequenc
         for own, is_hue in runs(turned):
             images = columns[:, own]
             if is_hue:
-                images.copy_(adjust_hue(images, turn[own]))
+                turn_hue(images, turn[own])
                 continue
             red, green, blue = images.unbind(2)
             shift = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])[:, :, None]
@@ -234,12 +250,12 @@ def jitter(columns: Tensor, steps: Tensor, turns: Tensor, hues: Sequence[Sequenc
     return columns
 
 
-def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """images (M, D, 3, H, W) RGB in [0, 1] -> the same with hue turned by turn (D,), shares of the circle; HSV, as
-    torchvision.
+def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """images (M, D, 3, H, W) RGB in [0, 1], hue turned by turn (D,), shares of the circle -> the same, written to; HSV,
+    as torchvision.
 
     Value and saturation stay, so of HSV only the hue is needed: a channel is value - chroma · clamp(2 - |k - 2|, 0, 1)
-    with k = 6 hue + n (mod 6), n = 5, 3, 1 for red, green, blue. kornia's takes longer than all the rest
+    with k = 6 hue + n (mod 6), n = 5, 3, 1 for red, green, blue; below, k / 6. kornia's takes longer than all the rest
     (benchmarks/speed_augmentation.py).
     """
     red, green, blue = images.unbind(2)
@@ -253,6 +269,5 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     )
     # n / 6, and 1: frac of a negative number would be negative.
     sixths = torch.arange(11, 6, -2, device=images.device)[:, None, None] / 6
-    k = hue[:, :, None] + (turn[:, None, None, None] + sixths)
-    k.frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma[:, :, None])
-    return torch.sub(value[:, :, None], k, out=k)
+    k = (hue[:, :, None] + (turn[:, None, None, None] + sixths)).frac_().sub_(1 / 3).abs_().clamp_(1 / 6, 1 / 3)
+    return torch.addcmul((value - 2 * chroma)[:, :, None], (6 * chroma)[:, :, None], k, out=images)

@@ -12,7 +12,7 @@ from kornia import enhance
 from torch import Tensor
 from torch.nn import functional as F
 
-from augmentations.year_wise import HUE, Augmentation, Draws, adjust_hue, apply, homographies_of, jitter, steps_of, warp
+from augmentations.year_wise import HUE, Augmentation, Draws, apply, homographies_of, jitter, steps_of, turn_hue, warp
 from benchmarks.timing import seconds_on, show, take_turns
 from datasets.images import read_image
 from datasets.regions import source_size
@@ -96,7 +96,7 @@ def main(args: Namespace) -> None:
         "warp alone": lambda: geometry_of(loaded, draw, size),
         "colours alone": lambda: jitter(views, steps, turns, turned),
         "hue: kornia": lambda: enhance.adjust_hue(views[:, 0], 0.3),
-        "hue: ours": lambda: adjust_hue(views, turn),
+        "hue: ours": lambda: turn_hue(views, turn),
     }
     found = take_turns(cases, args.repeats, seconds_on(device))
     print()

@@ -26,6 +26,7 @@ from retrieval.search import ExactSearch
 from utils import distributed
 from utils.precision import autocast
 from utils.runs import Run, make_optimizer
+from utils.transfer import to_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -129,7 +130,8 @@ def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggr
     kinds = []
     handle = model.backbone.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
-        neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), labels)
+        neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), torch.arange(3).repeat_interleave(4))
+        (neutral,) = to_device([neutral], GPU)
         for _ in range(2):
             loss, norm, descriptors = train.update(run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, precision)
     handle.remove()
@@ -203,7 +205,7 @@ def test_geoclip_computes_on_the_gpu(looks):
         points[:3],
         points,
         np.arange(3),
-        torch.ones(3, dtype=torch.bool, device=GPU),
+        torch.ones(3, dtype=torch.bool),
         100.0,
         "bf16",
     )

@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import functional as TF
 
 import train
-from augmentations.year_wise import SQUARE, Augmentation, Draws, adjust_hue, apply, homographies_of, warp
+from augmentations.year_wise import SQUARE, Augmentation, Draws, apply, homographies_of, turn_hue, warp
 from experiments.chain import as_one, chain, draw_chain, geometry, shown
 from utils.settings import chosen_settings
 
@@ -186,6 +186,41 @@ def test_draws_are_distributed_as_one_by_one():
     assert (torch.corrcoef(expected.T) - torch.corrcoef(found.T)).abs().max() < 0.12
 
 
+PLAIN = dict(rotation=0.0, perspective=0.0, brightness=0.0, contrast=0.0, saturation=0.0)
+
+
+@pytest.mark.parametrize("group", ["image", "batch", "year"])
+def test_turns_and_mirrors_are_of_pixels_and_of_each_image(group):
+    images = torch.randint(0, 256, (32, 2, 3, 6, 6), dtype=torch.uint8, generator=generator())
+
+    def which(turns, flip):
+        views = Augmentation(6, group, turns, flip, **PLAIN)(images, generator(1)).flatten(0, 1)
+        found = []
+        for before, after in zip(images.flatten(0, 1).float() / 255, views):
+            turned = [torch.rot90(before, quarters, (-2, -1)) for quarters in range(4)]
+            alike = [(each - after).abs().max() < 1e-5 for each in (*turned, *(each.flip(-1) for each in turned))]
+            assert sum(alike) == 1
+            found.append(alike.index(True))
+        return found
+
+    turned, flipped, both = which(True, False), which(False, True), which(True, True)
+    assert set(turned) == {0, 1, 2, 3} and set(flipped) == {0, 4} and set(both) == set(range(8))
+    assert min(map(turned.count, range(4))) >= 7 and 20 < flipped.count(4) < 44  # 16 and 32 expected
+
+
+def test_turned_images_are_warped_and_coloured_as_those_that_lie_so():
+    images = same_picture(2, 1)
+    turning = Augmentation(32, "batch", turns=True, flip=True, hue=0.2)
+    views = turning(images, generator(3))[:, 0]
+    draws, state = turning.draw(1, generator(3)), generator(3)
+    turning.draw(1, state)
+    quarters, mirrored = (torch.rand(2, 2, generator=state) * torch.tensor([4, 2])).long().unbind(1)
+    for image, view, quarter, mirror in zip(images[:, 0], views, quarters.tolist(), mirrored.tolist()):
+        lying = torch.rot90(image, quarter, (-2, -1))
+        lying = lying.flip(-1) if mirror else lying
+        assert (apply(lying[None, None], draws, 32)[0][0, 0] - view).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"group": "month"}, {"perspective": 0.67}, {"min_crop": 0.0}, {"clouds": 1.5}, {"haze": -0.1}, {"exposure": 2.0}],
@@ -309,4 +344,6 @@ def test_a_coarse_output_does_not_alias():
 def test_hue_is_torchvisions(turn):
     images = torch.rand(2, 3, 30, 30, generator=generator())
     images[0, :, :8] = torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (3, 8, 30), generator=generator())]  # ties, grey
-    assert (adjust_hue(images[:, None], torch.tensor([turn]))[:, 0] - TF.adjust_hue(images, turn)).abs().max() < 1e-5
+    assert (
+        turn_hue(images[:, None].clone(), torch.tensor([turn]))[:, 0] - TF.adjust_hue(images, turn)
+    ).abs().max() < 1e-5

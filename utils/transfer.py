@@ -4,15 +4,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+WIDEST = 8  # bytes of a value: where every type may begin
 
 
 def to_device(tensors: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
-    """CPU tensors -> the same on the device, out of one piece of page-locked memory.
-
-    On the way they are float64, which holds float32, booleans and row numbers exactly.
-    """
+    """CPU tensors of any types -> the same on the device, out of one piece of page-locked memory."""
     if torch.device(device).type == "cpu":
         return list(tensors)
-    flat = torch.cat([each.double().flatten() for each in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = flat.split([each.numel() for each in tensors])
-    return [part.to(each.dtype).view(each.shape) for part, each in zip(parts, tensors)]
+    return unpacked(packed(tensors).pin_memory().to(device, non_blocking=True), tensors)
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors -> their bytes, uint8."""
+    pieces = [each.contiguous().flatten().view(torch.uint8) for each in tensors]
+    return torch.cat([F.pad(each, (0, -len(each) % WIDEST)) for each in pieces])
+
+
+def unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `packed`, into shapes and types of `like`."""
+    parts = flat.split([each.nbytes + -each.nbytes % WIDEST for each in like])
+    return [part[: each.nbytes].view(each.dtype).view(each.shape) for part, each in zip(parts, like)]
