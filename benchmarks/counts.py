@@ -6,10 +6,10 @@ on one thread with pictures of a few pixels, so that hardly anything but asking 
 operations at the price of an addition.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
 from time import process_time
 from types import ModuleType
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from datasets.training import neutral_pairs
 from models.config import model_config
 from models.earthloc import EarthLoc
 from models.geoclip import GeoCLIP, GeoClipConfig
-from utils.arguments import add_shared, make_parser
-from utils.arguments import run as run_script
+from utils.flags import command
 from utils.runs import Run, make_optimizer
 from utils.settings import chosen_settings
 from utils.transfer import to_device
@@ -134,9 +133,10 @@ def host_seconds(repeats: int) -> dict[str, float]:
     return take_turns(cases, repeats, process_time)
 
 
-def main(args: Namespace) -> None:
+def main(repeats: Annotated[int, "turns of the clock"] = 9) -> None:
+    """Prints a row for each part of an iteration."""
     torch.set_num_threads(1)
-    seconds, rows = host_seconds(args.repeats), []
+    seconds, rows = host_seconds(repeats), []
     for name, counts in asked().items():
         rows.append((name, *counts, 1000 * seconds[name]))
     price = seconds["1000 operations"]
@@ -148,12 +148,5 @@ def main(args: Namespace) -> None:
     print(f"paper.args: {sum(row[1] for row in whole)} operations, {sum(row[-1] for row in whole):.1f} ms of the host")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
-    add_shared(parser)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    run_script(main, parse_arguments())
+    command(main)
