@@ -195,22 +195,18 @@ def test_torchs_batchnorm_ends_with_the_activation_of_timms():
     assert torch.equal(layer.eval()(x), expected[1])
 
 
-def test_geoclip_computes_on_the_gpu(looks):
+def test_geoclip_computes_on_the_gpu(gpu):
     model = to_gpu(GeoCLIP(GeoClipConfig("resnet18", image_size=48, freeze_until="layer2")))
     assert isinstance(model.image_encoder, BackboneEncoder)
     points = np.random.default_rng(0).uniform(-60, 60, (7, 2))
+    views = torch.rand(3, 3, 48, 48).to(GPU)
+    gpu.uploads.clear()
+    gpu.sent.clear()
     loss, hits = train_geoclip.loss_of(
-        model.train(),
-        torch.rand(3, 3, 48, 48).to(GPU),
-        points[:3],
-        points,
-        np.arange(3),
-        torch.ones(3, dtype=torch.bool),
-        100.0,
-        "bf16",
+        model.train(), views, points[:3], points, np.arange(3), torch.ones(3, dtype=torch.bool), 100.0, "bf16"
     )
     assert loss.device == hits.device == GPU and loss.shape == hits.shape == ()
-    assert not looks
+    assert not gpu.looks and not gpu.uploads and len(gpu.sent) == 1
 
 
 def test_kmeans_and_search_compute_on_the_gpu(looks):
