@@ -164,7 +164,7 @@ def update(
             descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
         descriptors = descriptors.to(torch.promote_types(descriptors.dtype, torch.float32))
         own = loss_fn.own_sizes(distributed.world()) if isinstance(loss_fn, JointLoss) else len(descriptors)
-        whole = distributed.gather(descriptors).unflatten(0, (distributed.world(), -1))
+        whole = distributed.gather(descriptors).unflatten(0, (-1, len(descriptors)))
         descriptors = torch.cat([each.flatten(0, 1) for each in whole.split(own, dim=1)])
         # Mining drops nan similarities: the loss would be a harmless 0.
         loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
