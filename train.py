@@ -42,6 +42,7 @@ from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings, make
 from utils.signals import Stop
+from utils.transfer import to_device
 from utils.workers import default_workers
 
 
@@ -163,7 +164,8 @@ def update(
             descriptors = run.network(views.contiguous(memory_format=torch.channels_last))
         descriptors = descriptors.to(torch.promote_types(descriptors.dtype, torch.float32))
         own = loss_fn.own_sizes(distributed.world()) if isinstance(loss_fn, JointLoss) else len(descriptors)
-        descriptors = torch.cat([distributed.gather(each) for each in descriptors.split(own)])
+        whole = distributed.gather(descriptors).unflatten(0, (-1, len(descriptors)))
+        descriptors = torch.cat([each.flatten(0, 1) for each in whole.split(own, dim=1)])
         # Mining drops nan similarities: the loss would be a harmless 0.
         loss = torch.where(torch.isfinite(descriptors).all(), loss_fn(descriptors, labels, neutral), torch.nan)
         return loss, descriptors.detach()
@@ -216,8 +218,9 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
                 kind.save_picture(views[-1], own_folder(folder))
 
         # The same region is positive, shared ground is neutral, the rest is negative (sec. 4.4).
-        footprints, places, labels = join(groups, rows, device)
-        neutral = neutral_pairs(footprints, places) if args.neutral == "on" else None
+        footprints, places, labels = join(groups, rows)
+        told = [labels] if args.neutral == "off" else [labels, neutral_pairs(footprints, places)]
+        labels, neutral = (*to_device(told, device), None)[:2]
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, args.warmup)
         views = torch.cat([each.flatten(0, 1) for each in views])
         loss, norm, descriptors = update(run, views, labels, neutral, run.loss_fn, lr, precision)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from augmentations.turns import turn_and_flip
 from augmentations.year_wise import Augmentation
 from datasets.gps import Photos, distinct_points, photos_of_dataset, read_photos
 from datasets.photo_batches import Schedule, candidates_of, draws_of, note_unreadable
@@ -39,6 +38,7 @@ from utils.runs import Run, find_checkpoint, go_on, make_optimizer
 from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings
 from utils.signals import Stop, iterate
+from utils.transfer import to_device
 from utils.workers import default_workers
 
 
@@ -127,11 +127,10 @@ def start(args: Namespace, training: Photos, gallery: np.ndarray, folder: Path, 
     return run
 
 
-def augmented(images: Tensor, augment: Augmentation, generator: torch.Generator, args: Namespace) -> Tensor:
-    """uint8 (b, 3, s, s) -> float32 (b, 3, S, S) in [0, 1], each turned and mirrored on its own, then augmented."""
-    if args.augmentation != "none":
-        images = turn_and_flip(images, generator, args.turns == "on", args.flip == "on")
-    return augment(images[:, None], generator)[:, 0]
+def make_augmentation(args: Namespace, size: int) -> Augmentation:
+    """Of images to size × size, each turned and mirrored on its own."""
+    settings = chosen_settings(args, Augmentation)
+    return Augmentation(size, args.augmentation, turns=args.turns == "on", flip=args.flip == "on", **settings)
 
 
 def loss_of(
@@ -147,15 +146,14 @@ def loss_of(
     """One process's photos against all candidates -> loss, and the share of them whose own coordinate is the nearest.
 
     views (b, 3, S, S); points (B, 2) of the whole batch, candidates (B + Q, 2) degrees; own (b,): this process's rows
-    of the batch; readable (b,) bool.
+    of the batch; readable (b,) bool, on the CPU.
     """
-    device = views.device
-    neutral = None
+    told = [torch.from_numpy(candidates).float(), torch.from_numpy(own), readable]
     if neutral_km:
-        neutral = torch.from_numpy(neutral_mask(points[own], candidates, neutral_km)).to(device)
-    with autocast(device, precision):  # the location encoder and the logits stay in float32 by themselves
-        logits = model(views, torch.as_tensor(candidates, dtype=torch.float32, device=device))
-    targets = torch.as_tensor(own, device=device)
+        told.append(torch.from_numpy(neutral_mask(points[own], candidates, neutral_km)))
+    candidates, targets, readable, neutral = (*to_device(told, views.device), None)[:4]
+    with autocast(views.device, precision):  # the location encoder and the logits stay in float32 by themselves
+        logits = model(views, candidates)
     hits = (logits.argmax(dim=1) == targets).float().mean()
     return gps_cross_entropy(logits, targets, neutral, readable), hits
 
@@ -166,7 +164,7 @@ def update(run: Run, lr: float, *batch: object) -> tuple[Tensor, Tensor, Tensor]
 
     def forward():
         loss, hits = loss_of(run.network, *batch)
-        return distributed.gather(loss[None]).mean(), distributed.gather(hits[None]).mean()
+        return distributed.gather(torch.stack([loss, hits])[None]).mean(dim=0).unbind()
 
     loss, norm, hits = guarded_update(run, lr, forward)
     run.model.clamp_scale_()
@@ -218,7 +216,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
     with stop.at_once():
         run = start(args, training, gallery, folder, device)
     encoder, size = run.model.image_encoder, run.model.image_encoder.image_size
-    augment = Augmentation(size, args.augmentation, **chosen_settings(args, Augmentation))
+    augment = make_augmentation(args, size)
     source_size = size if args.augmentation == "none" else args.source_size or round(1.15 * size)
     rank = distributed.rank()
     own_part = rank, distributed.world(), run.iteration
@@ -232,7 +230,8 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         with meter.waiting(), stop.at_once():
             rows, images, errors = next(served)
         note_unreadable(rows, errors, unreadable, len(training))
-        views = augmented(images.to(device, non_blocking=True), augment, draws_of(args.seed, run.iteration, rank), args)
+        images, draws = images.to(device, non_blocking=True), draws_of(args.seed, run.iteration, rank)
+        views = augment(images[:, None], draws)[:, 0]
         if rank == 0 and run.iteration == 0:
             rows_of_8 = [list(views[i : i + 8]) for i in range(0, min(len(views), 40), 8)]
             figures.save(figures.mosaic(rows_of_8), folder / "batch.jpg")
@@ -240,7 +239,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         points = training.points[schedule.batch(run.iteration)]
         queue = run.memory["queue"]
         candidates = candidates_of(points, queue, args.noise_batch, args.noise_queue, args.seed, run.iteration)
-        readable = torch.tensor([not error for error in errors], device=device)
+        readable = torch.tensor([not error for error in errors])
         decay = {"gamma": args.lr_gamma, "step": args.lr_step}
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, **decay)
         loss, norm, hits = update(run, lr, views, points, candidates, own, readable, args.neutral_km, precision)

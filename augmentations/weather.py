@@ -10,72 +10,58 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CELLS = (3, 6, 12, 24, 48)  # noise of so many cells a side, coarse to fine
+NOISE = sum((cells + 1) ** 2 for cells in CELLS)  # values of an image's clouds
 HAZE_COLOUR = (0.55, 0.65, 0.80)
 MIDDLE_GREY = 0.42
 
 
-ALL = slice(None)
+def draw_weather(count: int, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    """Of `count` images -> those in the slice `own` that become photos, rows (K,); their values (K, 8) in [0, 1), see
+    `add_weather`; and a seed for the noise of all."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    uniform = torch.rand(count, 9, generator=generator)
+    rows = torch.nonzero(uniform[own, 8] < 0.5).flatten() + own.start
+    return rows, uniform[rows, :8], seed
 
 
-def uniform(
-    low: float,
-    high: float,
-    count: int,
-    generator: torch.Generator,
-    rows: slice | Tensor = ALL,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """(count, 1, 1, 1) uniform draws, of which `rows` are returned: here and below, the others are drawn only.
-
-    Drawn on the CPU, where the generator is; what is made of it is made on the device, which does not wait.
-    """
-    return torch.rand(count, 1, 1, 1, generator=generator)[rows].to(device, non_blocking=True) * (high - low) + low
+def noise_of(rows: Tensor, count: int, seed: int) -> Tensor:
+    """Noise of the rows (K,) among `count` images -> (K, NOISE), normal, drawn on their device."""
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    return torch.randn(count, NOISE, generator=generator, device=rows.device)[rows]
 
 
-def fractal(
-    count: int, size: int, generator: torch.Generator, rows: slice | Tensor = ALL, device: str | torch.device = "cpu"
-) -> Tensor:
-    """(count, 1, size, size) smooth random fields of mean 0 and spread 1, some rough, some soft."""
-    roughness = uniform(0.5, 0.9, count, generator, rows, device)
-    field = torch.zeros(len(roughness), 1, size, size, device=device)
-    for octave, cells in enumerate(each for each in CELLS if each <= size):
-        noise = torch.randn(count, 1, cells + 1, cells + 1, generator=generator)[rows].to(device, non_blocking=True)
-        field += roughness**octave * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
+def fractal(roughness: Tensor, noise: Tensor, size: int) -> Tensor:
+    """roughness (N, 1, 1, 1), noise (N, NOISE) -> (N, 1, size, size): smooth random fields of mean 0 and spread 1."""
+    field = torch.zeros(len(noise), 1, size, size, device=noise.device)
+    parts = noise.split([(cells + 1) ** 2 for cells in CELLS], dim=1)
+    for octave, (cells, part) in enumerate(zip(CELLS, parts)):
+        if cells <= size:
+            part = part.unflatten(1, (1, cells + 1, cells + 1))
+            part = F.interpolate(part, size=(size, size), mode="bicubic", align_corners=True)
+            field.addcmul_(part, roughness**octave)
     field -= field.mean(dim=(2, 3), keepdim=True)
     return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6) if len(field) else field  # torch warns at none
 
 
-def cloud_opacity(
-    coverage: float,
-    count: int,
-    size: int,
-    generator: torch.Generator,
-    rows: slice | Tensor = ALL,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """(count, 1, size, size) in [0, 1): zero outside the clouds, which cover up to `coverage`, mostly less."""
-    field = fractal(count, size, generator, rows, device)
-    share = coverage * torch.rand(count, generator=generator)[rows].to(device, non_blocking=True) ** 2
+def cloud_opacity(coverage: float, uniform: Tensor, noise: Tensor, size: int) -> Tensor:
+    """uniform (N, 4) in [0, 1), noise (N, NOISE) normal -> (N, 1, size, size) in [0, 1): zero outside the clouds, which
+    cover up to `coverage`, mostly less."""
+    roughness, share, depth, density = uniform.T[..., None, None, None]
+    field = fractal(0.5 + 0.4 * roughness, noise, size)
     ordered = field.flatten(1).sort(dim=1, descending=True).values
-    edge = ordered.gather(1, (share * (ordered.shape[1] - 1)).long()[:, None])
-    depth = uniform(0.5, 4, count, generator, rows, device) * (field - edge[:, :, None, None]).clamp(min=0)
-    return uniform(0.75, 1, count, generator, rows, device) * (1 - torch.exp(-depth))
+    place = coverage * share.view(-1, 1) ** 2 * (ordered.shape[1] - 1)
+    edge = ordered.gather(1, place.long())[:, :, None, None]
+    thick = (0.5 + 3.5 * depth) * (field - edge).clamp(min=0)
+    return (0.75 + 0.25 * density) * (1 - torch.exp(-thick))
 
 
-def haze_opacity(
-    haze: float,
-    count: int,
-    size: int,
-    generator: torch.Generator,
-    rows: slice | Tensor = ALL,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """(count, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
-    places = torch.linspace(-1, 1, size, device=device)
-    angle = uniform(0, 2 * torch.pi, count, generator, rows, device)
+def haze_opacity(haze: float, uniform: Tensor, size: int) -> Tensor:
+    """uniform (N, 3) in [0, 1) -> (N, 1, size, size) in [0, haze]: in any direction thicker towards one side."""
+    places = torch.linspace(-1, 1, size, device=uniform.device)
+    angle, thickest, spread = uniform.T[..., None, None, None]
+    angle = 2 * torch.pi * angle
     slope = (torch.cos(angle) * places + torch.sin(angle) * places[:, None]) / 2**0.5  # in [-1, 1]
-    thickest, spread = (uniform(0, high, count, generator, rows, device) for high in (haze, 1))
-    return thickest * (1 + spread * slope) / 2
+    return haze * thickest * (1 + spread * slope) / 2
 
 
 def expose(images: Tensor, strength: Tensor) -> Tensor:
@@ -88,29 +74,21 @@ def expose(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def add_weather(
-    images: Tensor, clouds: float, haze: float, exposure: float, generator: torch.Generator, here: Tensor | None = None
+    images: Tensor, rows: Tensor, uniform: Tensor, noise: Tensor, clouds: float, haze: float, exposure: float
 ) -> Tensor:
-    """images (N, 3, S, S) float32 in [0, 1] -> half of them behind bluish air, under white clouds, exposed anew.
+    """images (N, 3, S, S) float32 in [0, 1] -> those at rows (K,) behind bluish air, under white clouds, exposed anew.
 
-    clouds: largest share of an image under clouds. haze: largest opacity of the air. exposure: largest strength of the
-    automatic exposure. Zeros draw nothing. here (M,) bool: the images are only these N of M, and get what they would
-    get among all of them.
+    uniform (K, 8): three values for the haze, four for clouds, one for the exposure. noise (K, NOISE): of clouds, else
+    not looked at. clouds: largest share of an image under clouds. haze: largest opacity of the air. exposure: largest
+    strength of the automatic exposure.
     """
-    if not (clouds or haze or exposure):
-        return images
-    here = torch.ones(len(images), dtype=torch.bool) if here is None else here
-    count, size, device = len(here), images.shape[-1], images.device
-    chosen = torch.randint(2, (count, 1, 1, 1), generator=generator).flatten().bool()
-    rows = torch.nonzero(here & chosen).flatten()  # among all
-    own = torch.nonzero(chosen[here]).flatten().to(device, non_blocking=True)  # among the images
-    photos = images[own]
+    photos, size = images[rows], images.shape[-1]
     if haze:
-        opacity = haze_opacity(haze, count, size, generator, rows, device)
-        colour = torch.tensor(HAZE_COLOUR).to(device, non_blocking=True)
-        photos = photos + opacity * (colour[:, None, None] - photos)
+        opacity = haze_opacity(haze, uniform[:, :3], size)
+        for channel, colour in zip(photos.split(1, dim=1), HAZE_COLOUR):
+            channel += opacity * (colour - channel)
     if clouds:
-        opacity = cloud_opacity(clouds, count, size, generator, rows, device)
-        photos = photos + opacity * (1 - photos)
+        photos += cloud_opacity(clouds, uniform[:, 3:7], noise, size) * (1 - photos)
     if exposure:
-        photos = expose(photos, uniform(0, exposure, count, generator, rows, device))
-    return images.index_copy(0, own, photos)
+        photos = expose(photos, exposure * uniform[:, 7:, None, None])
+    return images.index_copy_(0, rows, photos)

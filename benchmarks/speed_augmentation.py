@@ -12,7 +12,7 @@ from kornia import enhance
 from torch import Tensor
 from torch.nn import functional as F
 
-from augmentations.year_wise import Augmentation, Draw, adjust_hue, jitter, warp
+from augmentations.year_wise import HUE, Augmentation, Draws, apply, homographies_of, jitter, steps_of, turn_hue, warp
 from benchmarks.timing import seconds_on, show, take_turns
 from datasets.images import read_image
 from datasets.regions import source_size
@@ -20,6 +20,7 @@ from experiments.chain import as_one, chain, draw_chain, geometry
 from utils.arguments import add_shared, make_parser
 from utils.arguments import run as run_script
 from utils.precision import require_device
+from utils.transfer import to_device
 
 MOSAIC = Path(__file__).parent.parent / "datasets" / "build" / "blue_marble" / "bmng_5400.jpg"
 
@@ -40,9 +41,15 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return (-10 * torch.log10((a - b).square().mean())).item()
 
 
-def ideal(images: Tensor, draw: Draw, size: int, fine: int = 8) -> Tensor:
-    """The mean of fine × fine samples a pixel."""
-    return torch.cat([warp(one[None], draw, size, samples=fine) for one in images])
+def sampled(images: Tensor, draw: Draws, size: int, samples: int) -> Tensor:
+    """One draw's warp of images (N, 3, H, W), with so many samples a pixel and axis."""
+    homography = homographies_of(draw.quads)
+    return torch.cat([warp(one[None, None], homography, size, [samples])[0] for one in images])
+
+
+def geometry_of(images: Tensor, draw: Draws, size: int) -> Tensor:
+    """One draw's warp of images (N, 3, H, W), with as many samples as it needs."""
+    return apply(images[:, None], draw._replace(order=draw.order[:, :0]), size)[0][:, 0]
 
 
 def quality(size: int, draws: int = 6) -> dict[str, tuple[float, float]]:
@@ -53,13 +60,13 @@ def quality(size: int, draws: int = 6) -> dict[str, tuple[float, float]]:
     for seed in range(draws):
         drawn = draw_chain(size, torch.Generator().manual_seed(seed))
         draw = as_one(drawn)
-        best, chained = ideal(full, draw, size), geometry(full.float() / 255, drawn)
+        best, chained = sampled(full, draw, size, 8), geometry(full.float() / 255, drawn)
         ways = {
             "torchvision's chain": chained,
-            "one warp from 1024, as it is": warp(full, draw, size, samples=1),
-            "one warp from 1024, filtered": warp(full, draw, size),
-            "one warp from 512, as it is": warp(half, draw, size, samples=1),
-            "one warp from 512, filtered": warp(half, draw, size),
+            "one warp from 1024, as it is": sampled(full, draw, size, 1),
+            "one warp from 1024, filtered": geometry_of(full, draw, size),
+            "one warp from 512, as it is": sampled(half, draw, size, 1),
+            "one warp from 512, filtered": geometry_of(half, draw, size),
         }
         for name, views in ways.items():
             found.setdefault(name, []).append((psnr(views, best), psnr(views, chained)))
@@ -75,20 +82,21 @@ def main(args: Namespace) -> None:
     loaded = pictures(args.batch_size, source_size(size)).to(device, memory_format=torch.channels_last)
     floats = F.interpolate(loaded.float() / 255, (round(2.5 * size),) * 2, mode="bilinear")
     generator = torch.Generator().manual_seed(0)
-    everything = torch.ones(len(loaded), dtype=torch.bool)
-    views = torch.rand(args.batch_size, 3, size, size, device=device)
+    views = torch.rand(args.batch_size, 1, 3, size, size, device=device)
     cases, hues = {}, (0.0, 0.05)
     for hue in hues:
         augment = Augmentation(size, hue=hue)
         drawn = lambda hue=hue: draw_chain(size, generator, colours=(0.9, 0.9, 0.9, hue))
         cases[f"chain, hue {hue}"] = lambda drawn=drawn: chain(floats, drawn())
-        cases[f"one warp, hue {hue}"] = lambda augment=augment: augment.view(loaded, generator, everything)
-    draw = augment.draw(generator)
+        cases[f"one warp, hue {hue}"] = lambda augment=augment: augment(loaded[:, None], generator)
+    draw = augment.draw(1, generator)
+    steps, turns = to_device(steps_of(draw.colours, draw.order), device)
+    turned, turn = (draw.order == HUE).T.tolist(), torch.full((1,), 0.05, device=device)
     cases |= {
-        "warp alone": lambda: warp(loaded, draw, size),
-        "colours alone": lambda: jitter(views, draw),
-        "hue: kornia": lambda: enhance.adjust_hue(views, 0.3),
-        "hue: ours": lambda: adjust_hue(views, 0.05),
+        "warp alone": lambda: geometry_of(loaded, draw, size),
+        "colours alone": lambda: jitter(views, steps, turns, turned),
+        "hue: kornia": lambda: enhance.adjust_hue(views[:, 0], 0.3),
+        "hue: ours": lambda: turn_hue(views, turn),
     }
     found = take_turns(cases, args.repeats, seconds_on(device))
     print()

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -104,30 +105,30 @@ def spares(batch: np.ndarray, clusters: Sequence[np.ndarray], seed: int | Sequen
     return found.reshape(SPARES, len(batch)).T  # every place gets a first choice before any gets a second
 
 
-class Batches(Dataset):
-    """(slot, rows (B,), spares (B, K)) -> the rows that could be read, the slot of the pool that now has their images,
-    and [(row, what went wrong), …].
+def fill(dataset: Dataset, places: torch.Tensor, choices: Iterable[int]) -> tuple[int, list[tuple[int, str]]]:
+    """Reads the first of the choices that can be read into places -> that one, or -1, and [(row, what went wrong), …]
+    of those before it."""
+    errors = []
+    for choice in choices:
+        try:
+            dataset.fill(places, choice)
+            return choice, errors
+        except (ValueError, OSError) as error:
+            errors.append((choice, str(error)))
+    return -1, errors
 
-    A place whose region and spares all cannot be read has row -1. pool: uint8 (slots, B, *dataset.shape).
-    """
+
+class Batches(Dataset):
+    """(slot, rows (B,)) -> the rows, -1 where one could not be read, the slot of the pool that now has their images,
+    and [(row, what went wrong), …]. pool: uint8 (slots, B, *dataset.shape)."""
 
     def __init__(self, dataset: Dataset, pool: torch.Tensor) -> None:
         self.dataset, self.pool = dataset, pool
 
     def __getitem__(self, batch: tuple) -> tuple[torch.Tensor, int, list[tuple[int, str]]]:
-        slot, rows, spares_of = batch
-        found, errors = [], []
-        for places, row, others in zip(self.pool[slot], rows, spares_of):
-            for choice in (int(row), *others[others >= 0].tolist()):
-                try:
-                    self.dataset.fill(places, choice)
-                    break
-                except (ValueError, OSError) as error:
-                    errors.append((choice, str(error)))
-            else:
-                choice = -1
-            found.append(choice)
-        return torch.tensor(found), slot, errors
+        slot, rows = batch
+        found = [fill(self.dataset, places, [int(row)]) for places, row in zip(self.pool[slot], rows)]
+        return torch.tensor([row for row, _ in found]), slot, [error for _, errors in found for error in errors]
 
 
 def pool_note(batch_size: int, shape: tuple[int, ...], workers: int, free: int | None) -> str:
@@ -156,11 +157,7 @@ class BatchLoader:
         self.pool, self.loader = None, None
 
     def __iter__(self) -> Iterator[tuple]:
-        none = np.empty((self.batches.shape[1], 0), dtype=np.int64)
-        return (
-            (number % len(self.pool), rows, self.spares(number) if self.spares else none)
-            for number, rows in enumerate(self.batches)
-        )
+        return ((number % len(self.pool), rows) for number, rows in enumerate(self.batches))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -169,7 +166,8 @@ class BatchLoader:
         """batches (count, B) of rows -> iterator of (rows (B,), uint8 (B, years, 3, H, W), errors), see `Batches`.
 
         Images are valid until the next batch but one is asked for: then their memory is written to again.
-        spares: batch number -> (B, K), asked for one batch at a time; without, an unreadable region has no substitute.
+        spares: batch number -> (B, K) rows that may take the place of each, -1: none; asked for where a region cannot
+        be read, and read by this process. Without them, and where all cannot be read, its row is -1.
         """
         self.batches, self.spares = batches, spares
         if self.pool is None or self.pool.shape[1] != batches.shape[1]:
@@ -177,7 +175,7 @@ class BatchLoader:
         served = iterate(self.loader)
         if self.page_locked and not self.pool.is_pinned():
             page_lock(self.pool)
-        return map(self._place, served)
+        return map(self._place, count(), served)
 
     def close(self) -> None:
         """Ends the workers and frees the pool."""
@@ -208,8 +206,14 @@ class BatchLoader:
             worker_init_fn=ignore_signals,
         )
 
-    def _place(self, item: tuple) -> tuple[torch.Tensor, torch.Tensor, list]:
+    def _place(self, number: int, item: tuple) -> tuple[torch.Tensor, torch.Tensor, list]:
         rows, slot, errors = item
+        empty = torch.nonzero(rows < 0).flatten().tolist() if self.spares else []
+        others = self.spares(number) if empty else None
+        for place in empty:
+            choices = others[place][others[place] >= 0].tolist()
+            rows[place], failed = fill(self.dataset, self.pool[slot, place], choices)
+            errors = errors + failed
         return rows, self.pool[slot].permute(0, 1, 4, 2, 3), errors
 
 

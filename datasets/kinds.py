@@ -68,16 +68,14 @@ class PhotoPairs(Quadruplets):
         self.served = serve_pairs(self.loader, self.groups, *when)
 
 
-def join(
-    groups: Sequence[Regions | Pairs], rows: Sequence[np.ndarray], device: str | torch.device = "cpu"
-) -> tuple[np.ndarray, Tensor, Tensor]:
+def join(groups: Sequence[Regions | Pairs], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, Tensor, Tensor]:
     """Rows (B,) of each kind -> footprints (F, 4, 2), each image's place in them (N,), and labels (N,)."""
     grounds = [each.grounds(own) for each, own in zip(groups, rows)]
     footprints = np.concatenate([found for found, _, _ in grounds])
     images = np.concatenate([np.full(len(found), count) for found, _, count in grounds])
     places = np.repeat(np.arange(len(footprints)), images)
     labels = np.concatenate([labels for _, labels, _ in grounds])[places]
-    return footprints, *(torch.from_numpy(each).to(device, non_blocking=True) for each in (places, labels))
+    return footprints, torch.from_numpy(places), torch.from_numpy(labels)
 
 
 def paths_of(groups: Sequence[Regions | Pairs], rows: Sequence[np.ndarray]) -> list[str]:

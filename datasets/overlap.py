@@ -77,16 +77,22 @@ def intersections(
     Only pairs that share ground; touching edges do not. Degenerate footprints have no pairs (see `degenerate`).
     Works on `block` queries at a time, so that memory holds the polygons of a few blocks only.
     """
-    query_rows = np.flatnonzero(~degenerate(queries))
-    database_rows = np.flatnonzero(~degenerate(database))
-    query_polygons, database_polygons = polygons(queries[query_rows]), polygons(database[database_rows])
+    query_rows, database_rows = (np.flatnonzero(~degenerate(each)) for each in (queries, database))
+    if not (len(query_rows) and len(database_rows)):
+        return np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+    query_polygons = polygons(queries[query_rows])
+    database_polygons = query_polygons if database is queries else polygons(database[database_rows])
     database_areas = shapely.area(database_polygons)
+    farthest = shapely.total_bounds(database_polygons)
     tree = shapely.STRtree(database_polygons)
     tree.query(shapely.Point(0, 0))  # the tree is built at its first query, which has to be alone
 
     def of_block(start: int) -> list[tuple]:
         parts = []
+        west, _, east, _ = shapely.total_bounds(query_polygons[start : start + block])
         for turn in (-360, 0, 360):  # unwrapped longitudes run from -360 to 360, so one ground has three addresses
+            if not (west + turn <= farthest[2] and farthest[0] <= east + turn):
+                continue
             moved = shapely.transform(query_polygons[start : start + block], lambda xy: xy + [turn, 0])
             of_query, of_database = tree.query(moved, predicate="intersects")
             whole_q, whole_d = shapely.area(moved)[of_query], database_areas[of_database]
@@ -97,8 +103,11 @@ def intersections(
             parts.append((rows, area[kept] / (whole_q + whole_d - area)[kept]))
         return parts
 
-    with ThreadPoolExecutor(num_threads) as pool:  # shapely lets go of the interpreter while it computes
-        parts = [part for each in pool.map(of_block, range(0, len(query_rows), block)) for part in each]
+    starts = range(0, len(query_rows), block)
+    # shapely lets go of the interpreter while it computes; for a batch, a thread would cost more than the work.
+    with ThreadPoolExecutor(num_threads) as pool:
+        mapped = pool.map(of_block, starts) if len(starts) > 1 else map(of_block, starts)
+        parts = [part for each in mapped for part in each]
     pairs = np.concatenate([rows for rows, _ in parts]) if parts else np.zeros((0, 2), dtype=np.int64)
     iou = np.concatenate([values for _, values in parts]) if parts else np.zeros(0)
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))

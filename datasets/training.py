@@ -112,5 +112,5 @@ def iteration_seed(seed: int, iteration: int) -> int:
 
 def neutral_pairs(footprints: np.ndarray, places: torch.Tensor) -> torch.Tensor:
     """footprints (B, 4, 2) of the batch's regions, places (N,) in them -> (N, N) bool: other regions, same ground."""
-    shared = torch.from_numpy(share_ground(footprints, footprints)).to(places.device, non_blocking=True)
+    shared = torch.from_numpy(share_ground(footprints, footprints))
     return shared[places][:, places] & (places[:, None] != places)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from augmentations.year_wise import Augmentation, Draw
+from augmentations.year_wise import Augmentation, Draws
 from benchmarks.timing import show
 from datasets import regions
 from utils import mercator
@@ -107,26 +107,27 @@ def chain(images: Tensor, draw: ChainDraw) -> Tensor:
     return colours(geometry(images, draw), draw)
 
 
-def as_one(draw: ChainDraw) -> Draw:
-    """ChainDraw -> the same augmentation as a Draw of augmentations.year_wise."""
+def as_one(draw: ChainDraw) -> Draws:
+    """ChainDraw -> the same augmentation as one of augmentations.year_wise."""
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=np.float64) * draw.last + draw.last_at
     # torchvision's perspective takes pixel k for the place k, and samples at k + 0.5 by the same map.
     places = mercator.apply(mercator.homography(draw.ends, draw.starts), corners) + draw.inner_at
     centred = places - draw.resized / 2
     radians = math.radians(draw.angle)
     turned = centred @ np.array([[math.cos(radians), math.sin(radians)], [-math.sin(radians), math.cos(radians)]])
-    return Draw(torch.from_numpy(turned * 2 / draw.resized).float(), *draw.colours, order=(0, 1, 2, 3))
+    quad = torch.from_numpy(turned * 2 / draw.resized).float()
+    return Draws(quad[None], torch.tensor([draw.colours]), torch.arange(4)[None])
 
 
-def shown(draws: list[Draw], image_size: int, loaded: int) -> tuple[float, float, float, float]:
-    """Draws -> (mean side that a view shows, as a share of the image's; share of views that are upsampled from `loaded`
-    pixels; mean IoU of two years' views, on the ground; share of views that reach beyond the image)."""
-    quads = shapely.polygons(np.stack([draw.quad.double().numpy() for draw in draws]))
+def shown(quads: Tensor, image_size: int, loaded: int) -> tuple[float, float, float, float]:
+    """quads (N, 4, 2) -> (mean side that a view shows, as a share of the image's; share of views upsampled from
+    `loaded` pixels; mean IoU of two years' views, on the ground; share of views that reach beyond the image)."""
+    beyond = (quads.abs().amax(dim=(1, 2)) > 1.01).double().mean().item()
+    quads = shapely.polygons(quads.double().numpy())
     sides = np.sqrt(shapely.area(quads)) / 2
     first, second = quads[::2], quads[1::2]
     overlaps = shapely.area(shapely.intersection(first, second)) / shapely.area(shapely.union(first, second))
-    beyond = [draw.quad.abs().max().item() > 1.01 for draw in draws]
-    return sides.mean(), (sides * loaded < image_size).mean(), overlaps.mean(), np.mean(beyond)
+    return sides.mean(), (sides * loaded < image_size).mean(), overlaps.mean(), beyond
 
 
 def main(
@@ -140,15 +141,17 @@ def main(
     generator, size = torch.Generator().manual_seed(seed), image_size
     loaded = source_size or regions.source_size(size)
     ways = {
-        "the released chain": lambda: as_one(draw_chain(size, generator, released=True)),
-        "the chain without wedges": lambda: as_one(draw_chain(size, generator)),
+        "the released chain": lambda: as_one(draw_chain(size, generator, released=True)).quads[0],
+        "the chain without wedges": lambda: as_one(draw_chain(size, generator)).quads[0],
     }
     for least in min_crop:
-        ways[f"one warp, --min_crop {least:g}"] = lambda least=least: Augmentation(size, min_crop=least).draw(generator)
+        ways[f"one warp, --min_crop {least:g}"] = lambda least=least: (
+            Augmentation(size, min_crop=least).draw(1, generator).quads[0]
+        )
     columns = {f"to {size} px from {loaded}": "28", "side shown": "10.3f", "upsampled": "10.1%"}
     columns |= {"IoU of two years": "17.3f", "beyond the image": "17.1%"}
-    drawn = ((name, [draw() for _ in range(draws)]) for name, draw in ways.items())
-    show(columns, ((name, *shown(draws, size, loaded)) for name, draws in drawn))
+    drawn = ((name, torch.stack([draw() for _ in range(draws)])) for name, draw in ways.items())
+    show(columns, ((name, *shown(quads, size, loaded)) for name, quads in drawn))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from kornia.filters import gaussian_blur2d
 from tqdm import tqdm
 
-from augmentations.weather import HAZE_COLOUR, cloud_opacity, expose, haze_opacity
+from augmentations.weather import HAZE_COLOUR, NOISE, cloud_opacity, expose, haze_opacity
 from datasets import grid
 from datasets.build.camera import Camera, footprint, ground_points, orientation
 from datasets.build.earth import RASTER_MONTH, month_ratios
@@ -92,8 +92,9 @@ def render(camera: Camera, ground: Ground, ratios: Sequence[np.ndarray], rng: np
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     # Raster and candidates are one picture, without a camera or years between: all the more weather is in between.
     colour = torch.tensor(HAZE_COLOUR)[:, None, None]
-    photo = photo + haze_opacity(0.95, 1, SIZE, generator) * (colour - photo)
-    photo = photo + cloud_opacity(0.95, 1, SIZE, generator) * (1 - photo)
+    uniform, noise = torch.rand(1, 7, generator=generator), torch.randn(1, NOISE, generator=generator)
+    photo = photo + haze_opacity(0.95, uniform[:, :3], SIZE) * (colour - photo)
+    photo = photo + cloud_opacity(0.95, uniform[:, 3:], noise, SIZE) * (1 - photo)
     photo = expose(photo, torch.full((1, 1, 1, 1), float(rng.uniform(0, 1))))[0]
     photo = gaussian_blur2d(photo[None], 9, (float(rng.uniform(0.1, 2)),) * 2)[0]
     photo = photo + torch.randn(photo.shape, generator=generator) * float(rng.uniform(0, 0.05))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import train
-from augmentations.year_wise import jitter, warp
+from augmentations.year_wise import apply
 from benchmarks.speed_input import pil
 from benchmarks.timing import show
 from datasets.batches import BatchLoader
@@ -54,8 +54,7 @@ def one_by_one(images: Tensor, draw: ChainDraw) -> Tensor:
 
 def at_once(images: Tensor, draw: ChainDraw) -> Tensor:
     """The same draw as train.py applies its own."""
-    one = as_one(draw)
-    return jitter(warp(images, one, draw.size), one)
+    return apply(images[:, None], as_one(draw), draw.size)[0][:, 0]
 
 
 def prepare(args: argparse.Namespace, plain: bool) -> tuple:

@@ -39,7 +39,7 @@ def equal_earth(points: Tensor) -> Tensor:
     x jumps at the antimeridian and a pole is a line: nearness on the map is not nearness on Earth.
     """
     lat, lon = torch.deg2rad(points).unbind(-1)
-    root3 = torch.sqrt(torch.tensor(3.0, device=points.device))
+    root3 = 3**0.5  # a tensor would be a copy to the device that waits
     theta = torch.asin(root3 / 2 * torch.sin(lat))
     slope = 3 * (9 * A4 * theta**8 + 7 * A3 * theta**6 + 3 * A2 * theta**2 + A1)
     x = 2 * root3 * lon * torch.cos(theta) / slope

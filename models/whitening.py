@@ -33,10 +33,11 @@ def whiten(
         found = []
         state = {key: value.clone() for key, value in model.state_dict().items()}
         model.train()
-        with torch.no_grad(), autocast(device, precision):
+        with torch.no_grad():
             for _, images, _ in tqdm(batches(), desc=label, leave=False):
                 views = augment(images.to(device, non_blocking=True), generator).flatten(0, 1)
-                found.append(describe(views.contiguous(memory_format=torch.channels_last)).float())
+                with autocast(device, precision):
+                    found.append(describe(views.contiguous(memory_format=torch.channels_last)).float())
         model.load_state_dict(state)  # the passes moved BatchNorm's running statistics
         return torch.cat(found)
 

@@ -1,8 +1,5 @@
-"""What would go wrong on a GPU, seen without one: tensors and generators on two devices, looks from the host, which
-wait, and uploads for which it waits.
-
-torch's fake tensors say that they are on a GPU and hold nothing: operations on them tell shapes, types and devices,
-and raise where the devices are mixed. What runs on the CPU is real.
+"""What would go wrong on a GPU, seen without one (benchmarks/pretend_gpu.py): tensors and generators on two devices,
+looks from the host, which wait, and uploads for which it waits.
 """
 
 from types import SimpleNamespace
@@ -13,13 +10,11 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 import train_geoclip
 from augmentations.year_wise import GROUPS, Augmentation
+from benchmarks.pretend_gpu import GPU, backward_of, pretended_gpu, to_gpu
 from losses.contrastive import ContrastiveLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from models.config import ModelConfig
@@ -31,71 +26,14 @@ from retrieval.search import ExactSearch
 from utils import distributed
 from utils.precision import autocast
 from utils.runs import Run, make_optimizer
+from utils.transfer import to_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-GPU = torch.device("cuda:0")
-aten = torch.ops.aten
-
-
-class PretendGPU(TorchDispatchMode):
-    """`looks`: operations for which the host waits; what it sees is all zeros, or True, and masks let all pass.
-    `uploads`: copies from the host that are not non_blocking, so that it waits for those, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.looks, self.uploads = [], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        if not any(
-            isinstance(each, FakeTensor) or isinstance(each, torch.device) and each.type == "cuda" for each in leaves
-        ):
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-        if function is aten._local_scalar_dense.default:
-            self.looks.append("item")
-            return args[0].dtype == torch.bool
-        if function is aten.nonzero.default:
-            self.looks.append("nonzero")
-            return torch.empty(0, args[0].dim(), dtype=torch.long, device=GPU)
-        if function is aten.bincount.default:
-            self.looks.append("bincount")
-            return torch.zeros(args[2], dtype=torch.long, device=GPU)
-        if function is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
-            self.looks.append("nonzero")
-            args = (
-                args[0],
-                [
-                    each if each is None or each.dtype != torch.bool else torch.arange(len(each), device=GPU)
-                    for each in args[1]
-                ],
-            )
-        result = function(*args, **kwargs)
-        for each in leaves:
-            if isinstance(each, torch.Generator) and each.device.type != result.device.type:
-                raise RuntimeError(f"Expected a generator for {result.device} but found one for {each.device}")
-        if function in (aten._to_copy.default, aten.copy_.default) and result.device == GPU:
-            source, *flag = args if function is aten._to_copy.default else args[1:]
-            if source.device.type == "cpu" and not (kwargs.get("non_blocking") or any(flag)):
-                self.uploads.append(function)
-        if isinstance(result, FakeTensor) and result.device.type == "cpu":
-            if not kwargs.get("non_blocking"):
-                self.looks.append("copy")
-            with unset_fake_temporarily():
-                return torch.zeros(result.shape, dtype=result.dtype)
-        return result
 
 
 @pytest.fixture
 def gpu():
-    pretend = PretendGPU()
-    with (
-        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        pretend,
-    ):
+    with pretended_gpu() as pretend:
         yield pretend
 
 
@@ -107,29 +45,6 @@ def looks(gpu):
 @pytest.fixture
 def uploads(gpu):
     return gpu.uploads
-
-
-def to_gpu(model):
-    """As model.to(GPU), which fake tensors do not know how to do."""
-    for module in model.modules():
-        for name, each in module._parameters.items():
-            if each is not None:
-                module._parameters[name] = nn.Parameter(each.detach().to(GPU), each.requires_grad)
-        for name, each in module._buffers.items():
-            if each is not None:
-                module._buffers[name] = each.to(GPU)
-    return model
-
-
-def backward_of(model):
-    """In place of Tensor.backward, whose engine wants a real GPU: gradients of the right shape, type and device."""
-
-    def backward(loss):
-        assert loss.requires_grad and loss.device == GPU
-        for each in model.parameters():
-            each.grad = torch.zeros_like(each) if each.requires_grad else None
-
-    return patch.object(torch.Tensor, "backward", backward)
 
 
 def test_mistakes_are_noticed(looks):
@@ -156,6 +71,10 @@ def test_generators_of_another_device_are_noticed(looks):
     ):
         with pytest.raises(RuntimeError, match="generator for cuda:0 but found one for cpu"):
             mistake()
+    there = torch.Generator(GPU).manual_seed(3)
+    assert torch.randn(3, device=GPU, generator=there).device == GPU
+    with pytest.raises(RuntimeError, match="generator for cpu but found one for cuda"):
+        torch.randn(3, generator=there)
 
 
 def test_uploads_that_block_are_noticed(uploads):
@@ -211,7 +130,8 @@ def test_a_step_does_not_wait_for_the_gpu(looks, uploads, backbone, freeze, aggr
     kinds = []
     handle = model.backbone.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
     with backward_of(model), patch.object(train.Outcome, "__init__", lambda *_: None):
-        neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), labels)
+        neutral = train.neutral_pairs(np.random.default_rng(0).random((3, 4, 2)), torch.arange(3).repeat_interleave(4))
+        (neutral,) = to_device([neutral], GPU)
         for _ in range(2):
             loss, norm, descriptors = train.update(run, views.flatten(0, 1), labels, neutral, loss_fn, 1e-3, precision)
     handle.remove()
@@ -275,22 +195,18 @@ def test_torchs_batchnorm_ends_with_the_activation_of_timms():
     assert torch.equal(layer.eval()(x), expected[1])
 
 
-def test_geoclip_computes_on_the_gpu(looks):
+def test_geoclip_computes_on_the_gpu(gpu):
     model = to_gpu(GeoCLIP(GeoClipConfig("resnet18", image_size=48, freeze_until="layer2")))
     assert isinstance(model.image_encoder, BackboneEncoder)
     points = np.random.default_rng(0).uniform(-60, 60, (7, 2))
+    views = torch.rand(3, 3, 48, 48).to(GPU)
+    gpu.uploads.clear()
+    gpu.sent.clear()
     loss, hits = train_geoclip.loss_of(
-        model.train(),
-        torch.rand(3, 3, 48, 48).to(GPU),
-        points[:3],
-        points,
-        np.arange(3),
-        torch.ones(3, dtype=torch.bool, device=GPU),
-        100.0,
-        "bf16",
+        model.train(), views, points[:3], points, np.arange(3), torch.ones(3, dtype=torch.bool), 100.0, "bf16"
     )
     assert loss.device == hits.device == GPU and loss.shape == hits.shape == ()
-    assert not looks
+    assert not gpu.looks and not gpu.uploads and len(gpu.sent) == 1
 
 
 def test_kmeans_and_search_compute_on_the_gpu(looks):

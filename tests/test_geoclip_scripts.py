@@ -19,8 +19,6 @@ from test_resume import differences
 import eval_geoclip
 import predict_geoclip
 import train_geoclip
-from augmentations.turns import turn_and_flip
-from augmentations.year_wise import Augmentation
 from datasets.gps import photos_of_dataset
 from datasets.photo_batches import Schedule, candidates_of
 from datasets.sets import VALIDATION, load_evaluation_data
@@ -32,7 +30,6 @@ from utils import geo
 from utils.arguments import run
 from utils.checkpoint import load_checkpoint
 from utils.flags import call
-from utils.settings import chosen_settings
 from utils.signals import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -408,21 +405,6 @@ def test_noise_is_the_same_in_every_process_and_new_each_iteration():
     assert geo.distance_km(first[:4], points).max() < 1 and 0 < geo.distance_km(first[4:], queue).max() < 6
 
 
-def test_turns_and_mirrors_are_of_pixels_only():
-    images = torch.randint(0, 256, (64, 3, 5, 5), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    assert torch.equal(turn_and_flip(images, generator, False, False), images)
-    turned = turn_and_flip(images, generator, True, False)
-    which = [
-        [torch.equal(torch.rot90(before, k, (-2, -1)), after) for k in range(4)].index(True)
-        for before, after in zip(images, turned)
-    ]
-    assert set(which) == {0, 1, 2, 3}
-    flipped = turn_and_flip(images, generator, False, True)
-    mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(images, flipped)]
-    assert 15 < sum(mirrored) < 50 and all(m or torch.equal(a, b) for m, a, b in zip(mirrored, images, flipped))
-
-
 def test_table_beside_earthloc_and_the_nadir(world, trained, tmp_path):
     torch.manual_seed(0)
     earthloc = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 16, 32))
@@ -521,11 +503,7 @@ def test_what_shares_one_augmentation(group, alike):
         ["--augmentation", group, "--rotation", "30", "--turns", "off", "--flip", "off"]
     )
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    views = train_geoclip.augmented(
-        image.expand(3, -1, -1, -1),
-        Augmentation(32, args.augmentation, **chosen_settings(args, Augmentation)),
-        torch.Generator().manual_seed(1),
-        args,
-    )
+    augment = train_geoclip.make_augmentation(args, 32)
+    views = augment(image.expand(3, 1, -1, -1, -1), torch.Generator().manual_seed(1))[:, 0]
     assert views.shape == (3, 3, 32, 32)
     assert ((views[0] - views[1:]).abs().max() < 1e-6) == alike

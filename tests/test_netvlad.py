@@ -73,6 +73,20 @@ def test_whitening_starts_the_centres_from_the_views():
     torch.testing.assert_close(outputs.mean(0), torch.zeros(8), atol=1e-3, rtol=0)  # of the centres as they are now
 
 
+def test_views_for_the_whitening_are_made_in_float32():
+    """Under autocast places of pixels would be products in bfloat16, off by some pixels."""
+    seen = []
+
+    def augment(images, generator):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return images.float() / 255
+
+    images = torch.randint(0, 256, (4, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    model = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 8, 32))
+    whiten(model, lambda: iter([(None, images, [])]), augment, 0, 1.0, 0.1, "cpu", "bf16")
+    assert seen == [False]
+
+
 def test_wrong_settings_name_the_flag():
     with pytest.raises(ValueError, match="--vlad_clusters 1"):
         NetVLAD(4, 2, 2, vlad_clusters=1)

@@ -58,14 +58,17 @@ def guarded_update(run: Run, lr: float, forward: Callable[[], tuple[Tensor, T]])
     not finite the step changes nothing but the iteration's number: neither weights, nor Adam's averages, nor
     BatchNorm's. The device decides that, so the host need not wait for it.
     """
-    run.model.train()
+    if not run.model.training:
+        run.model.train()
     averages = [
         each
         for module in run.model.modules()
-        for each in module.buffers(recurse=False)
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.training
+        for each in module.buffers(recurse=False)
     ]
-    before = [each.clone() for each in averages]
+    wide, counts = [each for each in averages if each.dim()], [each for each in averages if not each.dim()]
+    packed = lambda: (torch.cat(wide), torch.stack(counts)) if averages else ()
+    before = packed()
     loss, rest = forward()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -77,8 +80,10 @@ def guarded_update(run: Run, lr: float, forward: Callable[[], tuple[Tensor, T]])
     finite = torch.isfinite(loss.detach() + norm)
     run.optimizer.found_inf = (~finite).float()  # as GradScaler tells a fused optimizer to do nothing
     run.optimizer.step()
-    for now, then in zip(averages, before):
-        torch.where(finite, now, then, out=now)
+    if averages:
+        kept, counted = (torch.where(finite, now, then) for now, then in zip(packed(), before))
+        torch._foreach_copy_(wide, kept.split([len(each) for each in wide]))
+        torch._foreach_copy_(counts, counted.unbind())
     run.iteration += 1
     return loss.detach(), norm, rest
 
