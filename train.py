@@ -33,7 +33,7 @@ from retrieval.describe import ROTATIONS, Describer
 from retrieval.reclustering import make_clusters, save_clusters_figure, sizes_of
 from retrieval.validation import validate
 from utils import distributed
-from utils.arguments import WORKERS_HELP, add_run_arguments, make_parser, positive, whole
+from utils.arguments import WORKERS, add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
 from utils.logs import Meter, own_folder
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
@@ -43,7 +43,6 @@ from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings, make
 from utils.signals import Stop
 from utils.transfer import to_device
-from utils.workers import default_workers
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -54,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--positives", choices=("years", "views", "photos", "years+photos"), default="years", help=positives)
     add("--pair_iou", type=float, default=0.2, help="least overlap of a photo and an image that are a pair")
     add("--source_size", type=positive, help="pixels a side as loaded; default: 1.6 × image_size, to a power of two")
-    add("--num_workers", type=whole, default=default_workers(), help=WORKERS_HELP)
+    add("--num_workers", **WORKERS)
     add("--max_unreadable", type=float, default=0.05, help="share of regions with unreadable images that stops the run")
     add = parser.add_argument_group("batches (paper, sec. 4.2)").add_argument
     add("--batch_size", type=positive, default=32, help="regions of four years, or pairs, or each; of all processes")
@@ -95,8 +94,7 @@ def make_loss(args: Namespace, num_regions: int) -> nn.Module:
     names |= {"photos": args.pair_loss} if "photos" in args.positives else {}
     known = {"num_regions": num_regions, "descriptor_dim": args.descriptor_dim}
     losses = {kind: make(LOSSES[name], chosen_settings(args, LOSSES[name]), **known) for kind, name in names.items()}
-    sizes = 4 * args.batch_size, 2 * args.batch_size
-    return JointLoss(losses, sizes) if len(losses) > 1 else losses.popitem()[1]
+    return JointLoss(losses, (4 * args.batch_size, 2 * args.batch_size)) if len(losses) > 1 else losses.popitem()[1]
 
 
 def prepare(args: Namespace) -> tuple[Regions, BatchLoader, Augmentation, EvaluationData | None]:
@@ -238,10 +236,8 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         finished = run_loop(run, step, validating, folder, stop, vars(args), pause_every=args.recluster_every, **due)
     if finished:
         best = f"best validation R@1 {run.best:.1f}" if run.best >= 0 else "without validation"
-        logging.info(
-            f"Done: {args.iterations} iterations, {best}. Evaluate with: "
-            f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}"
-        )
+        how = f"python eval.py --resume {folder / 'best.pt'} --dataset_path {args.dataset_path}"
+        logging.info(f"Done: {args.iterations} iterations, {best}. Evaluate with: {how}")
     return finished
 
 

@@ -29,7 +29,7 @@ from models.location_encoder import SIGMAS
 from retrieval.describe import image_loader
 from retrieval.geolocation import PhotoFiles, accuracy, embed_gallery, embed_photos, locate
 from utils import distributed, figures, geo
-from utils.arguments import WORKERS_HELP, add_run_arguments, make_parser, positive, whole
+from utils.arguments import WORKERS, add_run_arguments, make_parser, positive, whole
 from utils.arguments import run as run_script
 from utils.logs import Meter
 from utils.loop import LOOP_FLAGS, Outcome, guarded_update, launch, run_loop
@@ -39,7 +39,6 @@ from utils.schedules import learning_rate
 from utils.settings import add_settings, chosen_settings
 from utils.signals import Stop, iterate
 from utils.transfer import to_device
-from utils.workers import default_workers
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -51,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     add("--val_csv", help="IMG_ID,LAT,LON to validate on; an EarthLoc data set brings its validation set")
     add("--val_images", help="folder of --val_csv's images; default: the CSV's own")
     add("--source_size", type=positive, help="pixels a side as loaded; default: 1.15 × the encoder's size")
-    add("--num_workers", type=whole, default=default_workers(), help=WORKERS_HELP)
+    add("--num_workers", **WORKERS)
     add = parser.add_argument_group("model").add_argument
     add("--image_encoder", default="clip", help="clip, or a --backbone of train.py")
     add("--clip", default=CLIP, help="Hugging Face id, or a folder with its config and weights")

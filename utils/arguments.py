@@ -48,6 +48,9 @@ def _at_least(low: int, text: str):
     return value
 
 
+WORKERS = {"type": whole, "default": default_workers(), "help": WORKERS_HELP}
+
+
 def make_parser(description: str) -> Parser:
     """-> a parser that shows defaults and reads @FILE."""
     return Parser(description=description, fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=HelpFormatter)
@@ -59,7 +62,7 @@ def add_shared(parser: argparse._ActionsContainer, *names: str, **defaults: obje
         "dataset_path": {"required": True, "help": "folder with database/, queries/ and the intersections"},
         "log_dir": {"help": "outputs go to logs/LOG_DIR/date_time"},
         "batch_size": {"type": positive, "default": 32, "help": "images that go through the network at a time"},
-        "num_workers": {"type": whole, "default": default_workers(), "help": WORKERS_HELP},
+        "num_workers": WORKERS,
         "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},
         "precision": {"choices": ("auto", *PRECISIONS), "default": "auto", "help": PRECISION_HELP},
         "seed": {"type": whole, "default": 0},
