@@ -207,8 +207,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         rows = [kind.receive(own, errors) for kind, (own, _, errors) in zip(kinds, loaded)]
 
         # One augmentation a column: a year (sec. 4.3), photos, their images.
-        seed = iteration_seed(args.seed, run.iteration)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed := iteration_seed(args.seed, run.iteration))
         draws, views = torch.Generator().manual_seed(seed), []
         for kind, (_, images, _) in zip(kinds, loaded):
             views.append(augment(images.to(device, non_blocking=True), draws, mine, args.batch_size))
