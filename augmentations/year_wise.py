@@ -55,8 +55,6 @@ class Augmentation:
 
     size: int
     group: str = "year"
-    turns: bool = False
-    flip: bool = False
     rotation: Annotated[float, "degrees"] = 45.0
     perspective: Annotated[float, "distortion scale"] = 0.5
     min_crop: Annotated[float, "smallest crop, as a share of the largest; below 1 it zooms in at random"] = 1.0
@@ -68,6 +66,8 @@ class Augmentation:
     clouds: Annotated[float, "largest share of an image under clouds; see --exposure"] = 0.0
     haze: Annotated[float, "largest opacity of the air; see --exposure"] = 0.0
     exposure: Annotated[float, "of a camera, its largest strength; with clouds, haze or this half become photos"] = 0.0
+    turns: bool = False
+    flip: bool = False
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:

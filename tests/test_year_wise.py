@@ -194,7 +194,7 @@ def test_turns_and_mirrors_are_of_pixels_and_of_each_image(group):
     images = torch.randint(0, 256, (32, 2, 3, 6, 6), dtype=torch.uint8, generator=generator())
 
     def which(turns, flip):
-        views = Augmentation(6, group, turns, flip, **PLAIN)(images, generator(1)).flatten(0, 1)
+        views = Augmentation(6, group, turns=turns, flip=flip, **PLAIN)(images, generator(1)).flatten(0, 1)
         found = []
         for before, after in zip(images.flatten(0, 1).float() / 255, views):
             turned = [torch.rot90(before, quarters, (-2, -1)) for quarters in range(4)]
