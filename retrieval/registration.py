@@ -213,6 +213,7 @@ def refine(
 
 
 def as_registration(shown: Photo, fit: Fit, rounds: int, moved: float, nadir: Point) -> Registration:
+    """A fit in the frames of the last round -> the photo's Registration, in pixels of the whole photo and degrees."""
     homography = fit.homography @ shown.scale
     homography = homography / homography[2, 2]
     width, height = shown.size
