@@ -71,6 +71,13 @@ def make_world(path):
     return World(path, regions)
 
 
+@pytest.hookimpl(trylast=True)  # after the random order
+def pytest_collection_modifyitems(items):
+    """Tests on the pretended GPU come last: autograd then has threads for it, and a process forked later cannot run
+    backward any more."""
+    items.sort(key=lambda item: hasattr(item.module, "pretended_gpu"))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Shared by all tests: read only."""
