@@ -5,7 +5,7 @@ python -m experiments.table3 @presets/demo.args --seeds 0 1 2: all other flags a
 its last checkpoint evaluated on the six sets; a run whose results are there is not done again.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ def main(
     others: Annotated[list[str], OTHERS],
     seeds: Annotated[list[int], "one training each"] = (0,),
     rows: Annotated[list[str], "of the table", {"choices": list(ROWS)}] = tuple(ROWS),
+    rotate: Annotated[Literal["database", "queries"], "what evaluation turns"] = "database",
 ) -> None:
     """Trains and evaluates what is not done yet, and prints the table."""
     train.parse_arguments(others)  # a wrong flag is better met now than after hours
@@ -42,7 +43,7 @@ def main(
         ours = []
         for seed in seeds:
             more = [*others, *flags.split(), "--seed", str(seed)]
-            recalls = trained_and_evaluated(f"table3/{name}_{seed}", more)
+            recalls = trained_and_evaluated(f"table3/{name}_{seed}", more, f"--rotate={rotate}")
             ours.append((recalls["1"], recalls["100"]))
         table.append((title, paper, np.array(ours)))
     title = f"mean ± deviation of {len(seeds)} seeds"

@@ -64,7 +64,8 @@ def test_the_surest_photo_is_the_one_with_the_highest_first_score(tmp_path):
 
 def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = ["--rows", "views", "all", "--seeds", "0", "1", "--dataset_path", str(world.path), *TINY]
+    argv = ["--rows", "views", "all", "--seeds", "0", "1", "--rotate", "queries"]
+    argv += ["--dataset_path", str(world.path), *TINY]
     call(table3.main, argv)
     lines = capsys.readouterr().out.splitlines()
     views, everything = [line.split("|") for line in lines if line.startswith(("| views", "| everything"))]
@@ -73,6 +74,7 @@ def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_pa
     for seed in (0, 1):
         (results,) = (tmp_path / "logs" / "table3" / f"all_{seed}_eval").glob("*/results.json")
         means.append(json.loads(results.read_text())["average"]["recalls"]["1"])
+        assert json.loads(results.with_name("config.json").read_text())["rotate"] == "queries"
         (config,) = (tmp_path / "logs" / "table3" / f"views_{seed}").glob("*/config.json")
         assert '"positives": "views"' in config.read_text() and f'"seed": {seed}' in config.read_text()
     assert float(everything[2].split("±")[0]) == pytest.approx(sum(means) / 2, abs=0.051)
