@@ -28,6 +28,7 @@ import torch
 
 RECIPE = 2  # to be raised when the same model and file come to another descriptor: reading, resizing, turning
 NAME = re.compile(r".+_([0-9a-f]{16})_\d+(-\d+)*\.f16")
+OLDER = b'{"format": "earthloc descriptors '  # marks began so before they were in SQLite
 TABLE = "images(path INTEGER PRIMARY KEY, first INTEGER, step INTEGER, image INTEGER, checksum INTEGER)"
 
 
@@ -189,7 +190,10 @@ def _locked(path: Path, wait: bool = True):
                     raise ValueError(
                         f"{path}: cannot be locked ({error}); give --descriptors a folder on another disk"
                     ) from error
-                logging.info(f"{path}: truncated, broken or of an earlier version, all is described anew")
+                # A warning, because commands without a log of their own show nothing less.
+                older = path.read_bytes().startswith(OLDER)
+                why = "its marks are of an earlier version's form" if older else "its marks are truncated or broken"
+                logging.warning(f"{path.parent}: {path.stem} is described anew, {why}")
                 path.unlink()
                 continue
             yield marks

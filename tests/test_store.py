@@ -226,6 +226,25 @@ def test_what_is_broken_is_described_anew_with_a_line(root, suffix, damage, lost
     )
 
 
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b'{"format": "earthloc descriptors 2", "model": "0"}'.ljust(4096), "of an earlier version's form"),
+        (b"\xff" * 4096, "truncated or broken"),
+    ],
+)
+def test_marks_that_cannot_be_used_are_told_where_no_log_is_set_up(root, content, why, caplog):
+    """By a warning, which Python shows by itself; once."""
+    keep(root, paths(4), Counting())
+    (path,) = stored(root)
+    path.with_suffix(".marks").write_bytes(content)
+    for lines in (1, 0):
+        caplog.clear()
+        keep(root, paths(4), Counting())
+        told = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+        assert told == [f"{path.parent}: {path.stem} is described anew, its marks are {why}"] * lines
+
+
 def test_no_images_and_no_room(root, monkeypatch):
     values, failed = keep(root, [], Counting())
     assert values.shape == (2, 0, 6) and not failed
