@@ -8,7 +8,9 @@ descriptor that a later one would trust; the room that it made for an image stay
 
 Several processes: one at a time describes into a file. It holds SQLite's lock on the table (which ends with the
 process), the others wait for it and then find its descriptors there. Reading vectors needs no lock: files only grow,
-and what is kept of an image that has not changed is never moved or overwritten.
+and what is kept of an image that has not changed is never moved or overwritten. An image that changes keeps its room.
+That of one that is gone is not taken back: the table knows images by their path's digest, and one that is not asked for
+today may be wanted by another command.
 """
 
 import hashlib

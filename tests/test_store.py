@@ -161,6 +161,8 @@ def test_a_changed_image_is_described_anew_with_a_line(root, caplog):
     values, _ = keep(root, paths(5), model)
     assert same(values, plain(root, paths(5))) and model.images == ONE + 2 * 2
     assert "3 of 5 images are described, 2 entries are stale" in caplog.text
+    (path,) = stored(root)
+    assert path.stat().st_size == 5 * 2 * 6 * 2  # in the old ones' place
 
 
 def test_images_that_come_and_go_leave_the_others_kept(root):
