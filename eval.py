@@ -20,6 +20,7 @@ from datasets.sets import EvaluationData, load_evaluation_data
 from methods import METHODS, load_method
 from models.config import add_model_arguments, model_config
 from models.earthloc import build_model, load_model
+from models.weights import weights_fingerprint
 from retrieval.describe import ROTATIONS, Describer, ImageFiles, batches_of, image_loader
 from retrieval.evaluation import (
     Evaluation,
@@ -153,7 +154,9 @@ def evaluate(
     result = score_sets(data, descriptors, search=args.search, device=device)
     for line in result.notes + result.lines():
         logging.info(line)
-    write_results(folder / "results.json", result, checkpoint=args.resume, model=name, dataset=args.dataset_path)
+    # The path may hold other weights tomorrow.
+    resumed = {"checkpoint": args.resume, "fingerprint": weights_fingerprint(model) if args.resume else None}
+    write_results(folder / "results.json", result, **resumed, model=name, dataset=args.dataset_path)
     write_predictions(folder / "predictions.csv", result)
     picture = evaluation_figure(result, seed=args.seed)
     if picture:

@@ -5,7 +5,6 @@ the median of its turns; decoding counts CPU time on one core, so that other job
 """
 
 import io
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,9 +27,10 @@ from datasets.images import encode_jpeg, read_pixels, resize
 from datasets.names import YEARS
 from datasets.regions import RegionDataset, Regions
 from utils.flags import Workers, command
+from utils.workers import usable_cores
 
 SIDE, BYTES = 1024, 97_000
-CORES = os.cpu_count() or 1
+CORES = usable_cores()
 
 
 def make_files(folder: str | Path, count: int) -> list[str]:

@@ -17,7 +17,7 @@ from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
 from retrieval.describe import ROTATIONS, Describer
-from retrieval.earth_index import TURNS, WHITEN, compress
+from retrieval.earth_index import TURNS, WHITEN, compress, whitening_power
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
@@ -34,7 +34,7 @@ def main(
     dataset_path: Annotated[str, "folder with database/, named by the grid, and queries/"],
     resume: Annotated[str, "the model", {"metavar": "WEIGHTS"}],
     dims: Annotated[list[int], "bytes a region", {"type": positive}] = (512, 256, 128, 64),
-    whiten: Annotated[list[float], "powers"] = (0, WHITEN),
+    whiten: Annotated[list[float], "powers", {"type": whitening_power}] = (0, WHITEN),
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
     turned_photos_only: Annotated[bool, "leave the first line out: half of the time"] = False,
     descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,

@@ -10,6 +10,8 @@ import numpy as np
 
 import eval as evaluation
 import train
+from models.earthloc import load_model
+from models.weights import weights_fingerprint
 from utils.runs import FREE_FLAGS
 
 # Flags that change nothing in what an evaluation finds; --resume is what it evaluates.
@@ -17,16 +19,21 @@ FREE_IN_EVALUATION = FREE_FLAGS - {"resume"} | {"batch_size", "results", "forget
 
 
 def evaluated(checkpoint: Path, log_dir: str, *flags: str) -> tuple[dict, Path]:
-    """Evaluates a checkpoint by eval.py's flags under logs/log_dir, or finds that this was done with the same flags.
+    """Evaluates a checkpoint by eval.py's flags under logs/log_dir, or finds that this was done with the same flags and
+    weights: a file may be made anew under its old name.
 
     -> what results.json holds, its folder.
     """
     args = evaluation.parse_arguments(["--resume", str(checkpoint), "--log_dir", log_dir, *flags])
     defaults = evaluation.parse_arguments(["--dataset_path", ""])
+    fingerprint = weights_fingerprint(load_model(checkpoint))
     for done in (False, True):
         for path in sorted(Path("logs", log_dir).glob("*/results.json"), reverse=True):
-            if not differing(path.parent, args, defaults, FREE_IN_EVALUATION):
-                return json.loads(path.read_text()), path.parent
+            if differing(path.parent, args, defaults, FREE_IN_EVALUATION):
+                continue
+            results = json.loads(path.read_text())
+            if results.get("fingerprint") == fingerprint:  # older ones do not tell theirs: not known to be these
+                return results, path.parent
         if not done:
             evaluation.main(args)
     raise RuntimeError(f"logs/{log_dir}: the evaluation of {checkpoint} left no results.json")

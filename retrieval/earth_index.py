@@ -7,6 +7,7 @@ kept.
 python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER makes one of a data set's images of 2021.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -152,13 +153,22 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
+def whitening_power(text: str) -> float:
+    """Type of a flag: a number from 0 to 0.5, refused before all images are described."""
+    if not 0 <= float(text) <= 0.5:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 0.5")
+    return float(text)
+
+
 def main(
     index: Annotated[Path, "file to write, .safetensors"],
     *,
     resume: Annotated[str, "weights or checkpoint"],
     dataset_path: Annotated[str, "folder with database/, images named by the grid"],
     dim: Annotated[int, "bytes a region", {"type": positive}] = 256,
-    whiten: Annotated[float, "0: plain cosines; 0.5: all directions have the same variance"] = WHITEN,
+    whiten: Annotated[
+        float, "0: plain cosines; 0.5: all directions have the same variance", {"type": whitening_power}
+    ] = WHITEN,
     descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
     batch_size: BatchSize = 32,
     num_workers: Workers = WORKERS,

@@ -8,7 +8,9 @@ descriptor that a later one would trust; the room that it made for an image stay
 
 Several processes: one at a time describes into a file. It holds SQLite's lock on the table (which ends with the
 process), the others wait for it and then find its descriptors there. Reading vectors needs no lock: files only grow,
-and what is kept of an image that has not changed is never moved or overwritten.
+and what is kept of an image that has not changed is never moved or overwritten. An image that changes keeps its room.
+That of one that is gone is not taken back: the table knows images by their path's digest, and one that is not asked for
+today may be wanted by another command.
 """
 
 import hashlib
@@ -28,6 +30,7 @@ import torch
 
 RECIPE = 2  # to be raised when the same model and file come to another descriptor: reading, resizing, turning
 NAME = re.compile(r".+_([0-9a-f]{16})_\d+(-\d+)*\.f16")
+OLDER = b'{"format": "earthloc descriptors '  # marks began so before they were in SQLite
 TABLE = "images(path INTEGER PRIMARY KEY, first INTEGER, step INTEGER, image INTEGER, checksum INTEGER)"
 
 
@@ -189,7 +192,10 @@ def _locked(path: Path, wait: bool = True):
                     raise ValueError(
                         f"{path}: cannot be locked ({error}); give --descriptors a folder on another disk"
                     ) from error
-                logging.info(f"{path}: truncated, broken or of an earlier version, all is described anew")
+                # A warning, because commands without a log of their own show nothing less.
+                older = path.read_bytes().startswith(OLDER)
+                why = "its marks are of an earlier version's form" if older else "its marks are truncated or broken"
+                logging.warning(f"{path.parent}: {path.stem} is described anew, {why}")
                 path.unlink()
                 continue
             yield marks

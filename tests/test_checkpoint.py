@@ -108,12 +108,15 @@ def test_one_flipped_bit_is_noticed(tmp_path):
         load_checkpoint(path)
 
 
-def test_the_one_before_is_kept(tmp_path):
+def iterations_kept(folder):
+    """-> {file: its iteration} of a folder where four checkpoints were saved, one after the other."""
     for iteration in range(4):
-        save_checkpoint(tmp_path / "last.pt", {**STATE, "iteration": iteration}, "previous.pt")
-    assert load_checkpoint(tmp_path / "last.pt")["iteration"] == 3
-    assert load_checkpoint(tmp_path / "previous.pt")["iteration"] == 2
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+        save_checkpoint(folder / "last.pt", {**STATE, "iteration": iteration}, "previous.pt")
+    return {file.name: load_checkpoint(file)["iteration"] for file in folder.iterdir()}
+
+
+def test_the_one_before_is_kept(tmp_path):
+    assert iterations_kept(tmp_path) == {"last.pt": 3, "previous.pt": 2}
 
 
 def test_the_one_before_is_kept_without_links(tmp_path, monkeypatch):
@@ -121,7 +124,7 @@ def test_the_one_before_is_kept_without_links(tmp_path, monkeypatch):
         raise OSError("this file system has no links")
 
     monkeypatch.setattr(os, "link", refuse)
-    test_the_one_before_is_kept(tmp_path)
+    assert iterations_kept(tmp_path) == {"last.pt": 3, "previous.pt": 2}
 
 
 @pytest.mark.parametrize(

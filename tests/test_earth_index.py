@@ -79,6 +79,13 @@ def test_directions_without_variance_stay_small_and_odd_powers_are_refused(descr
         compress(REGIONS, descriptors, 16, "x", 0.7)
 
 
+@pytest.mark.parametrize("value", ["2", "-0.1", "nan"])
+def test_odd_powers_are_refused_before_anything_is_described(value, capsys):
+    with pytest.raises(SystemExit):
+        call(earth_index.main, ["none.safetensors", "--resume", "none.pt", "--dataset_path", "none", "--whiten", value])
+    assert f"argument --whiten: {value}: expected 0 to 0.5" in capsys.readouterr().err
+
+
 def test_the_first_directions_are_kept(descriptors):
     """Those of most variance: of 16, the cosines are nearer than those of the 16 last."""
     index = compress(REGIONS, descriptors, 16, "x", whiten=0)

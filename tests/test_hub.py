@@ -104,9 +104,9 @@ def test_what_is_not_there_is_named(tmp_path):
         EarthLoc.from_pretrained(tmp_path / "gone.pt")
 
 
-RUN = {"dataset_path": "/home/me/data/earth", "lr": 0.001, "resume": "/secret/last.pt", "loss": "multi_similarity"}
+RUN = {"dataset_path": "/somewhere/data/earth", "lr": 0.001, "resume": "/secret/last.pt", "loss": "multi_similarity"}
 RECALLS = {"1": 57.14, "5": 70.0, "10": 75.0, "20": 80.0, "100": 88.9}
-RESULTS = {"dataset": "/home/me/data", "sets": {"Alps": {"recalls": RECALLS}}, "average": {"recalls": RECALLS}}
+RESULTS = {"dataset": "/somewhere/data", "sets": {"Alps": {"recalls": RECALLS}}, "average": {"recalls": RECALLS}}
 
 
 def test_the_card_tells_the_runs_own_flags_and_recalls_but_no_paths(tmp_path):
@@ -117,7 +117,7 @@ def test_the_card_tells_the_runs_own_flags_and_recalls_but_no_paths(tmp_path):
     card = (tmp_path / "a" / "README.md").read_text()
     assert "| `--lr` | 0.001 |" in card and "| `--dataset_path` | earth |" in card
     assert "| Alps | 57.1 | 70.0 | 75.0 | 80.0 | 88.9 |" in card and "| average | 57.1" in card
-    assert "/home/me" not in card and "secret" not in card and "| image_size | 64 |" in card
+    assert "/somewhere" not in card and "secret" not in card and "| image_size | 64 |" in card
     tiny().save_pretrained(tmp_path / "b")
     card = (tmp_path / "b" / "README.md").read_text()
     assert "## Training" not in card and "## Results" not in card

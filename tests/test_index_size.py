@@ -1,6 +1,7 @@
 """The measure of what a small index loses, against plain loops."""
 
 import numpy as np
+import pytest
 import torch
 
 from experiments import index_size
@@ -51,3 +52,9 @@ def test_a_whole_index_loses_nothing_and_a_byte_a_region_most(world, tmp_path, c
     assert recalls[3].sum() < recalls[2].sum()
     # Of one direction whitening changes no cosine, of 64 it does (the recalls of so few images may stay).
     assert (recalls[5] == recalls[3]).all()
+
+
+def test_an_odd_power_is_refused_before_anything_is_described(capsys):
+    with pytest.raises(SystemExit):
+        call(index_size.main, ["--resume", "none.pt", "--dataset_path", "none", "--whiten", "0.5", "2"])
+    assert "argument --whiten: 2: expected 0 to 0.5" in capsys.readouterr().err

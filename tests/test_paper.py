@@ -13,8 +13,8 @@ from datasets.conditions import write_conditions
 from datasets.names import Catalogue
 from experiments import figures, runs, table2, table4
 from models.config import ModelConfig
-from models.earthloc import EarthLoc
-from models.weights import save_safetensors
+from models.earthloc import EarthLoc, load_model
+from models.weights import save_safetensors, weights_fingerprint
 from retrieval.leaderboard import FIELDS, append_line
 from utils.flags import call
 from utils.logs import make_log_dir
@@ -169,21 +169,54 @@ def test_table4_evaluates_each_once_and_prints_the_paper_beside(world, tmp_path,
     assert "| 4x90, paper |" in capsys.readouterr().out
 
 
-def test_results_of_another_data_set_or_other_flags_do_not_count(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def evaluations(monkeypatch, fingerprint):
+    """-> the (dataset, tta) that are evaluated from now on, by a stand-in whose results tell what fingerprint(weights)
+    gives."""
     asked = []
 
     def evaluate(args):
         asked.append((args.dataset_path, args.tta))
         folder = make_log_dir(args.log_dir)
         (folder / "config.json").write_text(json.dumps(vars(args)))
-        (folder / "results.json").write_text(json.dumps({"dataset": args.dataset_path}))
+        results = {"dataset": args.dataset_path, "number": len(asked)} | fingerprint(args.resume)
+        (folder / "results.json").write_text(json.dumps(results))
 
     monkeypatch.setattr(runs.evaluation, "main", evaluate)
+    return asked
+
+
+def of_weights(path):
+    return {"fingerprint": weights_fingerprint(load_model(path))}
+
+
+def test_results_of_another_data_set_or_other_flags_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = evaluations(monkeypatch, of_weights)
+    model = weights("m.safetensors")
     for dataset, *flags in (["one"], ["two"], ["one/"], ["one", "--tta", "none"], ["two", "--batch_size", "7"]):
-        results, _ = runs.evaluated("m.pt", "x", "--dataset_path", dataset, *flags)
+        results, _ = runs.evaluated(model, "x", "--dataset_path", dataset, *flags)
         assert results["dataset"] == dataset.strip("/")
     assert asked == [("one", "4x90"), ("two", "4x90"), ("one", "none")]
+
+
+def test_results_of_weights_that_were_there_before_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = evaluations(monkeypatch, of_weights)
+    for seed, number in ((0, 1), (0, 1), (1, 2), (0, 1), (1, 2)):
+        results, _ = runs.evaluated(weights("m.safetensors", seed), "x", "--dataset_path", "one")
+        assert results["number"] == number
+    assert len(asked) == 2
+
+
+def test_results_that_do_not_tell_their_weights_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluations(monkeypatch, lambda path: {})
+    model = weights("m.safetensors")
+    with pytest.raises(RuntimeError, match="x: the evaluation of m.safetensors left no results.json"):
+        runs.evaluated(model, "x", "--dataset_path", "one")  # as an older version left them
+    asked = evaluations(monkeypatch, of_weights)
+    for _ in range(2):
+        assert runs.evaluated(model, "x", "--dataset_path", "one")[0]["number"] == len(asked) == 1
 
 
 def test_a_training_is_done_again_only_where_what_changes_it_differs(tmp_path, monkeypatch, capsys):

@@ -38,13 +38,13 @@ def expected(database, queries, k, rows=None):
 
 
 def agree(found, right):
-    """The same scores, and the same rows but where scores are closer than float32 tells."""
+    """Whether scores are the same, and rows but where scores are closer than float32 tells."""
     (scores, indices), (right_scores, right_indices) = found, right
-    assert scores == pytest.approx(right_scores, abs=2e-6)
     gaps = np.abs(np.diff(right_scores, axis=1)) > 4e-6
     clear = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True)
     clear &= np.pad(gaps, ((0, 0), (0, 1)), constant_values=True)
-    assert clear.mean() > 0.8 and np.array_equal(indices[clear], right_indices[clear])
+    same_rows = clear.mean() > 0.8 and np.array_equal(indices[clear], right_indices[clear])
+    return same_rows and scores == pytest.approx(right_scores, abs=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -54,16 +54,16 @@ def test_the_nearest_are_those_of_float64(kind, dtype):
     rows = np.sort(np.random.default_rng(1).choice(3000, 1500, replace=False))
     index = make(kind, database)
     for k in (1, 30, 400):
-        agree(index.search(queries, k), expected(database, queries, k))
-        agree(index.search(queries, k, rows), expected(database, queries, k, rows))
-    agree(index.search(queries, 5, rows[::-1]), expected(database, queries, 5, rows[::-1]))
+        assert agree(index.search(queries, k), expected(database, queries, k))
+        assert agree(index.search(queries, k, rows), expected(database, queries, k, rows))
+    assert agree(index.search(queries, 5, rows[::-1]), expected(database, queries, 5, rows[::-1]))
     assert getattr(index, "fallbacks", 0) == 0  # none came to its result by the plain way
 
 
 def test_blocks_do_not_matter():
     database, queries = photos(1000)
     for block in (7, 100, 999, 5000):
-        agree(make("exact bfloat16", database, block=block).search(queries, 10), expected(database, queries, 10))
+        assert agree(make("exact bfloat16", database, block=block).search(queries, 10), expected(database, queries, 10))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -123,7 +123,7 @@ def test_nan_is_refused_unless_its_row_is_left_out(kind):
     with pytest.raises(ValueError, match="1 database descriptors are not finite.*row 7"):
         index.search(queries, 2, [3, 7, 9])
     rows = np.delete(np.arange(2000), 7)
-    agree(index.search(queries, 3, rows), expected(database, queries, 3, rows))
+    assert agree(index.search(queries, 3, rows), expected(database, queries, 3, rows))
     queries[4, 0] = np.inf
     with pytest.raises(ValueError, match="1 query descriptors are not finite.*row 4"):
         index.search(queries, 2, rows)
@@ -133,7 +133,7 @@ def test_a_memory_map_is_searched_where_it_lies(tmp_path):
     database, queries = photos(3000)
     np.save(tmp_path / "database.npy", database)
     for kind in KINDS:
-        agree(
+        assert agree(
             make(kind, np.load(tmp_path / "database.npy", mmap_mode="r")).search(queries, 4),
             expected(database, queries, 4),
         )
@@ -175,15 +175,15 @@ def test_compressed_reading_everything_is_exact(compressed):
     """All components, all lists, and as many re-scored as it takes: the flat result."""
     database, queries, _ = compressed
     index = CompressedSearch(database[:3000], dim=48, lists=4, probes=4, rescored=1500, exact_below=0)
-    agree(index.search(queries, 8), expected(database[:3000], queries, 8))
+    assert agree(index.search(queries, 8), expected(database[:3000], queries, 8))
     rows = np.flatnonzero(np.arange(3000) % 3)
-    agree(index.search(queries, 8, rows), expected(database[:3000], queries, 8, rows))
+    assert agree(index.search(queries, 8, rows), expected(database[:3000], queries, 8, rows))
 
 
 def test_compressed_is_exact_in_a_small_part_and_where_there_is_little(compressed):
     database, queries, index = compressed
     rows = np.arange(100, 400)
-    agree(index.search(queries, 30, rows), expected(database, queries, 30, rows))
+    assert agree(index.search(queries, 30, rows), expected(database, queries, 30, rows))
     scores, indices = index.search(queries, 9, [5, 3])
     assert np.array_equal(np.sort(indices[:, :2], axis=1), np.tile([0, 1], (60, 1))) and (indices[:, 2:] == -1).all()
     assert index.search(queries[:0], 3)[0].shape == (0, 3)
@@ -235,9 +235,9 @@ def test_compressed_learns_from_few_and_says_when_there_are_too_few():
     database, queries = photos(6000, 16, 4)
     database[40:] = np.nan
     rows = np.arange(40)
-    agree(make_search("compressed", database).search(queries, 5, rows), expected(database, queries, 5, rows))
+    assert agree(make_search("compressed", database).search(queries, 5, rows), expected(database, queries, 5, rows))
     index = CompressedSearch(database, exact_below=0, rescored=20, probes=1000)
-    agree(index.search(queries, 5, rows), expected(database, queries, 5, rows))
+    assert agree(index.search(queries, 5, rows), expected(database, queries, 5, rows))
     database[10:] = np.nan
     with pytest.raises(ValueError, match="--search compressed: only 10 .* finite.*--search exact"):
         make_search("compressed", database)

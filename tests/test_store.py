@@ -161,6 +161,8 @@ def test_a_changed_image_is_described_anew_with_a_line(root, caplog):
     values, _ = keep(root, paths(5), model)
     assert same(values, plain(root, paths(5))) and model.images == ONE + 2 * 2
     assert "3 of 5 images are described, 2 entries are stale" in caplog.text
+    (path,) = stored(root)
+    assert path.stat().st_size == 5 * 2 * 6 * 2  # in the old ones' place
 
 
 def test_images_that_come_and_go_leave_the_others_kept(root):
@@ -224,6 +226,25 @@ def test_what_is_broken_is_described_anew_with_a_line(root, suffix, damage, lost
     assert ("described anew" in caplog.text) == (
         suffix == ".marks" and len(path.read_bytes()) > 0 and damage(b"1") != b""
     )
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b'{"format": "earthloc descriptors 2", "model": "0"}'.ljust(4096), "of an earlier version's form"),
+        (b"\xff" * 4096, "truncated or broken"),
+    ],
+)
+def test_marks_that_cannot_be_used_are_told_where_no_log_is_set_up(root, content, why, caplog):
+    """By a warning, which Python shows by itself; once."""
+    keep(root, paths(4), Counting())
+    (path,) = stored(root)
+    path.with_suffix(".marks").write_bytes(content)
+    for lines in (1, 0):
+        caplog.clear()
+        keep(root, paths(4), Counting())
+        told = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+        assert told == [f"{path.parent}: {path.stem} is described anew, its marks are {why}"] * lines
 
 
 def test_no_images_and_no_room(root, monkeypatch):
