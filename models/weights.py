@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from models.backbone import LITE0, RESNETS, Backbone, lite0_to_timm, outline, stages_of, stride_of
+from models.backbone import LITE_PACKAGES, RESNETS, Backbone, lite_to_timm, outline, stages_of, stride_of
 from models.config import ModelConfig
 from utils.checkpoint import load_tensors
 from utils.files import replacing
@@ -152,11 +152,11 @@ def fit_model_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
 
 
 def fit_backbone_(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
-    """A classifier's state dict into a backbone, by timm's names (of a ResNet torchvision's, too) or, for
-    efficientnet_lite0, EfficientNet-PyTorch's; `source` is named in errors. The classifier and the stages that are cut
-    off are ignored; otherwise strict, ValueError."""
-    if backbone.name == LITE0 and "_conv_stem.weight" in state:
-        state = lite0_to_timm(state)
+    """A classifier's state dict into a backbone, by timm's names (of a ResNet torchvision's, too) or, for the
+    EfficientNet-Lites of LITE_PACKAGES, EfficientNet-PyTorch's; `source` is named in errors. The classifier and the
+    stages that are cut off are ignored; otherwise strict, ValueError."""
+    if backbone.name in LITE_PACKAGES and "_conv_stem.weight" in state:
+        state = lite_to_timm(state, backbone.name)
     own = backbone.model.state_dict()
     unused = outline(backbone.name).state_dict().keys() - own.keys()
     state = {key: value for key, value in state.items() if key not in unused}
@@ -219,7 +219,7 @@ def _flags(config: ModelConfig) -> dict:
 
 def infer_config(state: dict[str, Tensor]) -> ModelConfig:
     """The config of a foreign file, a bare state dict of a whole model, read from its names and shapes: a ResNet or
-    efficientnet_lite0 with MixVPR or GeM, so that it needs no flags.
+    an EfficientNet-Lite of LITE_PACKAGES with MixVPR or GeM, so that it needs no flags.
 
     Not in it are `freeze_until`, and `image_size` with the aggregator "gem", which fits every size: both are left at
     their defaults. ValueError if it is not the state dict of such a model.
@@ -246,7 +246,7 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
 
 
 def _infer_backbone(state: dict[str, Tensor]) -> tuple[str, str]:
-    """Name and last stage of the backbone of a whole model's state dict. Depths that agree up to the cut: the first."""
+    """Name and last stage of a whole model's backbone. Of those that agree up to the cut: the first."""
     prefix = "backbone.model."
     given = {
         key.removeprefix(prefix): value.shape
@@ -255,7 +255,7 @@ def _infer_backbone(state: dict[str, Tensor]) -> tuple[str, str]:
     }
     if not given:
         raise KeyError(f"{prefix}conv1.weight")
-    for name in (*RESNETS, LITE0):
+    for name in (*RESNETS, *LITE_PACKAGES):
         whole = {key: value.shape for key, value in outline(name).state_dict().items()}
         own, last = {}, None
         for stage, (parts, _, _) in stages_of(name).items():
@@ -268,6 +268,6 @@ def _infer_backbone(state: dict[str, Tensor]) -> tuple[str, str]:
         if own == given:
             return name, last
     raise ValueError(
-        "its backbone is no ResNet and no efficientnet_lite0, whole up to a stage; a model of another "
+        f"its backbone is no ResNet and none of {', '.join(LITE_PACKAGES)}, whole up to a stage; a model of another "
         "backbone is read from a file with its config, as train.py and experiments/export.py write it"
     )

