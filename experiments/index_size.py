@@ -1,12 +1,10 @@
 """What the Earth's index loses by being small: python -m experiments.index_size --resume WEIGHTS --dataset_path FOLDER
 
 Recalls of a data set's photos among the images near their nadir: with whole descriptors in float16, and with indexes of
-fewer and fewer bytes a region, whitened or not. Every line turns the photo; the first turns the images, as eval.py does
-by default.
+fewer and fewer bytes a region. Every line turns the photo; the first turns the images, as eval.py does by default.
 """
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Annotated
 
 import numpy as np
@@ -17,7 +15,7 @@ from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
 from retrieval.describe import ROTATIONS, Describer
-from retrieval.earth_index import TURNS, WHITEN, compress, whitening_power
+from retrieval.earth_index import TURNS, compress
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
@@ -34,7 +32,6 @@ def main(
     dataset_path: Annotated[str, "folder with database/, named by the grid, and queries/"],
     resume: Annotated[str, "the model", {"metavar": "WEIGHTS"}],
     dims: Annotated[list[int], "bytes a region", {"type": positive}] = (512, 256, 128, 64),
-    whiten: Annotated[list[float], "powers", {"type": whitening_power}] = (0, WHITEN),
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
     turned_photos_only: Annotated[bool, "leave the first line out: half of the time"] = False,
     descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
@@ -68,10 +65,10 @@ def main(
     found = {row: nearest(vectors, turned[:, row], near[row], len(database)) for row in asked}
     show("float16", 2 * vectors.shape[1], found, positives)
     regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
-    for power, dim in product(whiten, dims):
-        index = compress(regions, vectors, dim, weights_fingerprint(model), power)
+    for dim in dims:
+        index = compress(regions, vectors, dim, weights_fingerprint(model))
         found = {row: index.search(turned[:, [row]], near[row], max(RANKS))[1][0] for row in asked}
-        show(f"bytes, --whiten {power:g}", dim, found, positives)
+        show("a byte a value", dim, found, positives)
 
 
 def nearest(vectors: np.ndarray, photo: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

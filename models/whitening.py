@@ -1,4 +1,5 @@
-"""The last layers' start from what the model gets in training (docs/decisions.md, "Plateau")."""
+"""Whitening: the last layers' start from what the model gets in training (docs/decisions.md, "Plateau"), and its end
+after it."""
 
 from collections.abc import Callable, Iterable
 
@@ -52,3 +53,28 @@ def whiten(
         generator = torch.Generator().manual_seed(seed)
     features = passed(model.aggregate, "whitening")
     model.whiten_(features, std=std, regulariser=regulariser, generator=generator)
+
+
+@torch.no_grad()
+def whiten_outputs_(model: EarthLoc, outputs: Tensor, power: float) -> None:
+    """Folds into the fc of a trained model a partial whitening of what it gives (Jégou and Chum, ECCV 2012), which
+    costs nothing afterwards. outputs: (N, D) of `fc`, before they get unit length.
+
+    The new outputs are centred and uncorrelated, the one of most variance first; each direction was divided by its
+    variance to the given power: 0 only centres and turns, 0.5 gives all of them the same variance. ValueError where
+    outputs are not finite, or fewer than two of them differ.
+    """
+    if outputs.dim() != 2 or outputs.shape[1] != model.fc.out_features or len(outputs) < 2:
+        raise ValueError(f"whitening needs outputs (N >= 2, {model.fc.out_features}), got {tuple(outputs.shape)}")
+    if not torch.isfinite(outputs).all():
+        raise ValueError("whitening needs finite outputs, got nan or inf: has the model diverged?")
+    x = outputs.double()
+    mean = x.mean(0)
+    variances, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    variances, directions = variances.flip(0), directions.flip(1)
+    if variances[0] <= 0:
+        raise ValueError("whitening needs outputs that differ: all images have the same ones")
+    # A direction without variance tells nothing: it must not be blown up.
+    rows = (directions * (variances / variances[0]).clamp(min=1e-6) ** -power).T.to(model.fc.weight)
+    model.fc.bias.copy_(rows @ (model.fc.bias - mean.to(rows)))
+    model.fc.weight.copy_(rows @ model.fc.weight)

@@ -1,13 +1,11 @@
 """The whole Earth in one small file: what a model made of regions of the grid, compressed, to be searched anywhere.
 
 A region stands in it once: instead of the image, the photo is turned. Descriptors are projected onto their first
-principal directions, half whitened, and kept as a byte a value, so 256 bytes a region; scores are cosines of what is
-kept.
+principal directions and kept as a byte a value, so 256 bytes a region; scores are cosines of what is kept.
 
 python -m retrieval.earth_index INDEX --resume WEIGHTS --dataset_path FOLDER makes one of a data set's images of 2021.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -32,7 +30,6 @@ from utils.precision import chosen_precision
 
 FORMAT = "earthloc index 1"
 TURNS = (0, 90, 180, 270)  # degrees that a photo is turned counter-clockwise before it is described
-WHITEN = 0.25  # directions are divided by their variance to this power; docs/data.md tells what it does
 
 
 class EarthIndex:
@@ -121,26 +118,19 @@ class EarthIndex:
         return cls(**arrays, fingerprint=metadata["fingerprint"])
 
 
-def compress(
-    regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint: str, whiten: float = WHITEN
-) -> EarthIndex:
-    """regions (N, 3), descriptors (N, D) -> EarthIndex of `dim` bytes a region.
+def compress(regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint: str) -> EarthIndex:
+    """regions (N, 3), descriptors (N, D) -> EarthIndex of `dim` bytes a region, of their first principal directions.
 
-    whiten: 0 leaves the cosines of the centred descriptors as they are, 0.5 gives all directions the same variance
-    (Jégou and Chum, ECCV 2012). Values beyond the range that holds all but 2 in 10,000 of a column are cut off.
-    ValueError where one is not finite, or dim is larger than D.
+    Values beyond the range that holds all but 2 in 10,000 of a column are cut off. ValueError where one is not finite,
+    or dim is larger than D.
     """
     if not np.isfinite(descriptors).all():
         raise ValueError("descriptors are not finite: has the model diverged?")
     if not 1 <= dim <= descriptors.shape[1]:
         raise ValueError(f"--dim {dim}: the model's descriptors have {descriptors.shape[1]} values")
-    if not 0 <= whiten <= 0.5:
-        raise ValueError(f"--whiten {whiten}: expected 0 to 0.5")
     mean = descriptors.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = descriptors - mean
-    variances, axes = (each[..., ::-1][..., :dim] for each in np.linalg.eigh(centred.T.astype(np.float64) @ centred))
-    # A direction without variance tells nothing: it must not be blown up.
-    axes = (axes * np.maximum(variances / max(variances[0], 1e-12), 1e-6) ** -whiten).astype(np.float16)
+    axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred).eigenvectors[:, ::-1][:, :dim].astype(np.float16)
     values = _unit(centred @ axes.astype(np.float32))
     low, high = np.quantile(values, (1e-4, 1 - 1e-4), axis=0).astype(np.float32)
     step = np.maximum(high - low, 1e-12) / np.float32(255)
@@ -153,22 +143,12 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def whitening_power(text: str) -> float:
-    """Type of a flag: a number from 0 to 0.5, refused before all images are described."""
-    if not 0 <= float(text) <= 0.5:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 0.5")
-    return float(text)
-
-
 def main(
     index: Annotated[Path, "file to write, .safetensors"],
     *,
     resume: Annotated[str, "weights or checkpoint"],
     dataset_path: Annotated[str, "folder with database/, images named by the grid"],
     dim: Annotated[int, "bytes a region", {"type": positive}] = 256,
-    whiten: Annotated[
-        float, "0: plain cosines; 0.5: all directions have the same variance", {"type": whitening_power}
-    ] = WHITEN,
     descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
     batch_size: BatchSize = 32,
     num_workers: Workers = WORKERS,
@@ -188,7 +168,7 @@ def main(
     described, failures = Describer(model, *how).kept(descriptors, database.root, database.paths, "Earth")
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     vectors = np.asarray(described[0, rows], np.float32)
-    earth = compress(regions[rows], vectors, dim, weights_fingerprint(model), whiten)
+    earth = compress(regions[rows], vectors, dim, weights_fingerprint(model))
     earth.save(index)
     print(f"{index}: {len(earth):,} regions, {index.stat().st_size / 1e6:.1f} MB, {len(failures)} failed")
     return earth

@@ -27,8 +27,8 @@ def descriptors():
 
 
 def test_scores_are_cosines_of_the_centred_descriptors(descriptors):
-    """With all directions kept and none whitened, to the precision of a byte."""
-    index = compress(REGIONS, descriptors, 32, "x", whiten=0)
+    """With all directions kept, to the precision of a byte."""
+    index = compress(REGIONS, descriptors, 32, "x")
     photos = np.stack([descriptors[[3, 70]]] * 4)
     scores, rows, _ = index.search(photos, np.arange(len(REGIONS)), 150)
     centred = unit(descriptors.astype(np.float64) - descriptors.astype(np.float64).mean(axis=0))
@@ -55,40 +55,14 @@ def test_only_the_given_rows_are_searched_and_what_is_missing_is_filled(descript
     assert sorted(rows[0, :3]) == [5, 9, 20] and (rows[0, 3:] == -1).all() and np.isneginf(scores[0, 3:]).all()
 
 
-@pytest.mark.parametrize("whiten", [0.25, 0.5])
-def test_whitened_scores_are_cosines_in_which_directions_count_by_their_variance(descriptors, whiten):
-    """By the covariance's own power in float64: (C ** -whiten) (x - mean), compared by cosine."""
-    index = compress(REGIONS, descriptors, 32, "x", whiten)
-    photos = np.stack([descriptors[[3, 70]]] * 4)
-    scores, rows, _ = index.search(photos, np.arange(len(REGIONS)), 150)
-    centred = descriptors.astype(np.float64) - descriptors.astype(np.float64).mean(axis=0)
-    values, vectors = np.linalg.eigh(np.cov(centred.T))
-    whitened = unit(centred @ (vectors * values**-whiten) @ vectors.T)
-    for q, own in enumerate((3, 70)):
-        np.testing.assert_allclose(scores[q], (whitened @ whitened[own])[rows[q]], atol=0.03)
-
-
-def test_directions_without_variance_stay_small_and_odd_powers_are_refused(descriptors):
-    flat = descriptors.copy()
-    flat[:, 5:] = flat[0, 5:]
-    index = compress(REGIONS, flat, 32, "x", 0.5)
-    assert np.isfinite(index.axes).all() and np.isfinite(index.vectors).all()
-    same = compress(REGIONS, np.ones_like(flat), 4, "x")
-    assert np.isfinite(same.axes).all()
-    with pytest.raises(ValueError, match="--whiten 0.7: expected 0 to 0.5"):
-        compress(REGIONS, descriptors, 16, "x", 0.7)
-
-
-@pytest.mark.parametrize("value", ["2", "-0.1", "nan"])
-def test_odd_powers_are_refused_before_anything_is_described(value, capsys):
-    with pytest.raises(SystemExit):
-        call(earth_index.main, ["none.safetensors", "--resume", "none.pt", "--dataset_path", "none", "--whiten", value])
-    assert f"argument --whiten: {value}: expected 0 to 0.5" in capsys.readouterr().err
+def test_directions_without_variance_are_finite(descriptors):
+    same = compress(REGIONS, np.ones_like(descriptors), 4, "x")
+    assert np.isfinite(same.axes).all() and np.isfinite(same.vectors).all()
 
 
 def test_the_first_directions_are_kept(descriptors):
     """Those of most variance: of 16, the cosines are nearer than those of the 16 last."""
-    index = compress(REGIONS, descriptors, 16, "x", whiten=0)
+    index = compress(REGIONS, descriptors, 16, "x")
     centred = descriptors - descriptors.mean(axis=0)
     variances = (centred @ index.axes).var(axis=0)
     assert (np.diff(variances) < 1e-6).all()
