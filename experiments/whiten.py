@@ -45,7 +45,7 @@ def main(
     weights: Annotated[str, "checkpoint or weights"],
     output: Annotated[Path, "file to write, .safetensors, in half precision"],
     *,
-    dataset_path: Annotated[str, "folder with database/: that of the training, a few thousand images are enough"],
+    dataset_path: Annotated[str, "folder with database/: that of the training; a few thousand images are enough"],
     power: Annotated[
         float, "directions are divided by their variance to this power; 0.5: all are alike", {"type": power_flag}
     ] = 0.25,
@@ -58,6 +58,7 @@ def main(
     if output.suffix != ".safetensors":
         raise ValueError(f"{output}: the name of a file that ends in .safetensors")
     model, database = load_model(weights).eval(), read_database(dataset_path)
+    output.parent.mkdir(parents=True, exist_ok=True)
     how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
     describer = Describer(Unnormalised(model).to(device), *how)
     described, failures = describer([database.root / path for path in database.paths])

@@ -62,10 +62,15 @@ def whiten_outputs_(model: EarthLoc, outputs: Tensor, power: float) -> None:
 
     The new outputs are centred and uncorrelated, the one of most variance first; each direction was divided by its
     variance to the given power: 0 only centres and turns, 0.5 gives all of them the same variance. ValueError where
-    outputs are not finite, or fewer than two of them differ.
+    outputs are not finite, all the same, or no more than they have values: the directions they say nothing about would
+    count most.
     """
-    if outputs.dim() != 2 or outputs.shape[1] != model.fc.out_features or len(outputs) < 2:
-        raise ValueError(f"whitening needs outputs (N >= 2, {model.fc.out_features}), got {tuple(outputs.shape)}")
+    dim = model.fc.out_features
+    if outputs.dim() != 2 or outputs.shape[1] != dim or len(outputs) <= dim:
+        raise ValueError(
+            f"whitening descriptors of {dim} values needs more than {dim} images, better ten times as many; got "
+            f"outputs of shape {tuple(outputs.shape)}"
+        )
     if not torch.isfinite(outputs).all():
         raise ValueError("whitening needs finite outputs, got nan or inf: has the model diverged?")
     x = outputs.double()
