@@ -78,6 +78,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: hasattr(item.module, "pretended_gpu"))
 
 
+def pytest_unconfigure():
+    # milvus-lite's servers stop at the interpreter's end and say so, in a stream of pytest's that is closed by then.
+    logging.raiseExceptions = False
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Shared by all tests: read only."""
