@@ -1,5 +1,5 @@
-"""Whitening: the last layers' start from what the model gets in training (docs/decisions.md, "Plateau"), and its end
-after it."""
+"""Whitening: the last layers' start from what the model gets in training (docs/decisions.md, "Plateau"), and afterwards
+that of a trained model's descriptors."""
 
 from collections.abc import Callable, Iterable
 
