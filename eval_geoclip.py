@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from datasets.gps import Photos, check_points, gallery_points, photos_of_dataset, read_photos
-from datasets.sets import VALIDATION, load_evaluation_data
+from datasets.sets import VALIDATION, in_validation
 from models.geoclip import GeoCLIP
 from models.geoclip_weights import load_geoclip
 from retrieval.geolocation import (
@@ -89,8 +89,7 @@ def photos_of_flags(args: Namespace) -> Photos:
 def queries_of(dataset_path: str) -> Photos:
     """An EarthLoc data set's queries but those of the validation set, which train_geoclip.py picks its best by."""
     photos = photos_of_dataset(dataset_path, "queries")
-    validation = load_evaluation_data(dataset_path).only(VALIDATION)
-    kept = photos.select(np.setdiff1d(np.arange(len(photos)), validation.query_rows))
+    kept = photos.select(~in_validation(photos.nadirs))
     note = f"{len(photos) - len(kept)} queries of {VALIDATION} are left out"
     return Photos(kept.paths, kept.points, kept.nadirs, [note])
 

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from augmentations.year_wise import Augmentation
 from datasets.gps import Photos, distinct_points, photos_of_dataset, read_photos
 from datasets.photo_batches import Schedule, candidates_of, draws_of, note_unreadable
-from datasets.sets import VALIDATION, load_evaluation_data
+from datasets.sets import in_validation
 from losses.gps_contrastive import advance_queue, gps_cross_entropy, initial_queue, neutral_mask
 from models.geoclip import GeoCLIP, GeoClipConfig, build_geoclip
 from models.geoclip_weights import checkpoint_of
@@ -95,10 +95,9 @@ def load_photos(args: Namespace) -> tuple[Photos, Photos | None]:
     if args.val_csv:
         return training, read_photos(args.val_csv, args.val_images)
     if args.dataset_path and (Path(args.dataset_path) / "queries").is_dir():
-        data = load_evaluation_data(args.dataset_path).only(VALIDATION)
-        if data.sets:
-            chosen = data.queries.select(data.query_rows)
-            return training, Photos([chosen.root / path for path in chosen.paths], chosen.centers, chosen.nadirs)
+        queries = photos_of_dataset(args.dataset_path, "queries")
+        validation = queries.select(in_validation(queries.nadirs))
+        return training, validation if len(validation) else None
     return training, None
 
 
@@ -243,7 +242,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, **decay)
         loss, norm, hits = update(run, lr, views, points, candidates, own, readable, args.neutral_km, precision)
         run.memory["queue"] = advance_queue(queue, points)
-        logged = lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr}
+        logged = lambda: {"hits": hits, "scale": run.model.scale.detach().detach(), "lr": lr}
         batch = lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]}
         return Outcome(run.iteration - 1, loss, norm, args.batch_size, logged, batch)
 

@@ -112,6 +112,11 @@ def in_a_set(nadirs: np.ndarray) -> np.ndarray:
     return np.any(near, axis=0)
 
 
+def in_validation(nadirs: np.ndarray) -> np.ndarray:
+    """nadirs (N, 2) -> (N,) bool: photos that belong to the validation set, found a positive or not."""
+    return geo.distance_km(nadirs, POINTS_OF_INTEREST["Texas"]) <= VALIDATION_QUERY_RADIUS_KM
+
+
 def read_database(root: str | Path) -> Catalogue:
     """The images that are searched, those of 2021 -> Catalogue. Raises FileNotFoundError where there is none."""
     database = Catalogue.read(root, "database", year=DATABASE_YEAR)

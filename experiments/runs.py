@@ -70,6 +70,14 @@ def trained_and_evaluated(name: str, flags: list[str], *evaluation_flags: str) -
     return results["average"]["recalls"]
 
 
+def recalls_over_seeds(
+    name: str, flags: list[str], seeds: Sequence[int], *evaluation_flags: str
+) -> dict[str, np.ndarray]:
+    """`trained_and_evaluated` with each seed, under logs/NAME_SEED -> {"1": average R@1 (S,), …}."""
+    runs = [trained_and_evaluated(f"{name}_{seed}", [*flags, f"--seed={seed}"], *evaluation_flags) for seed in seeds]
+    return {k: np.array([recalls[k] for recalls in runs]) for k in runs[0]}
+
+
 def mean_and_deviation(values: Sequence[float] | np.ndarray) -> str:
     """(S,) of S seeds -> "28.4 ± 1.2", the standard deviation over them; of one seed "28.4", of a set that was skipped
     "-"."""

@@ -7,12 +7,11 @@ its last checkpoint evaluated on the six sets; a run whose results are there is 
 
 from typing import Annotated, Literal
 
-import numpy as np
-
 import train
-from experiments.runs import mean_and_deviation, trained_and_evaluated
+from experiments.runs import mean_and_deviation, recalls_over_seeds
 from utils.flags import OTHERS, command
 
+RANKS = ("1", "10", "100")
 # What changes, the flags that make it so, and the paper's average R@1 and R@100.
 ROWS = {
     "views": (
@@ -40,18 +39,13 @@ def main(
     table = []
     for name in rows:
         title, flags, *paper = ROWS[name]
-        ours = []
-        for seed in seeds:
-            more = [*others, *flags.split(), "--seed", str(seed)]
-            recalls = trained_and_evaluated(f"table3/{name}_{seed}", more, f"--rotate={rotate}")
-            ours.append((recalls["1"], recalls["100"]))
-        table.append((title, paper, np.array(ours)))
+        recalls = recalls_over_seeds(f"table3/{name}", [*others, *flags.split()], seeds, f"--rotate={rotate}")
+        table.append((title, [mean_and_deviation(recalls[k]) for k in RANKS], paper))
     title = f"mean ± deviation of {len(seeds)} seeds"
-    print(f"\n| {title:26} | R@1 | R@100 | paper R@1 | paper R@100 |")
-    print("| --- | --- | --- | --- | --- |")
-    for title, paper, ours in table:
-        r1, r100 = (mean_and_deviation(column) for column in ours.T)
-        print(f"| {title:26} | {r1} | {r100} | {paper[0]} | {paper[1]} |")
+    print(f"\n| {title:26} | R@1 | R@10 | R@100 | paper R@1 | paper R@100 |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for title, ours, paper in table:
+        print(f"| {title:26} | {' | '.join(ours)} | {paper[0]} | {paper[1]} |")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def main(
     """-> the model, written to its file."""
     if output.suffix != ".safetensors":
         raise ValueError(f"{output}: the name of a file that ends in .safetensors")
+    output.parent.mkdir(parents=True, exist_ok=True)
     model, database = load_model(weights).eval(), read_database(dataset_path)
     output.parent.mkdir(parents=True, exist_ok=True)
     how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)

@@ -126,8 +126,7 @@ def compress(regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint
     """
     if not np.isfinite(descriptors).all():
         raise ValueError("descriptors are not finite: has the model diverged?")
-    if not 1 <= dim <= descriptors.shape[1]:
-        raise ValueError(f"--dim {dim}: the model's descriptors have {descriptors.shape[1]} values")
+    require_dim(dim, descriptors.shape[1])
     mean = descriptors.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = descriptors - mean
     axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred).eigenvectors[:, ::-1][:, :dim].astype(np.float16)
@@ -136,6 +135,11 @@ def compress(regions: np.ndarray, descriptors: np.ndarray, dim: int, fingerprint
     step = np.maximum(high - low, 1e-12) / np.float32(255)
     codes = ((values - low) / step).round().clip(0, 255).astype(np.uint8)
     return EarthIndex(np.asarray(regions, np.int32), codes, low, step, axes.astype(np.float32), mean, fingerprint)
+
+
+def require_dim(dim: int, values: int) -> None:
+    if not 1 <= dim <= values:
+        raise ValueError(f"--dim {dim}: the model's descriptors have {values} values")
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -157,6 +161,8 @@ def main(
 ) -> EarthIndex:
     """-> the EarthIndex, written to its file."""
     model, database = load_model(resume).eval(), read_database(dataset_path)
+    require_dim(dim, model.config.descriptor_dim)  # now, not after an hour
+    index.parent.mkdir(parents=True, exist_ok=True)
     regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
     strange = np.flatnonzero(np.abs(grid.footprints(regions) - database.footprints).max(axis=(1, 2)) > 1e-4)
     if len(strange):

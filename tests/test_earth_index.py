@@ -97,15 +97,24 @@ def test_what_is_no_index_says_so(descriptors, tmp_path):
         compress(REGIONS, descriptors, 16, "x").search(np.zeros((1, 2, 32), np.float32), np.arange(3), 2)
 
 
+def test_too_many_bytes_a_region_are_refused_before_describing(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 32, 64)), tmp_path / "m.safetensors")
+    monkeypatch.setattr(earth_index, "Describer", None)
+    with pytest.raises(ValueError, match="--dim 33: the model's descriptors have 32 values"):
+        flags = ["--resume", "m.safetensors", "--dataset_path", str(world.path), "--dim", "33"]
+        call(earth_index.main, ["out.safetensors", *flags])
+
+
 def test_the_command_makes_an_index_of_a_data_set(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = ModelConfig("resnet18", "layer2", "none", "gem", 32, 64)
     model = EarthLoc(config)
     save_safetensors(model, tmp_path / "m.safetensors")
-    flags = ["out.safetensors", "--resume", "m.safetensors", "--dataset_path", str(world.path), "--dim", "8"]
+    flags = ["new/out.safetensors", "--resume", "m.safetensors", "--dataset_path", str(world.path), "--dim", "8"]
     made = call(earth_index.main, [*flags, "--num_workers", "0", "--device", "cpu"])
     assert "regions" in capsys.readouterr().out
-    index = EarthIndex.load("out.safetensors")
+    index = EarthIndex.load("new/out.safetensors")
     assert len(index) == len(made) and index.codes.shape[1] == 8
     assert index.fingerprint == weights_fingerprint(load_model("m.safetensors"))
     assert index.fingerprint != weights_fingerprint(EarthLoc(config))

@@ -1,6 +1,7 @@
 """The experiments' scripts on the tiny world."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from experiments import curve, demo, export, plain_recall, real_photos, table3
+from experiments import ablation, curve, demo, export, plain_recall, real_photos, table3
 from models.earthloc import load_model
 from utils.flags import call
 
@@ -69,7 +70,7 @@ def test_table3_trains_what_it_says_and_prints_it_beside_the_paper(world, tmp_pa
     call(table3.main, argv)
     lines = capsys.readouterr().out.splitlines()
     views, everything = [line.split("|") for line in lines if line.startswith(("| views", "| everything"))]
-    assert views[4].strip() == "26.2" and everything[5].strip() == "88.9"
+    assert views[5].strip() == "26.2" and everything[6].strip() == "88.9"
     means = []
     for seed in (0, 1):
         (results,) = (tmp_path / "logs" / "table3" / f"all_{seed}_eval").glob("*/results.json")
@@ -89,6 +90,38 @@ def test_table3_refuses_a_wrong_flag_before_training(capsys):
     with pytest.raises(SystemExit):
         call(table3.main, ["--seeds", "0", "--no_such_flag", "1"])
     assert "--no_such_flag" in capsys.readouterr().err
+
+
+def test_an_ablation_compares_each_change_with_the_recipe_of_the_same_seed(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--change", "loss=circle gamma=40", "--seeds", "0", "1", "--dataset_path", str(world.path), *TINY]
+    call(ablation.main, argv)
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    rows = {row[1]: row for row in rows if len(row) > 2}
+
+    def results(name, k):
+        found = [(tmp_path / "logs" / "ablation" / f"{name}_{seed}_eval").glob("*/results.json") for seed in (0, 1)]
+        return [json.loads(file.read_text())["average"]["recalls"][k] for each in found for file in each]
+
+    for seed in (0, 1):
+        (config,) = (tmp_path / "logs" / "ablation" / f"loss=circle_gamma=40_{seed}").glob("*/config.json")
+        told = json.loads(config.read_text())
+        assert (told["loss"], told["gamma"], told["seed"]) == ("circle", 40, seed)
+    for title, name in (("as it is", "as_it_is"), ("loss=circle gamma=40", "loss=circle_gamma=40")):
+        for column, k in ((2, "1"), (3, "10"), (4, "100")):
+            mean, deviation = map(float, rows[title][column].split(" ± "))
+            assert mean == pytest.approx(statistics.mean(results(name, k)), abs=0.051)
+            assert deviation == pytest.approx(statistics.stdev(results(name, k)), abs=0.051)
+    more = [b - a for a, b in zip(results("as_it_is", "1"), results("loss=circle_gamma=40", "1"), strict=True)]
+    told = list(map(float, rows["loss=circle gamma=40"][5].split(" ± ")))
+    assert told == pytest.approx([statistics.mean(more), statistics.stdev(more)], abs=0.051)
+
+
+@pytest.mark.parametrize("given, told", (("no_such_flag=1", "--no_such_flag"), ("loss", "NAME=VALUE")))
+def test_an_ablation_refuses_a_wrong_change_before_training(given, told, capsys):
+    with pytest.raises(SystemExit):
+        call(ablation.main, ["--change", "batch_size=8", given])
+    assert told in capsys.readouterr().err
 
 
 def test_a_curve_of_the_kept_checkpoints_and_an_export_of_the_last(world, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -231,6 +232,24 @@ def test_evaluation_on_a_dataset(world, trained, tmp_path):
     assert json.loads((folder / "results.json").read_text())["naive"]["Nadir"]["accuracy"]["200"] > 90
     assert (folder / "predictions.jpg").is_file()
     assert len(list((tmp_path / "cwd" / "logs" / "galleries").iterdir())) == 1
+
+
+def test_validation_is_told_apart_by_the_nadir_alone(world, tmp_path):
+    """Positions are all that GeoCLIP needs: no database, no positives."""
+    (tmp_path / "queries").symlink_to(world.path / "queries")
+    left = {Path(path).name for path in eval_geoclip.queries_of(tmp_path).paths}
+    args = train_geoclip.parse_arguments(["--dataset_path", str(world.path)])
+    validation = {Path(path).name for path in train_geoclip.load_photos(args)[1].paths}
+
+    def texas_km(name):
+        lat, lon = map(math.radians, map(float, name.split("@")[11:13]))
+        lat0, lon0 = map(math.radians, (30.0, -95.0))
+        cosine = math.sin(lat) * math.sin(lat0) + math.cos(lat) * math.cos(lat0) * math.cos(lon - lon0)
+        return 6371 * math.acos(min(1, cosine))
+
+    names = {path.name for path in (world.path / "queries").iterdir()}
+    inside = {name for name in names if texas_km(name) <= 500}
+    assert 0 < len(inside) < len(names) and validation == inside and left == names - inside
 
 
 @pytest.fixture
