@@ -242,7 +242,7 @@ def train(args: Namespace, folder: Path, device: torch.device, stop: Stop) -> bo
         lr = learning_rate(run.iteration, args.lr, args.lr_schedule, args.iterations, **decay)
         loss, norm, hits = update(run, lr, views, points, candidates, own, readable, args.neutral_km, precision)
         run.memory["queue"] = advance_queue(queue, points)
-        logged = lambda: {"hits": hits, "scale": run.model.scale.detach().detach(), "lr": lr}
+        logged = lambda: {"hits": hits, "scale": run.model.scale.detach(), "lr": lr}
         batch = lambda: {"views": views, "paths": [str(training.paths[row]) for row in rows.tolist()]}
         return Outcome(run.iteration - 1, loss, norm, args.batch_size, logged, batch)
 
