@@ -22,6 +22,7 @@ from retrieval.database import Dataset, Places
 from retrieval.exports.matches import matches_of
 from retrieval.locator import EARTH_WEIGHTS, Locator, Place
 from retrieval.matching import matcher_flag
+from retrieval.prior import PRIOR_HELP, PRIORS
 from utils import geo
 from utils.arguments import add_shared, make_parser, positive, run
 from utils.mercator import bounds
@@ -43,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_k", type=positive, default=5, help="places for each photo")
     add("--tle", metavar="FILE", help="two-line elements of the station: nadirs of photos with a time in their EXIF")
     add("--near_km", type=float, default=2500, help="how far a photo reaches from its nadir")
+    add("--prior", choices=PRIORS, default="archive", help=PRIOR_HELP)
     add("--register", **matcher_flag("auto", "none"), default="auto", help="of the best places, see predict.py")
     add("--matcher_weights", metavar="FILE", help="of --register, if not those of the installed package")
     add("--ground", metavar="FILE", help="raster in Web Mercator: what --register matches, and the page's map")
@@ -74,7 +76,8 @@ def main(args: argparse.Namespace) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s   %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     hosts = allowed_hosts(args.host, args.port, args.allowed_hosts)
-    names = "dataset_path index register matcher_weights ground near_km candidates descriptors device precision".split()
+    names = "dataset_path index register matcher_weights ground near_km prior candidates".split()
+    names += "descriptors device precision".split()
     settings = {name: getattr(args, name) for name in names}
     apart = Apart(partial(load, args.resume, args.top_k, args.tle, args.threads, **settings))
     for each in (signal.SIGTERM, signal.SIGHUP):

@@ -28,6 +28,7 @@ from retrieval.describe import Describer
 from retrieval.exports import EXPORTS, export_answer
 from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
 from retrieval.matching import matcher_flag
+from retrieval.prior import PRIOR_HELP, PRIORS
 from retrieval.store import DescriptorFile, tidy
 from retrieval.summary import save_map, save_sheet, tell
 from utils.arguments import add_shared, make_parser, positive, run, whole
@@ -36,9 +37,9 @@ from utils.signals import EXIT_CODE, Stop, Stopped, interruptible
 from utils.tables import Strings
 
 # Flags that the locator takes as they are, and those that decide what is found: an archive goes on with the same ones.
-LOCATOR = "dataset_path index milvus register matcher_weights ground candidates near_km descriptors".split()
+LOCATOR = "dataset_path index milvus register matcher_weights ground candidates near_km prior descriptors".split()
 LOCATOR += "device precision batch_size num_workers".split()
-DECIDING = "dataset_path index milvus top_k near near_km register ground candidates".split()
+DECIDING = "dataset_path index milvus top_k near near_km prior register ground candidates".split()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--near", type=float, nargs=2, metavar=("LAT", "LON"), help="one point for all photos; degrees")
     add("--tle", metavar="FILE", help="two-line elements of the station, for photos with a time (table or EXIF)")
     add("--near_km", type=float, default=2500, help="how far a photo reaches; astronauts see 2500 km (paper, eq. 1)")
+    add("--prior", choices=PRIORS, default="archive", help=PRIOR_HELP)
 
     add = parser.add_argument_group("registration").add_argument
     add(

@@ -25,6 +25,9 @@ from utils.files import printable
 
 COLUMNS = ("path", "nadir_lat", "nadir_lon", "time")
 BLOCK = 20_000
+# How far photos look, from the nadir to the centre of their corners: shares of the 17,752 public query names.
+DISTANCE_SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.998, 1)
+DISTANCES_KM = (2, 33, 81, 120, 180, 226, 272, 323, 385, 459, 507, 556, 613, 680, 764, 870, 943, 1138, 1400)
 
 
 @dataclass(frozen=True)

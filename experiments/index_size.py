@@ -42,13 +42,7 @@ def main(
 ) -> None:
     """Prints a row for each size."""
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
-    pairs, _ = intersections(photos.footprints, database.footprints)
-    positives = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(photos))))
-    near = geo.distance_km(photos.nadirs[:, None], database.footprints.mean(axis=1)[None]) <= near_km
-    near = [np.flatnonzero(each) for each in near]
-    asked = [row for row, right in enumerate(positives) if np.isin(right, near[row]).any()]
-    print(f"{len(asked)} photos, {len(database):,} images, {np.mean([len(near[row]) for row in asked]):,.0f} near each")
-
+    positives, near, asked = around_nadirs(photos, database, near_km)
     model = load_model(resume).eval()
     how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
     kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
@@ -69,6 +63,20 @@ def main(
         index = compress(regions, vectors, dim, weights_fingerprint(model))
         found = {row: index.search(turned[:, [row]], near[row], max(RANKS))[1][0] for row in asked}
         show("a byte a value", dim, found, positives)
+
+
+def around_nadirs(
+    photos: Catalogue, database: Catalogue, near_km: float
+) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
+    """-> for each photo the rows of the images that show some of its ground, and of those near its nadir; the photos
+    that have one that is both. Prints how many."""
+    pairs, _ = intersections(photos.footprints, database.footprints)
+    positives = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(photos))))
+    near = geo.distance_km(photos.nadirs[:, None], database.footprints.mean(axis=1)[None]) <= near_km
+    near = [np.flatnonzero(each) for each in near]
+    asked = [row for row, right in enumerate(positives) if np.isin(right, near[row]).any()]
+    print(f"{len(asked)} photos, {len(database):,} images, {np.mean([len(near[row]) for row in asked]):,.0f} near each")
+    return positives, near, asked
 
 
 def nearest(vectors: np.ndarray, photo: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

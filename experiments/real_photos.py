@@ -2,7 +2,8 @@
 
 Two tables, a row for each of the weights. Photos that some image of the database shares ground with, among all its
 images in four rotations: recalls. With --index, photos larger than --min_km2 against the whole Earth: the rank of the
-first region that shares ground with the photo, among those within --near_km of its nadir, and among all.
+first region that shares ground with the photo, among those within --near_km of its nadir, by score and as predict.py
+orders them (retrieval/prior.py), and among all.
 """
 
 from typing import Annotated
@@ -16,6 +17,7 @@ from models.earthloc import load_model
 from retrieval.database import best_rotations
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.earth_index import TURNS, EarthIndex
+from retrieval.prior import log_prior, weigh
 from retrieval.recall import recall_at
 from utils import geo
 from utils.flags import BatchSize, Precision, command
@@ -62,20 +64,21 @@ def against_earth(
     """described: weights and (4, N, D); indexes: a file for each of them. Prints the second table."""
     large = np.flatnonzero(photos.areas >= min_km2)
     print(f"{len(large)} photos of {min_km2:g} km² and more against the whole Earth")
-    print("| weights, index | ranks near the nadir | within ten | ranks in the whole world | within ten |")
+    ways = {"near the nadir": (near_km, 0), "near, with the prior": (near_km, 1), "in the whole world": (np.inf, 0)}
+    print("| weights, index | " + " | ".join(f"ranks {way} | within ten" for way in ways) + " |")
     for (weights, turned), file in zip(described, indexes, strict=True):
         index = EarthIndex.load(file)
         right = share_ground(photos.footprints[large], index.footprints)
-        near = geo.distance_km(photos.nadirs[large][:, None], index.footprints.mean(axis=1)[None]) <= near_km
+        away = geo.distance_km(photos.nadirs[large][:, None], index.footprints.mean(axis=1)[None])
         cells = []
-        for rows_of in (near, np.ones_like(near)):
+        for reach, weight in ways.values():
             ranks = []
             for k, row in enumerate(large):
-                rows = np.flatnonzero(rows_of[k] | right[k])
-                _, found, _ = index.search(turned[:, [row]], rows, len(rows))
+                rows = np.flatnonzero((away[k] <= reach) | right[k])
+                found = index.search(turned[:, [row]], rows, len(rows))
+                _, found, _ = weigh(*found, weight * log_prior(away[k]), len(rows))
                 ranks.append(1 + int(np.argmax(right[k][found[0]])))
-            ranks = np.array(ranks)
-            cells += [" ".join(map(str, sorted(ranks))), f"{(ranks <= 10).sum()} of {len(ranks)}"]
+            cells += [" ".join(map(str, sorted(ranks))), f"{(np.array(ranks) <= 10).sum()} of {len(ranks)}"]
         print(f"| {weights}, {file} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -7,6 +7,7 @@ that look most like a photo.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from datasets.names import DATABASE_YEAR, Catalogue
 from datasets.sets import read_database
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.predictions import distances_to_footprints
+from retrieval.prior import log_prior, weigh
 from retrieval.recall import first_of_each, take
 from retrieval.search import search
 from retrieval.store import Rows
@@ -38,6 +40,7 @@ class Places:
     km². turns: degrees, counter-clockwise, in which `search` wants a photo described."""
 
     turns: tuple[int, ...] = (0,)
+    most = sys.maxsize  # places that a search can find
     ground = None  # for registration: what there is around a place, see retrieval/ground.py
 
     def __init__(self, source: str | Path, footprints: np.ndarray, names: Sequence[str], areas: np.ndarray) -> None:
@@ -152,6 +155,8 @@ class MilvusIndex(Index):
     """An index whose vectors are searched in Milvus (retrieval/milvus.py): uri is a file that ends in .db, or a
     cluster's. It is told of the circle around the rows, that of a nadir: so many numbers would take it seconds."""
 
+    most = 1000  # quick; Milvus itself can 16,384
+
     def __init__(self, index: EarthIndex, source: str | Path, uri: str, key: str = "sq8", token: str = "") -> None:
         from retrieval.milvus import MilvusSearch
 
@@ -187,10 +192,13 @@ def best_rotations(photos: np.ndarray, images: np.ndarray | Rows, rows: np.ndarr
     return take(scores, first, -np.inf), take(row, first, -1), np.array(ROTATIONS)[take(turn, first, 0)]
 
 
-def search_near(places: Places, photos: np.ndarray, points: Sequence, km: float, k: int) -> FOUND:
+def search_near(
+    places: Places, photos: np.ndarray, points: Sequence, km: float, k: int, prior: str = "uniform"
+) -> FOUND:
     """As `Places.search`, of each photo among the places within km of its own point (lat, lon), None: anywhere.
 
-    Photos of one point are searched together.
+    prior: "archive" orders them by how likely they are so far from the point, too (retrieval/prior.py; with Milvus its
+    best 1,000). Photos of one point are searched together.
     """
     scores = np.full((photos.shape[1], k), -np.inf, dtype=np.float32)
     found, rotations = np.full(scores.shape, -1), np.zeros(scores.shape, dtype=np.int64)
@@ -201,6 +209,13 @@ def search_near(places: Places, photos: np.ndarray, points: Sequence, km: float,
     places.prepare(np.unique(np.concatenate([*near.values(), np.zeros(0, dtype=np.int64)])))
     for point, own in groups.items():
         rows = places.prepare(near[point])
-        if len(rows):
-            scores[own], found[own], rotations[own] = places.search(photos[:, own], rows, k)
+        if not len(rows):
+            continue
+        if prior == "uniform" or point is None:
+            best = places.search(photos[:, own], rows, k)
+        else:
+            in_reach = places.search(photos[:, own], rows, min(len(rows), places.most))
+            best = weigh(*in_reach, log_prior(geo.distance_km(places.centers, point)), k)
+        for whole, part in zip((scores, found, rotations), best):
+            whole[own, : part.shape[1]] = part
     return scores, found, rotations

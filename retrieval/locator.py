@@ -21,6 +21,7 @@ from models.earthloc import load_model
 from models.weights import weights_fingerprint
 from retrieval.database import Dataset, Index, MilvusIndex, Places, search_near
 from retrieval.describe import Describer
+from retrieval.prior import PRIORS
 from utils import geo
 from utils.precision import default_precision, require_device
 
@@ -104,9 +105,9 @@ class Locator:
 
     Called with images (paths; or pixels as PIL images, or uint8 tensors or arrays (3, H, W) or (H, W, 3)) and the point
     below the camera for each (lat, lon, degrees; None: unknown, the whole Earth is searched), it returns a list of at
-    most top_k `Place`s for each image, best first: by inliers where they are registered, else by score. Only places
-    within `near_km` of the nadir are looked at. An image that cannot be read has none; the log says why. `stream` does
-    the same for any number of files, a batch at a time.
+    most top_k `Place`s for each image, best first: by inliers where they are registered, else by score and by distance
+    from the nadir (`prior`). Only places within `near_km` of the nadir are looked at. An image that cannot be read has
+    none; the log says why. `stream` does the same for any number of files, a batch at a time.
     """
 
     def __init__(
@@ -116,15 +117,19 @@ class Locator:
         matcher: Matcher | None = None,
         register: str = "none",
         near_km: float = 2500,
+        prior: str = "archive",
         candidates: int = 10,
         batch_size: int = 32,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
     ) -> None:
-        """matcher: what `make_matcher(register)` gives; candidates: so many of the best are registered."""
+        """matcher: what `make_matcher(register)` gives; candidates: so many of the best are registered. prior:
+        how far from their nadir photos look, "archive": as the public ones; "uniform": anywhere within near_km."""
+        if prior not in PRIORS:
+            raise ValueError(f"--prior {prior}: expected {' or '.join(PRIORS)}")
         self.model, self.places, self.matcher, self.register = model, places, matcher, register
-        self.near_km, self.candidates = near_km, candidates
+        self.near_km, self.prior, self.candidates = near_km, prior, candidates
         self.settings = dict(
             image_size=model.config.image_size,
             batch_size=batch_size,
@@ -155,7 +160,7 @@ class Locator:
         the whole Earth that ships with the weights. milvus: where the index is searched, if not in memory, see
         MilvusIndex; a cluster's password is taken from $MILVUS_TOKEN. register: xfeat, aliked, disk, sift or none, on
         the data set's images or on ground, a Web Mercator raster; auto: `default_matcher` where there is one of these.
-        settings: near_km, candidates.
+        settings: near_km, prior, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
@@ -219,7 +224,7 @@ class Locator:
             nadirs = {number: nadir_of(number) for number in numbers.tolist()}
             readable = np.flatnonzero([number not in failed for number in numbers.tolist()])
             points = [nadirs[number].point for number in numbers[readable].tolist()]
-            found = search_near(self.places, descriptors[:, readable], points, self.near_km, depth)
+            found = search_near(self.places, descriptors[:, readable], points, self.near_km, depth, self.prior)
             lists = dict(zip(numbers[readable].tolist(), zip(*found)))
             answers = (
                 self._answer(images[number], number, nadirs[number], lists.get(number), failed.get(number), top_k)

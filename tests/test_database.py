@@ -1,5 +1,7 @@
 """What a photo is compared with: which places are in reach, and which are found."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from datasets import grid
 from datasets.sets import read_database
 from retrieval.database import Dataset, Index, Places, best_rotations, search_near
+from retrieval.prior import SPREADS, log_prior
 from retrieval.store import Rows
 from utils import geo
 
@@ -111,6 +114,35 @@ def test_each_photo_is_searched_near_its_own_nadir():
                 best[row][1],
             )
     assert (found[4] == -1).all() and len(asked[0]) == 400  # all that is needed, at once
+
+
+@pytest.mark.parametrize("most", [sys.maxsize, 40])
+def test_with_the_prior_places_near_the_nadir_come_first_among_those_that_look_as_alike(most):
+    """Against plain loops; where a search finds so many at most, of these."""
+    rng = np.random.default_rng(5)
+    footprints, images, photos = grid.footprints(some_regions()), unit(rng, 4, 400, 16), unit(rng, 1, 3, 16)
+
+    class Some(Places):
+        def search(self, photos, rows, k):
+            assert k <= most
+            return best_rotations(photos[0], images, rows, k)
+
+    Some.most = most
+    places, points = Some("x", footprints, range(400), np.zeros(400)), [(0.0, 0.0), None, (30.0, 179.0)]
+    scores, found, rotations = search_near(places, photos, points, 2500, 6, "archive")
+    for photo, point in enumerate(points):
+        near = np.flatnonzero(within_reach(footprints, point, 2500)) if point else np.arange(400)
+        looks = {row: max(float(photos[0, photo] @ images[turn, row]) for turn in range(4)) for row in near.tolist()}
+        kept = sorted(looks, key=lambda row: -looks[row])[: most if point else None]
+        step = SPREADS * np.std([looks[row] for row in kept])
+        away = {row: geo.distance_km(places.centers[row], point) if point else 0 for row in kept}
+        likely = {row: looks[row] + step * float(log_prior(away[row])) for row in kept}
+        expected = sorted(kept, key=lambda row: -likely[row])[:6]
+        assert found[photo].tolist() == expected
+        np.testing.assert_allclose(scores[photo], [looks[row] for row in expected], atol=1e-5)
+        for row, rotation in zip(expected, rotations[photo]):
+            assert photos[0, photo] @ images[rotation // 90, row] == pytest.approx(looks[row], abs=1e-5)
+    assert found[0].tolist() != search_near(places, photos, points, 2500, 6)[1][0].tolist()
 
 
 def test_images_are_described_when_they_are_first_needed_and_once(world):

@@ -170,7 +170,7 @@ def test_sizes_are_drawn_as_in_the_names():
     drawn = np.array([earth_photos.draw_size(rng) for _ in range(6000)])
     for values, known in zip(drawn.T, (earth_photos.AREAS_KM2, earth_photos.DISTANCES_KM)):
         shares = [(values <= bound).mean() for bound in known]
-        assert np.abs(np.array(shares) - earth_photos.PROBABILITIES).max() < 0.02
+        assert np.abs(np.array(shares) - earth_photos.DISTANCE_SHARES).max() < 0.02
     drawn = np.array([earth_photos.draw_size(rng, (1000, 100_000))[0] for _ in range(2000)])
     assert drawn.min() >= 1000 and np.median(drawn) == pytest.approx(10_000, rel=0.15)
 
@@ -178,7 +178,7 @@ def test_sizes_are_drawn_as_in_the_names():
 @pytest.mark.skipif(not REAL_NAMES.is_file(), reason="needs ../shared/names")
 def test_quantiles_are_those_of_the_real_names():
     names = Catalogue.read_source(REAL_NAMES, "queries")
-    percent = 100 * np.array(earth_photos.PROBABILITIES)
+    percent = 100 * np.array(earth_photos.DISTANCE_SHARES)
     np.testing.assert_allclose(earth_photos.AREAS_KM2, np.percentile(names.areas, percent), rtol=1e-3)
     distances = np.percentile(geo.distance_km(names.nadirs, names.centers), percent)
     np.testing.assert_allclose(earth_photos.DISTANCES_KM[:-1], distances[:-1], atol=1)  # the last nadirs are wrong

@@ -199,9 +199,10 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     assert "10 of 10 photos have a right image among 24" in lines
     recalls = [float(cell) for cell in next(line for line in lines if "m.safetensors |" in line).split("|")[2:6]]
     assert recalls == sorted(recalls) and 0 <= recalls[0] <= recalls[3] == 100  # 20 of 24 images, 9 right each
-    near, world_wide = lines[-1].split("|")[2], lines[-1].split("|")[4]
+    near, by_prior, world_wide = (lines[-1].split("|")[column] for column in (2, 4, 6))
     photos = Catalogue.read(world.path, "queries")
     assert len(near.split()) == len(world_wide.split()) == (photos.areas >= 2000).sum()
+    assert sum(map(int, by_prior.split())) < sum(map(int, near.split()))  # they show what lies below them
     assert all(1 <= int(rank) <= 24 for rank in near.split())
     assert all(int(a) <= int(b) for a, b in zip(near.split(), world_wide.split()))
 

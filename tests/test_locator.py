@@ -62,6 +62,31 @@ def test_nadirs_are_the_photos_own(locator, world):
         locator(paths, [texas])
 
 
+def test_photos_are_taken_to_look_as_far_as_the_public_ones_or_anywhere(world, model):
+    """Of two that look nearly as alike the one at the nadir comes first; where any distance is as likely, it does not;
+    and one that looks much less alike comes last, though it is nearer."""
+    regions = np.array([(8, 100, 60), (8, 100, 66), (8, 100, 72)])  # 760 km from one to the next
+
+    class Made:
+        footprints = grid.footprints(regions)
+
+        def search(self, photos, rows, k):
+            best = np.tile(np.array([2, 0, 1])[:k], (photos.shape[1], 1))
+            return np.tile([0.52, 0.51, 0.4][:k], (photos.shape[1], 1)), best, np.zeros_like(best)
+
+    Made.regions = regions
+    nadir = tuple(grid.footprints(regions)[0].mean(axis=0))
+    image = world.image(world.regions[0])
+    rows = lambda *nadirs, **settings: [
+        [place.row for place in places]
+        for places in Locator(model, Index(Made(), "earth.index"), **settings)([image] * len(nadirs), nadirs)
+    ]
+    assert rows(nadir) == [[0, 2, 1]] and rows(nadir, None) == [[0, 2, 1], [2, 0, 1]]
+    assert rows(nadir, prior="uniform") == [[2, 0, 1]]
+    with pytest.raises(ValueError, match="--prior near: expected archive or uniform"):
+        Locator(model, Index(Made(), "earth.index"), prior="near")
+
+
 def test_what_cannot_be_read_has_no_place_and_costs_no_other(locator, world, tmp_path, caplog):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     paths = [

@@ -43,6 +43,7 @@ from datasets.build.demo_world import (
 from datasets.build.plan import fingerprint, kept_plan
 from datasets.conditions import CONDITIONS_FILE, write_conditions
 from datasets.images import encode_jpeg
+from datasets.nadirs import DISTANCE_SHARES, DISTANCES_KM
 from datasets.names import Catalogue
 from datasets.overlap import INTERSECTIONS_FILE, write_positives
 from datasets.sets import (
@@ -64,13 +65,11 @@ MISSION = "EARTH"  # first part of the photos' ids
 MONTHS = (1, 4, 6, 10)  # none of them a year of `earth`
 SENSOR_MM = (36.0, 23.9)
 FOCAL_MM = (24, 1150)  # the archive's lenses (paper, sec. 3.1); zooms fill what lies between
-# Of the 17,752 public query names: areas of the footprints, and from the nadir to the centre of the corners.
-PROBABILITIES = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.998, 1)
+# Areas of the 17,752 public query names' footprints, at DISTANCE_SHARES.
 AREAS_KM2 = (
     (5001, 5050, 5271, 5563, 6284, 7279, 8666, 10832, 13839, 18829, 23370, 30496, 40296, 56995, 71692)
     + (86218, 92493, 98422, 99994)
 )  # fmt: skip
-DISTANCES_KM = (2, 33, 81, 120, 180, 226, 272, 323, 385, 459, 507, 556, 613, 680, 764, 870, 943, 1138, 1400)
 LAND_SHARE = 0.88  # of the names' centres; the others show some land
 UPRIGHT_SHARE, UPRIGHT_DEGREES = 0.3, 25  # so many hold the camera up, away from the nadir, give or take
 CLOUD_KM = (8, 80)  # the demo's photos are ten times as wide
@@ -97,8 +96,8 @@ def draw_size(rng: np.random.Generator, areas: Sequence[float] | None = None) ->
     The two are independent: in the names their rank correlation is 0.1.
     """
     chance, far = rng.uniform(size=2)
-    bounds, known = (areas, (0, 1)) if areas else (AREAS_KM2, PROBABILITIES)
-    return float(np.exp(np.interp(chance, known, np.log(bounds)))), float(np.interp(far, PROBABILITIES, DISTANCES_KM))
+    bounds, known = (areas, (0, 1)) if areas else (AREAS_KM2, DISTANCE_SHARES)
+    return float(np.exp(np.interp(chance, known, np.log(bounds)))), float(np.interp(far, DISTANCE_SHARES, DISTANCES_KM))
 
 
 def aim(
