@@ -4,13 +4,15 @@ python -m experiments.nadir_prior --resume WEIGHTS --dataset_path FOLDER
 
 A data set's photos among the images near their nadir, ordered by score and, more and more, by distance from the nadir
 (retrieval/prior.py). A row for each weight of the prior: recalls, and the surprise at the right images, -log of the
-share of probability on them, which is least where the weight is right: SPREADS there.
+share of probability on them, which is least where the weight is right: SPREADS there. Then recalls of photos that look
+more and more far, by score alone and with that weight. --nadir_error moves each nadir, in a direction drawn by chance.
 """
 
 from typing import Annotated
 
 import numpy as np
 
+from datasets.build.camera import great_circle
 from datasets.names import Catalogue
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from experiments.index_size import RANKS, around_nadirs
@@ -18,10 +20,11 @@ from models.earthloc import load_model
 from retrieval.describe import Describer
 from retrieval.earth_index import TURNS
 from retrieval.prior import SPREADS, log_prior, weigh
-from retrieval.recall import recall_at
 from utils import geo
 from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
 from utils.precision import chosen_precision
+
+FAR_KM = (0, 150, 323, 600, 800, QUERY_RADIUS_KM)
 
 
 def main(
@@ -30,13 +33,14 @@ def main(
     resume: Annotated[str, "the model", {"metavar": "WEIGHTS"}],
     weights: Annotated[list[float], "of the prior, in spreads of the scores"] = (0, 0.2, 0.3, SPREADS, 0.6, 0.8),
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
+    nadir_error: Annotated[float, "km by which nadirs are wrong"] = 0.0,
     descriptors: Annotated[str, "folder where descriptors are kept"] = DESCRIPTORS,
     batch_size: BatchSize = 32,
     num_workers: Workers = WORKERS,
     device: Device = DEVICE,
     precision: Precision = "fp32",
 ) -> None:
-    """Prints a row for each weight."""
+    """Prints both tables."""
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     positives, near, asked = around_nadirs(photos, database, near_km)
     model = load_model(resume).eval()
@@ -46,21 +50,30 @@ def main(
     )[0]
     turned, images = np.asarray(kept(photos, TURNS), np.float32), np.asarray(kept(database, (0,))[0], np.float32)
 
-    found, surprise = {weight: [] for weight in weights}, {weight: [] for weight in weights}
+    tried, rng = sorted({0, SPREADS, *weights}), np.random.default_rng(0)
+    ranks, surprise = {weight: [] for weight in tried}, {weight: [] for weight in tried}
     for row in asked:
-        places = near[row]
-        scores = (turned[:, row] @ images[places].T).max(axis=0)[None]
-        logs = log_prior(geo.distance_km(database.centers, photos.nadirs[row]))
-        right = np.isin(places, positives[row])
-        for weight in weights:
-            found[weight].append(weigh(scores, places[None], places[None], logs, max(RANKS), weight)[1][0])
+        places = near[row][None]
+        nadir = great_circle(tuple(photos.nadirs[row]), rng.uniform(0, 2 * np.pi), nadir_error / geo.EARTH_RADIUS_KM)
+        logs = log_prior(geo.distance_km(database.centers, nadir))
+        scores, right = (turned[:, row] @ images[places[0]].T).max(axis=0)[None], np.isin(places[0], positives[row])
+        for weight in tried:
+            _, found, _ = weigh(scores, places, places, logs, places.size, weight)
+            ranks[weight].append(1 + np.argmax(np.isin(found[0], positives[row])))
             if weight > 0:
-                surprise[weight].append(surprise_at(right, scores[0], logs[places], weight))
-    print("| weight | " + " | ".join(f"R@{k}" for k in RANKS) + " | surprise |")
+                surprise[weight].append(surprise_at(right, scores[0], logs[places[0]], weight))
+    recalls = lambda ranks: " | ".join(f"{100 * np.mean(np.array(ranks) <= k):.1f}" for k in RANKS)
+    titles = " | ".join(f"R@{k}" for k in RANKS)
+    print(f"| weight | {titles} | surprise |")
     for weight in weights:
-        recalls = recall_at(np.stack(found[weight]), [positives[row] for row in asked], RANKS)
-        told = f"{np.mean(surprise[weight]):.3f}" if weight > 0 else ""
-        print(f"| {weight:g} | " + " | ".join(f"{recalls[k]:.1f}" for k in RANKS) + f" | {told} |")
+        print(f"| {weight:g} | {recalls(ranks[weight])} | {np.mean(surprise[weight]) if weight > 0 else np.nan:.3f} |")
+    far = geo.distance_km(photos.nadirs, photos.centers)[asked]
+    print(f"| km from the nadir | photos | {titles} | {titles} with the prior |")
+    for low, high in zip(FAR_KM, FAR_KM[1:]):
+        inside = (far >= low) & (far < high)
+        if inside.any():
+            both = " | ".join(recalls(np.array(ranks[weight])[inside]) for weight in (0, SPREADS))
+            print(f"| {low:g} to {high:g} | {inside.sum()} | {both} |")
 
 
 def surprise_at(right: np.ndarray, scores: np.ndarray, log_priors: np.ndarray, weight: float) -> float:

@@ -76,14 +76,23 @@ def test_the_surprise_is_that_of_a_plain_sum():
     assert nadir_prior.surprise_at(right, scores, logs, 0.5) == pytest.approx(expected)
 
 
-def test_the_command_prints_a_row_for_each_weight(world, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_a_row_for_each_weight_and_each_distance(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "m.safetensors")
     flags = ["--resume", "m.safetensors", "--dataset_path", str(world.path), "--weights", "0", "0.5", "100"]
-    call(nadir_prior.main, [*flags, "--num_workers", "0"])
-    first, *table = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if not line.startswith("| weight")]
-    assert first.startswith("10 photos, 24 images") and [row[0] for row in rows] == ["0", "0.5", "100"]
-    assert rows[0][4] == "" and all(float(row[4]) > 0 for row in rows[1:])
-    assert float(rows[2][1]) > 90  # the nadir alone: the tiny world's photos show what lies below
+    cells = lambda lines: [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    at_one = []
+    for error in ("0", "2000"):
+        call(nadir_prior.main, [*flags, "--num_workers", "0", "--nadir_error", error])
+        first, *table = capsys.readouterr().out.splitlines()
+        at = next(row for row, line in enumerate(table) if line.startswith("| km"))
+        weights, far = cells(table[1:at]), cells(table[at + 1 :])
+        assert first.startswith("10 photos, 24 images") and [row[0] for row in weights] == ["0", "0.5", "100"]
+        assert weights[0][4] == "nan" and all(float(row[4]) > 0 for row in weights[1:])
+        assert sum(int(row[1]) for row in far) == 10
+        mean = sum(int(row[1]) * float(row[2]) for row in far) / 10  # by score alone: the first row, taken apart
+        assert mean == pytest.approx(float(weights[0][1]), abs=0.1)
+        at_one.append(float(weights[2][1]))
+    assert at_one[0] > 90  # by the nadir alone: the tiny world's photos show what lies below
+    assert at_one[1] < at_one[0]
