@@ -18,7 +18,7 @@ from utils.flags import OTHERS, command
 RANKS = ("1", "10", "100")
 
 
-def change(text: str) -> list[str]:
+def parse_change(text: str) -> list[str]:
     """Type of a flag: "loss=circle gamma=40" -> ["--loss=circle", "--gamma=40"]; train.py's parser checks them."""
     words = text.split()
     if not words or not all(name and value for name, _, value in (word.partition("=") for word in words)):
@@ -29,15 +29,13 @@ def change(text: str) -> list[str]:
 def main(
     others: Annotated[list[str], OTHERS],
     *,
-    changes: Annotated[
-        list[list[str]], "to try, each alone", {"option": "--change", "type": change, "metavar": "NAME=VALUE"}
-    ],
+    change: Annotated[list[list[str]], "to try, each alone", {"type": parse_change, "metavar": "NAME=VALUE"}],
     seeds: Annotated[list[int], "one training each"] = (0,),
     rotate: Annotated[Literal["database", "queries"], "what evaluation turns"] = "database",
 ) -> None:
     """Trains and evaluates what is not done yet, and prints the table: recalls, and by how much R@1 differs from the
     recipe's with the same seed."""
-    recipes = {"as it is": []} | {" ".join(flags).replace("--", ""): flags for flags in changes}
+    recipes = {"as it is": []} | {" ".join(flags).replace("--", ""): flags for flags in change}
     for flags in recipes.values():
         train.parse_arguments([*others, *flags])  # a wrong flag is better met now than after hours
     table = {}
