@@ -14,6 +14,7 @@ from datasets.names import Catalogue
 from datasets.overlap import intersections, share_ground
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
+from models.weights import weights_fingerprint
 from retrieval.database import best_rotations
 from retrieval.describe import ROTATIONS, Describer
 from retrieval.earth_index import TURNS, EarthIndex
@@ -49,7 +50,7 @@ def main(
         files = lambda catalogue: [catalogue.root / path for path in catalogue.paths]
         how = model.config.image_size, batch_size, 0, "cpu", chosen_precision(precision, "cpu")
         turned, _ = Describer(model, *how, TURNS, upright=True)(files(photos))
-        described.append((weights, turned))
+        described.append((weights, weights_fingerprint(model), turned))
         images, _ = Describer(model, *how, ROTATIONS)(files(database))
         _, found, _ = best_rotations(turned[0], images, np.arange(len(database)), len(database))
         recalls = recall_at(found[with_one], [positives[row] for row in with_one], RANKS)
@@ -59,15 +60,20 @@ def main(
 
 
 def against_earth(
-    photos: Catalogue, described: list[tuple[str, np.ndarray]], indexes: list[str], min_km2: float, near_km: float
+    photos: Catalogue, described: list[tuple[str, str, np.ndarray]], indexes: list[str], min_km2: float, near_km: float
 ) -> None:
-    """described: weights and (4, N, D); indexes: a file for each of them. Prints the second table."""
+    """described: weights, their fingerprint, (4, N, D); indexes: a file for each of them. Prints the second table.
+
+    Raises ValueError where other weights made an index.
+    """
     large = np.flatnonzero(photos.areas >= min_km2)
     print(f"{len(large)} photos of {min_km2:g} km² and more against the whole Earth")
     ways = {"near the nadir": (near_km, 0), "near, with the prior": (near_km, 1), "in the whole world": (np.inf, 0)}
     print("| weights, index | " + " | ".join(f"ranks {way} | within ten" for way in ways) + " |")
-    for (weights, turned), file in zip(described, indexes, strict=True):
+    for (weights, fingerprint, turned), file in zip(described, indexes, strict=True):
         index = EarthIndex.load(file)
+        if index.fingerprint != fingerprint:
+            raise ValueError(f"--index {file}: was not made with {weights}; give one for each --resume, in their order")
         right = share_ground(photos.footprints[large], index.footprints)
         away = geo.distance_km(photos.nadirs[large][:, None], index.footprints.mean(axis=1)[None])
         cells = []

@@ -205,6 +205,9 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     assert sum(map(int, by_prior.split())) < sum(map(int, near.split()))  # they show what lies below them
     assert all(1 <= int(rank) <= 24 for rank in near.split())
     assert all(int(a) <= int(b) for a, b in zip(near.split(), world_wide.split()))
+    save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "other.safetensors")
+    with pytest.raises(ValueError, match="i.safetensors: was not made with other.safetensors"):
+        call(real_photos.main, [*common[2:], "--resume", "other.safetensors", "--index", "i.safetensors"])
 
 
 def test_milvus_beside_faiss_and_a_file_into_it_and_back(tmp_path, capsys, monkeypatch):
