@@ -20,7 +20,7 @@ import torch
 from datasets.nadirs import Nadir, read_nadirs
 from retrieval.database import Dataset, Places
 from retrieval.exports.matches import matches_of
-from retrieval.locator import EARTH_WEIGHTS, Locator, Place
+from retrieval.locator import RESUME_HELP, Locator, Place
 from retrieval.matching import matcher_flag
 from retrieval.prior import PRIOR_HELP, PRIORS
 from utils import geo
@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what photos are compared with")
     add = group.add_argument
-    add("--resume", default=str(EARTH_WEIGHTS), help="checkpoint of train.py, or released weights")
+    add("--resume", help=RESUME_HELP)
     add("--dataset_path", help="folder with database/")
     add("--index", help="file of python -m retrieval.earth_index; default: without --dataset_path, the shipped one")
     add("--top_k", type=positive, default=5, help="places for each photo")

@@ -83,8 +83,7 @@ def main(args: Namespace) -> Evaluation | list[Evaluation] | None:
         # A checkpoint says its own shape; the model flags are for a fresh model.
         model = load_model(args.resume) if args.resume else build_model(model_config(args), args.weights)
         shape = model.config
-        name = f"{shape.backbone} {shape.aggregator} {shape.descriptor_dim}"
-        return evaluate(model, shape.image_size, data, folder, device, args, name, args.resume or args.weights)
+        return evaluate(model, shape.image_size, data, folder, device, args, shape.name, args.resume or args.weights)
 
 
 def evaluate_methods(

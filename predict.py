@@ -26,7 +26,7 @@ from retrieval.archive import Archive, make_folder, merge, parse_shard, read_pla
 from retrieval.database import require_enough
 from retrieval.describe import Describer
 from retrieval.exports import EXPORTS, export_answer
-from retrieval.locator import COLUMNS, EARTH_WEIGHTS, Locator, Place, own_columns  # noqa: F401  (Place for others)
+from retrieval.locator import COLUMNS, RESUME_HELP, Locator, Place, default_weights, own_columns  # noqa: F401
 from retrieval.matching import matcher_flag
 from retrieval.prior import PRIOR_HELP, PRIORS
 from retrieval.store import DescriptorFile, tidy
@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="folders are searched through")
-    add("--resume", default=str(EARTH_WEIGHTS), help="checkpoint of train.py, or released weights")
+    add("--resume", help=RESUME_HELP)
     add("--dataset_path", help="folder with database/; queries are not needed")
     add("--index", help="file of python -m retrieval.earth_index; default: without --dataset_path, the shipped one")
     told = "search the index in Milvus: a file ending in .db, or http://HOST:PORT ($MILVUS_TOKEN: USER:PASSWORD); "
@@ -92,6 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shown", type=whole, help="photos in the picture, and world maps; default: 50, with --output 0")
     add_shared(group, "batch_size", "num_workers", "device", "precision", log_dir="predict")
     args = parser.parse_args(argv)
+    args.resume = args.resume or str(default_weights(args.dataset_path))
     if args.merge is None and not args.inputs:
         parser.error("photos are needed (or --merge FOLDER)")
     if args.shard is not None and args.output is None:

@@ -4,7 +4,7 @@ A region is TILES × TILES map tiles; rows and columns step by STEP tiles, so ne
 sec. 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -70,6 +70,11 @@ def image_name(zoom: int, row: int, col: int, year: int) -> ImageName:
         area=int(name_area(footprint)),
         orientation=0.0,
     )
+
+
+def regions_of(ids: Iterable[str]) -> np.ndarray:
+    """N image ids of the grid, zoom_row_col -> (N, 3) int."""
+    return np.array([[int(part) for part in each.split("_")] for each in ids], dtype=np.int64).reshape(-1, 3)
 
 
 def image_paths(region: Sequence[int], years: Sequence[int]) -> list[str]:

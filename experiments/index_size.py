@@ -1,21 +1,24 @@
 """What the Earth's index loses by being small: python -m experiments.index_size --resume WEIGHTS --dataset_path FOLDER
 
 Recalls of a data set's photos among the images near their nadir: with whole descriptors in float16, and with indexes of
-fewer and fewer bytes a region. Every line turns the photo; the first turns the images, as eval.py does by default.
+fewer and fewer values a region, of 8 and of 4 bits. Every line turns the photo; the first turns the images, as eval.py
+does by default.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated
 
 import numpy as np
 
+from datasets import grid
 from datasets.names import Catalogue
 from datasets.overlap import intersections
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
 from retrieval.describe import ROTATIONS, Describer
-from retrieval.earth_index import TURNS, compress
+from retrieval.earth_index import CLIPPED, TURNS, compress
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
@@ -31,7 +34,8 @@ def main(
     *,
     dataset_path: Annotated[str, "folder with database/, named by the grid, and queries/"],
     resume: Annotated[str, "the model", {"metavar": "WEIGHTS"}],
-    dims: Annotated[list[int], "bytes a region", {"type": positive}] = (512, 256, 128, 64),
+    dims: Annotated[list[int], "values a region", {"type": positive}] = (512, 256, 128),
+    bits: Annotated[list[int], "of a value", {"choices": tuple(CLIPPED)}] = (8, 4),
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
     turned_photos_only: Annotated[bool, "leave the first line out: half of the time"] = False,
     descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
@@ -58,11 +62,11 @@ def main(
     vectors = np.asarray(kept(database, (0,))[0], np.float32)
     found = {row: nearest(vectors, turned[:, row], near[row], len(database)) for row in asked}
     show("float16", 2 * vectors.shape[1], found, positives)
-    regions = np.array([[int(part) for part in each.split("_")] for each in database.ids])
-    for dim in dims:
-        index = compress(regions, vectors, dim, weights_fingerprint(model))
+    regions = grid.regions_of(database.ids)
+    for each, dim in product(bits, dims):
+        index = compress(regions, vectors, dim, weights_fingerprint(model), each)
         found = {row: index.search(turned[:, [row]], near[row], max(RANKS))[1][0] for row in asked}
-        show("a byte a value", dim, found, positives)
+        show(f"{dim} values of {each} bits", index.codes.shape[1], found, positives)
 
 
 def around_nadirs(

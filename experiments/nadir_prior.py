@@ -5,20 +5,23 @@ python -m experiments.nadir_prior --resume WEIGHTS --dataset_path FOLDER
 A data set's photos among the images near their nadir, ordered by score and, more and more, by distance from the nadir
 (retrieval/prior.py). A row for each weight of the prior: recalls, and the surprise at the right images, -log of the
 share of probability on them, which is least where the weight is right: SPREADS there. Then recalls of photos that look
-more and more far, by score alone and with that weight. --nadir_error moves each nadir, in a direction drawn by chance.
+more and more far, by score alone and with that weight. --index takes the images' descriptors from an index of them, as
+predict.py does. --nadir_error moves each nadir, in a direction drawn by chance.
 """
 
 from typing import Annotated
 
 import numpy as np
 
+from datasets import grid
 from datasets.build.camera import great_circle
 from datasets.names import Catalogue
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from experiments.index_size import RANKS, around_nadirs
 from models.earthloc import load_model
+from models.weights import weights_fingerprint
 from retrieval.describe import Describer
-from retrieval.earth_index import TURNS
+from retrieval.earth_index import TURNS, EarthIndex
 from retrieval.prior import SPREADS, log_prior, weigh
 from utils import geo
 from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
@@ -33,6 +36,7 @@ def main(
     resume: Annotated[str, "the model", {"metavar": "WEIGHTS"}],
     weights: Annotated[list[float], "of the prior, in spreads of the scores"] = (0, 0.2, 0.3, SPREADS, 0.6, 0.8),
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
+    index: Annotated[str | None, "file of python -m retrieval.earth_index, made of this data set"] = None,
     nadir_error: Annotated[float, "km by which nadirs are wrong"] = 0.0,
     descriptors: Annotated[str, "folder where descriptors are kept"] = DESCRIPTORS,
     batch_size: BatchSize = 32,
@@ -48,7 +52,15 @@ def main(
     kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
         descriptors, catalogue.root, catalogue.paths, catalogue.root.name
     )[0]
-    turned, images = np.asarray(kept(photos, TURNS), np.float32), np.asarray(kept(database, (0,))[0], np.float32)
+    if index is None:
+        turned, images = np.asarray(kept(photos, TURNS), np.float32), np.asarray(kept(database, (0,))[0], np.float32)
+    else:
+        earth = EarthIndex.load(index)
+        if earth.fingerprint != weights_fingerprint(model) or not np.array_equal(
+            earth.regions, grid.regions_of(database.ids)
+        ):
+            raise ValueError(f"--index {index}: was not made with {resume} of the images of {dataset_path}")
+        turned, images = np.stack([earth.project(each) for each in kept(photos, TURNS)]), earth.vectors
 
     tried, rng = sorted({0, SPREADS, *weights}), np.random.default_rng(0)
     ranks, surprise = {weight: [] for weight in tried}, {weight: [] for weight in tried}

@@ -37,7 +37,9 @@ def main(
     batch_size: BatchSize = 32,
     precision: Precision = "fp32",
 ) -> None:
-    """Prints the tables."""
+    """Prints the tables. Raises ValueError where indexes and weights do not go together."""
+    if index and len(index) != len(resume):
+        raise ValueError(f"--index: {len(index)} for {len(resume)} weights; give one for each --resume, in their order")
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     pairs, _ = intersections(photos.footprints, database.footprints)
     positives = [pairs[pairs[:, 0] == row, 1] for row in range(len(photos))]
@@ -70,7 +72,7 @@ def against_earth(
     print(f"{len(large)} photos of {min_km2:g} km² and more against the whole Earth")
     ways = {"near the nadir": (near_km, 0), "near, with the prior": (near_km, 1), "in the whole world": (np.inf, 0)}
     print("| weights, index | " + " | ".join(f"ranks {way} | within ten" for way in ways) + " |")
-    for (weights, fingerprint, turned), file in zip(described, indexes, strict=True):
+    for (weights, fingerprint, turned), file in zip(described, indexes):
         index = EarthIndex.load(file)
         if index.fingerprint != fingerprint:
             raise ValueError(f"--index {file}: was not made with {weights}; give one for each --resume, in their order")

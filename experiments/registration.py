@@ -4,21 +4,22 @@ python -m experiments.registration DATASET_PATH --register xfeat sift
 python -m experiments.registration DATASET_PATH --index weights/earth_index.safetensors --ground RASTER --candidates 50
 
 Photos are located as predict.py does it, near their nadirs; candidates are the data set's images, or an index's
-regions. Told for each are the ranks of the first right place: among the candidates, by how much they look alike, and
-after registration. A right one shares ground with the photo. Labels whose sides are longer than 2.2:1 are faulty (3.5 %
+regions. Told for each are the ranks of the first right place: among the candidates as retrieval orders them, and after
+registration. A right one shares ground with the photo. Labels whose sides are longer than 2.2:1 are faulty (3.5 %
 of the public names), and are left out where footprints are compared; corners are compared in whatever order fits best,
 as names have them in any.
 """
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import Annotated
 
 import numpy as np
 
 from datasets.names import Catalogue
 from datasets.overlap import polygons, share_ground
-from retrieval.locator import EARTH_WEIGHTS, Locator, Place
+from retrieval.locator import Locator, Place
 from retrieval.matching import matcher_flag
 from utils import geo
 from utils.arguments import positive
@@ -53,16 +54,15 @@ def corners_off(label: np.ndarray, footprint: np.ndarray) -> float:
 
 
 def measure(name: str, label: np.ndarray, places: Sequence[Place], candidates: np.ndarray, seconds: float) -> dict:
-    """A photo's label (4, 2), its places, best first, and the footprints (N, 4, 2) of what each was before it was
-    registered -> dict. ranks: of the first right one, before (None: there is none) and after."""
+    """A photo's label (4, 2), its places, best first, and the footprints (N, 4, 2) that retrieval found, best first
+    -> dict. ranks: of the first right one, before (None: there is none) and after."""
     true, right = (
         share_ground(label[None], np.asarray(each))[0] for each in (candidates, [place.footprint for place in places])
     )
-    before = np.argsort([-place.score for place in places], kind="stable")
     best = places[0]
     return {
         "photo": name,
-        "ranks": [1 + int(each.argmax()) if each.any() else None for each in (true[before], right)],
+        "ranks": [1 + int(each.argmax()) if each.any() else None for each in (true, right)],
         "best": best,
         "right": bool(right[0]),
         "iou": iou(label, best.footprint) if best.registration else 0.0,
@@ -117,7 +117,7 @@ def summary(results: Sequence[dict]) -> list[str]:
 
 def main(
     dataset_path: Annotated[str, "folder with queries/, and database/ without --index"],
-    resume: Annotated[str, "the model that finds candidates"] = str(EARTH_WEIGHTS),
+    resume: Annotated[str | None, "the model that finds candidates; default: as of predict.py"] = None,
     index: Annotated[
         str | None, "file of retrieval/earth_index.py: its regions are the candidates; needs --ground"
     ] = None,
@@ -139,6 +139,8 @@ def main(
     settings |= dict(descriptors=descriptors, device=device)
     for name in register:
         locator = Locator.from_files(resume, register=name, **settings)
+        retrieval = copy(locator)
+        retrieval.matcher = None
         near = [locator.places.near(tuple(nadir), locator.near_km) for nadir in queries.nadirs[rows].tolist()]
         locator.places.prepare(np.unique(np.concatenate(near)))  # once, so it is no photo's time
         results = []
@@ -148,8 +150,9 @@ def main(
             (found,) = locator([queries.root / queries.paths[row]], [tuple(queries.nadirs[row])], candidates)
             seconds = time.perf_counter() - began
             if found:
-                before = locator.places.footprints[[place.row for place in found]]
-                results.append(measure(queries.ids[row], queries.footprints[row], found, before, seconds))
+                (before,) = retrieval([queries.root / queries.paths[row]], [tuple(queries.nadirs[row])], candidates)
+                looks = locator.places.footprints[[place.row for place in before]]
+                results.append(measure(queries.ids[row], queries.footprints[row], found, looks, seconds))
                 print(line(results[-1]), flush=True)
         print("\n".join(summary(results)), flush=True)
 

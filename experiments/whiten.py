@@ -57,8 +57,10 @@ def main(
     """-> the model, written to its file."""
     if output.suffix != ".safetensors":
         raise ValueError(f"{output}: the name of a file that ends in .safetensors")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    model, database = load_model(weights).eval(), read_database(dataset_path)
+    model = load_model(weights).eval()
+    if not isinstance(model, EarthLoc):
+        raise ValueError(f"{weights}: several models in one file; whiten each, and put them together again")
+    database = read_database(dataset_path)
     output.parent.mkdir(parents=True, exist_ok=True)
     how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
     describer = Describer(Unnormalised(model).to(device), *how)

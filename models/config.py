@@ -38,6 +38,10 @@ class ModelConfig:
             raise ValueError(f"--{', --'.join(sorted(unknown))}: no setting of --aggregator {self.aggregator}")
         object.__setattr__(self, "aggregator_settings", defaults | self.aggregator_settings)
 
+    @property
+    def name(self) -> str:
+        return f"{self.backbone} {self.aggregator} {self.descriptor_dim}"
+
     @classmethod
     def from_dict(cls, fields: dict) -> ModelConfig:
         """From what `asdict` made, in this version or an older one. TypeError or ValueError if it is something else."""
@@ -55,6 +59,40 @@ class ModelConfig:
         """
         cut_after, freeze_until = choose_stages(self.backbone, self.cut_after, self.freeze_until, pretrained)
         return replace(self, cut_after=cut_after, freeze_until=freeze_until)
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Models whose descriptors stand side by side. ValueError where they are fewer than two, or want images of
+    different sizes."""
+
+    members: tuple[ModelConfig, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.members) < 2:
+            raise ValueError(f"an ensemble of {len(self.members)}: give two models or more")
+        sizes = [each.image_size for each in self.members]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"an ensemble of models for images of {sizes} px: all must see the same size")
+
+    @property
+    def image_size(self) -> int:
+        return self.members[0].image_size
+
+    @property
+    def descriptor_dim(self) -> int:
+        return sum(each.descriptor_dim for each in self.members)
+
+    @property
+    def name(self) -> str:
+        return " + ".join(each.name for each in self.members)
+
+
+def config_from_dict(fields: dict) -> ModelConfig | EnsembleConfig:
+    """From what `asdict` made of one of them. TypeError or ValueError if it is something else."""
+    if "members" in fields:
+        return EnsembleConfig(tuple(map(ModelConfig.from_dict, fields["members"])))
+    return ModelConfig.from_dict(fields)
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:

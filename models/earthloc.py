@@ -1,5 +1,7 @@
-"""EarthLoc's network (paper section 5.1): backbone -> aggregator -> linear -> L2-normalised descriptor."""
+"""EarthLoc's network (paper section 5.1): backbone -> aggregator -> linear -> L2-normalised descriptor; and several of
+them as one model."""
 
+import math
 from inspect import signature
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from models.aggregators import AGGREGATORS
 from models.backbone import Backbone, imagenet_state_dict
-from models.config import ModelConfig
+from models.config import EnsembleConfig, ModelConfig
 from models.hub import HubMixin
 from models.normalise import l2_normalise
 from models.weights import fit_backbone_, fit_model_, is_whole_model, read_model, read_state_dict
@@ -124,6 +126,22 @@ def _orthogonal_to(fill: Tensor, directions: Tensor) -> Tensor:
     return nn.functional.normalize(fill, dim=1)
 
 
+class Ensemble(nn.Module, HubMixin):
+    """(B, 3, H, W) float RGB in [0, 1] -> (B, sum of the members' descriptor_dims) float32 of unit length: the members'
+    descriptors side by side, so that a cosine similarity is the mean of theirs.
+
+    Its members are trained, and whitened, one by one; python -m experiments.ensemble makes one of their files.
+    """
+
+    def __init__(self, config: EnsembleConfig) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(map(EarthLoc, config.members))
+        self.config = EnsembleConfig(tuple(member.config for member in self.members))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([member(images) for member in self.members], dim=1) / math.sqrt(len(self.members))
+
+
 def build_model(config: ModelConfig, weights: str | Path = "imagenet") -> EarthLoc:
     """A model to train or to evaluate. `weights`: "imagenet" (backbone), "none", or a file with the state dict of a
     whole model or of a backbone.
@@ -145,9 +163,9 @@ def build_model(config: ModelConfig, weights: str | Path = "imagenet") -> EarthL
     return model
 
 
-def load_model(path: str | Path) -> EarthLoc:
+def load_model(path: str | Path) -> EarthLoc | Ensemble:
     """A whole model from a file, with no flags: see `weights.read_model`, whose errors it raises too."""
     state, config = read_model(path)
-    model = EarthLoc(config)
+    model = Ensemble(config) if isinstance(config, EnsembleConfig) else EarthLoc(config)
     fit_model_(model, state, str(path))
     return model

@@ -7,12 +7,12 @@ folder or from the Hugging Face hub; a path or a folder needs no network.
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from torch import nn
 
-from models.config import ModelConfig
-from models.weights import CONFIG_FILE, HUB_FILE, fit_model_, interface, read_model, save_safetensors
+from models.config import EnsembleConfig, ModelConfig
+from models.weights import CONFIG_FILE, HUB_FILE, interface, save_safetensors
 
 FOLDER_FILES = (HUB_FILE, "best.pt", "last.pt")  # what a folder is looked through for, the first one counts
 PAPER = "https://arxiv.org/abs/2403.06758"
@@ -22,11 +22,12 @@ UNTOLD = {"device", "log_dir", "num_workers", "process_timeout", "resume", "trac
 
 
 class HubMixin(PyTorchModelHubMixin, library_name="earthloc", paper_url=PAPER):
-    """What EarthLoc takes from the hub. The class has a `config` and is made from one."""
+    """What EarthLoc and Ensemble take from the hub. A class has a `config` and is made from one."""
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, filename: str | None = None, **download: object) -> Self:
-        """The model in eval mode, of a file, a folder, or a repository of the hub ("name/earthloc").
+    def from_pretrained(cls, source: str | Path, filename: str | None = None, **download: object) -> nn.Module:
+        """The model (an EarthLoc, or an Ensemble) in eval mode, of a file, a folder, or a repository of the hub
+        ("name/earthloc").
 
         source: a file as for `load_model` (ours, a checkpoint of train.py, released weights, TorchGeo's); a folder of
         `save_pretrained` or of a training run. filename: in a folder or a repository, if it is none of the usual ones.
@@ -40,10 +41,9 @@ class HubMixin(PyTorchModelHubMixin, library_name="earthloc", paper_url=PAPER):
             if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
                 raise FileNotFoundError(f"{source}: no such file or folder, and no repository's name (NAME/REPOSITORY)")
             path = Path(hf_hub_download(str(source), filename or HUB_FILE, **download))
-        state, config = read_model(path)
-        model = cls(config)
-        fit_model_(model, state, str(path))
-        return model.eval()
+        from models.earthloc import load_model  # whose models have this class as a base
+
+        return load_model(path).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_safetensors(self, save_directory / HUB_FILE, half=False)
@@ -79,16 +79,19 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: no JSON ({error}); is it the folder of a run?") from error
 
 
-def model_card(config: ModelConfig, takes: dict, flags: dict | None = None, results: dict | None = None) -> str:
+def model_card(
+    config: ModelConfig | EnsembleConfig, takes: dict, flags: dict | None = None, results: dict | None = None
+) -> str:
     """README.md of a repository: the model's shape, what it takes and gives (see `interface`), a line of use, and if
     given the flags it was trained with (config.json of a run) and its recalls (results.json)."""
+    shapes = asdict(config).get("members", [asdict(config)])
     lines = [
         "---",
         "library_name: earthloc",
         "pipeline_tag: image-feature-extraction",
         "tags: [visual-place-recognition, image-retrieval, earth-observation, astronaut-photography]",
         "---",
-        f"# EarthLoc, {config.backbone} + {config.aggregator}, {config.descriptor_dim} values",
+        f"# EarthLoc, {config.name}",
         "",
         f"Describes photos of Earth from orbit, to find where they were taken by retrieval ([paper]({PAPER})).",
         "",
@@ -97,7 +100,7 @@ def model_card(config: ModelConfig, takes: dict, flags: dict | None = None, resu
         f"descriptors = model(images)  # {takes['input']} -> {takes['output']}",
         "```",
         "",
-        *_table(("", ""), [(name, f"{value}") for name, value in asdict(config).items()]),
+        *_table(("", *[""] * len(shapes)), [(name, *(f"{each[name]}" for each in shapes)) for name in shapes[0]]),
     ]
     if flags is not None:
         told = {name: value for name, value in flags.items() if name not in UNTOLD and value is not None}

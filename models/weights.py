@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.backbone import LITE_PACKAGES, RESNETS, Backbone, lite_to_timm, outline, stages_of, stride_of
-from models.config import ModelConfig
+from models.config import EnsembleConfig, ModelConfig, config_from_dict
 from utils.checkpoint import load_tensors
 from utils.files import replacing
 
@@ -26,12 +26,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """State dict of a .safetensors file or of one written by torch.save: bare, or under a checkpoint's key "model".
 
     Names come out as `EarthLoc(...).state_dict()` has them, see `our_names`. FileNotFoundError, or ValueError if the
-    file is truncated, holds something else, or holds objects other than tensors (nothing in it is ever executed).
+    file is truncated, holds something else, objects other than tensors (nothing in it is ever executed), or several
+    models.
     """
-    return _read(Path(path))[0]
+    state = _read(Path(path))[0]
+    if is_ensemble(state):
+        raise ValueError(f"{path}: several models in one file; give the file of one of them")
+    return state
 
 
-def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig]:
+def read_model(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig | EnsembleConfig]:
     """State dict and config of a whole model's file. The config is what `save_safetensors` stored, what a checkpoint
     has under "model_config", or config.json beside model.safetensors; of a foreign file it is inferred, see
     `infer_config`. Errors as `read_state_dict`."""
@@ -63,10 +67,17 @@ def interface(model: nn.Module) -> dict:
         "output": f"float32 (batch, {dim}), of unit length",
         "image_size": size,
         "descriptor_dim": dim,
-        "mean": [round(each, 6) for each in model.mean.flatten().tolist()],
-        "std": [round(each, 6) for each in model.std.flatten().tolist()],
+        "mean": _statistic(model, "mean"),
+        "std": _statistic(model, "std"),
         "normalisation": "(images - mean) / std is done inside the model",
     }
+
+
+def _statistic(model: nn.Module, name: str) -> list:
+    """What its images are normalised by, a value a channel; of an ensemble whose members differ a list of each."""
+    members = getattr(model, "members", [model])
+    found = [[round(each, 6) for each in getattr(member, name).flatten().tolist()] for member in members]
+    return found[0] if all(each == found[0] for each in found) else found
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -78,7 +89,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
+def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | EnsembleConfig | None]:
     """State dict in our names, and the config if the file has one."""
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: give --weights or --resume the path of a file")
@@ -103,7 +114,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f'{path}: expected a state dict (names -> tensors), bare or under the key "model"')
     try:
-        config = config and ModelConfig.from_dict(config)
+        config = config and config_from_dict(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: bad model_config ({error})") from error
     return our_names(state, str(path)), config
@@ -115,7 +126,9 @@ def _config_beside(path: Path) -> dict | None:
         config = json.loads(path.with_name(CONFIG_FILE).read_text()) if path.name == HUB_FILE else {}
     except (FileNotFoundError, ValueError):
         return None
-    return {key: each for key, each in config.items() if key != "interface"} if "backbone" in config else None
+    if not {"backbone", "members"} & set(config):
+        return None
+    return {key: each for key, each in config.items() if key != "interface"}
 
 
 def our_names(state: dict[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
@@ -137,6 +150,11 @@ def our_names(state: dict[str, Tensor], source: str = "state dict") -> dict[str,
 def is_whole_model(state: dict[str, Tensor]) -> bool:
     """Whether a state dict is that of an EarthLoc model rather than of a classifier."""
     return any(key.startswith(("backbone.", "aggregator.")) for key in state)
+
+
+def is_ensemble(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict is that of several EarthLoc models in one."""
+    return any(key.startswith("members.") for key in state)
 
 
 def fit_model_(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -198,6 +216,8 @@ def _copy(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _flags_that_fit(model: nn.Module, state: dict[str, Tensor]) -> str:
+    if isinstance(model.config, EnsembleConfig):
+        return "Make it again of its members' files: python -m experiments.ensemble"
     own = _flags(model.config)
     try:
         fitting = _flags(infer_config(state).with_defaults(pretrained=True))
@@ -225,6 +245,8 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
     their defaults. ValueError if it is not the state dict of such a model.
     """
     state = our_names(state)
+    if is_ensemble(state):
+        raise ValueError("several models in one, without their config; make it again by python -m experiments.ensemble")
     try:
         backbone, cut_after = _infer_backbone(state)
         descriptor_dim, features = state["fc.weight"].shape

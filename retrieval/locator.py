@@ -46,7 +46,12 @@ COLUMNS = {
     "nadir_lon": float,
 }
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
-EARTH_WEIGHTS, EARTH_INDEX = SHIPPED / "earth.safetensors", SHIPPED / "earth_index.safetensors"
+EARTH_INDEX, INDEX_WEIGHTS = SHIPPED / "earth_index.safetensors", SHIPPED / "earth_ensemble.safetensors"
+EARTH_WEIGHTS = SHIPPED / "earth.safetensors"
+RESUME_HELP = (
+    f"checkpoint of train.py, or released weights; default: weights/{INDEX_WEIGHTS.name}, which made the shipped "
+)
+RESUME_HELP += f"index, and with --dataset_path weights/{EARTH_WEIGHTS.name}"
 REGISTERED_SIDE = 1024  # pixels of a photo's longer side that a matcher sees
 
 
@@ -141,7 +146,7 @@ class Locator:
     @classmethod
     def from_files(
         cls,
-        weights: str | Path = EARTH_WEIGHTS,
+        weights: str | Path | None = None,
         dataset_path: str | Path | None = None,
         index: str | Path | None = None,
         milvus: str | None = None,
@@ -155,12 +160,12 @@ class Locator:
         num_workers: int = 0,
         **settings,
     ) -> Locator:
-        """weights: checkpoint or released weights. dataset_path: a data set's folder (its database/ is described when
-        first needed, and kept in `descriptors`), or index: a file of retrieval/earth_index.py; with neither, the one of
-        the whole Earth that ships with the weights. milvus: where the index is searched, if not in memory, see
-        MilvusIndex; a cluster's password is taken from $MILVUS_TOKEN. register: xfeat, aliked, disk, sift or none, on
-        the data set's images or on ground, a Web Mercator raster; auto: `default_matcher` where there is one of these.
-        settings: near_km, prior, candidates.
+        """weights: checkpoint or released weights; None: see `default_weights`. dataset_path: a data set's folder (its
+        database/ is described when first needed, and kept in `descriptors`), or index: a file of
+        retrieval/earth_index.py; with neither, the one of the whole Earth that ships. milvus: where the index is
+        searched, if not in memory, see MilvusIndex; a cluster's password is taken from $MILVUS_TOKEN. register: xfeat,
+        aliked, disk, sift or none, on the data set's images or on ground, a Web Mercator raster; auto:
+        `default_matcher` where there is one of these. settings: near_km, prior, candidates.
 
         Raises ValueError, FileNotFoundError or RuntimeError that names the file and the remedy.
         """
@@ -180,6 +185,7 @@ class Locator:
             )
         device = require_device(str(device))
         precision = default_precision(device) if precision == "auto" else precision
+        weights = weights or default_weights(dataset_path)
         model = load_model(weights).to(device).eval()
         matcher = chosen_matcher(register, matcher_weights, device) if on_ground else None
         common = dict(batch_size=batch_size, num_workers=num_workers, device=device, precision=precision)
@@ -305,6 +311,11 @@ class Locator:
         )
 
 
+def default_weights(dataset_path: str | Path | None) -> Path:
+    """Those that made the shipped index; for a data set's images, which are to be described, one network alone."""
+    return INDEX_WEIGHTS if dataset_path is None else EARTH_WEIGHTS
+
+
 def chosen_matcher(register: str, weights: str | Path | None, device: torch.device) -> Matcher | None:
     """--register on some ground -> the matcher; None for "none"."""
     if register == "none":
@@ -322,7 +333,8 @@ def open_index(file: str | Path, model: torch.nn.Module, weights: str | Path, mi
     if earth.fingerprint != weights_fingerprint(model):
         raise ValueError(
             f"--index {file}: was not made with {weights}, so their descriptors cannot be compared; give the "
-            f"weights that made it by --resume, or make an index of these (python -m retrieval.earth_index)"
+            f"weights that made it by --resume (of the one that ships: leave --resume out), or make an index of these "
+            f"(python -m retrieval.earth_index)"
         )
     token = os.environ.get("MILVUS_TOKEN", "")  # flags are in the log
     return Index(earth, file) if milvus is None else MilvusIndex(earth, file, milvus, token=token)

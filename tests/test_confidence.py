@@ -9,7 +9,9 @@ import torch
 
 from datasets import grid
 from datasets.build.camera import Camera, footprint, project
+from datasets.names import Catalogue
 from datasets.overlap import share_ground
+from experiments import registration as script
 from experiments.confidence import (
     SIZE,
     draw_camera,
@@ -22,10 +24,15 @@ from experiments.confidence import (
     render,
 )
 from experiments.registration import corners_off, iou, measure, sides_ratio
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
+from models.weights import save_safetensors
 from retrieval.confidence import COEFFICIENTS, FEATURES, VERIFIED, features, probability
+from retrieval.locator import Locator
 from retrieval.matching import MATCHERS
 from retrieval.registration import Registration
 from utils import geo
+from utils.flags import call
 
 
 def registration(inliers=120, matches=200, matcher="xfeat", **more):
@@ -206,8 +213,8 @@ def test_corners_are_compared_in_any_order():
 
 def test_ranks_are_counted_before_and_after_registration():
     square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.0]])
-    # By likeness the second is right; registered, it comes first with a footprint of its own.
-    candidates = [square, square + [5, 0], square + [9, 0]]
+    # Retrieval has the right one second; registered, it comes first with a footprint of its own.
+    candidates = [square + [5, 0], square, square + [9, 0]]
     places = [
         SimpleNamespace(score=0.5, footprint=square + 0.5, registration="found", inliers=50),
         SimpleNamespace(score=0.8, footprint=square + [5, 0], registration=None, inliers=9),
@@ -215,6 +222,29 @@ def test_ranks_are_counted_before_and_after_registration():
     ]
     found = measure("x", square, places, candidates, 2.0)
     assert found["ranks"] == [2, 1] and found["right"] and found["best"] is places[0] and found["false"] == 9
+    assert measure("x", square, places, candidates[::-1], 2.0)["ranks"] == [2, 1]
+    assert measure("x", square, places, [square, *candidates], 2.0)["ranks"] == [1, 1]
     assert found["iou"] == pytest.approx(0.25 / 1.75, rel=1e-3)
     elsewhere = measure("x", square + [30, 0], places, candidates, 2.0)
     assert elsewhere["ranks"] == [None, None] and not elsewhere["right"] and elsewhere["iou"] == 0
+
+
+def test_the_command_tells_the_order_that_retrieval_has(world, tmp_path, monkeypatch, capsys):
+    """Near the nadir that is not the order of scores; nothing is registered here, so it is the order after, too."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "m.safetensors")
+    monkeypatch.setattr("retrieval.registration.register", lambda photo, tried, *_, **__: [None] * len(tried))
+    flags = ["--resume", "m.safetensors", "--register", "sift", "--candidates", "20", "--device", "cpu"]
+    call(script.main, [str(world.path), *flags])
+    photos = Catalogue.read(world.path, "queries")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[0] in set(photos.ids)]
+    locator = Locator.from_files("m.safetensors", world.path, register="none")
+    ranks, by_score = [], []
+    for path, nadir, label in zip(photos.paths, photos.nadirs, photos.footprints):
+        (places,) = locator([photos.root / path], [tuple(nadir)], 20)
+        right = share_ground(label[None], np.array([place.footprint for place in places]))[0]
+        ranks.append([1 + int(right.argmax())] * 2 if right.any() else None)
+        order = np.argsort([-place.score for place in places], kind="stable")
+        by_score.append([1 + int(right[order].argmax())] * 2 if right.any() else None)
+    assert [[int(word) for word in line[1:3]] if line[1] != "-" else None for line in lines] == ranks != by_score

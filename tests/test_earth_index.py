@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from datasets import grid
@@ -26,27 +27,58 @@ def descriptors():
     return unit(mixed).astype(np.float32)
 
 
-def test_scores_are_cosines_of_the_centred_descriptors(descriptors):
-    """With all directions kept, to the precision of a byte."""
-    index = compress(REGIONS, descriptors, 32, "x")
+@pytest.mark.parametrize("bits, off", [(8, 0.02), (4, 0.1)])
+def test_scores_are_cosines_of_the_centred_descriptors(descriptors, bits, off):
+    """With all directions kept, to the precision of a byte or of half a one."""
+    index = compress(REGIONS, descriptors, 32, "x", bits)
     photos = np.stack([descriptors[[3, 70]]] * 4)
     scores, rows, _ = index.search(photos, np.arange(len(REGIONS)), 150)
     centred = unit(descriptors.astype(np.float64) - descriptors.astype(np.float64).mean(axis=0))
     for q, own in enumerate((3, 70)):
         assert rows[q, 0] == own and sorted(rows[q]) == list(range(150))
-        np.testing.assert_allclose(scores[q], (centred @ centred[own])[rows[q]], atol=0.02)
+        np.testing.assert_allclose(scores[q], (centred @ centred[own])[rows[q]], atol=off)
         assert (np.diff(scores[q]) <= 0).all()
 
 
 def test_a_region_counts_in_its_best_turn_and_the_turn_becomes_a_rotation(descriptors):
     """A photo that looks like a region once it is turned by t: the region, turned by -t, looks like the photo."""
-    index, other = compress(REGIONS, descriptors, 32, "x"), unit(np.ones(32, np.float32))
+    index, other = compress(REGIONS, descriptors, 32, "x", 8), unit(np.ones(32, np.float32))
     for turn, degrees in enumerate(earth_index.TURNS):
         photos = np.stack([other] * 4)[:, None].copy()
         photos[turn, 0] = descriptors[40]
         scores, rows, rotations = index.search(photos, np.arange(len(REGIONS)), 5)
         assert rows[0, 0] == 40 and rotations[0, 0] == -degrees % 360
         assert len(set(rows[0])) == 5 and scores[0, 0] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("dim", [7, 32])
+def test_two_codes_of_four_bits_share_a_byte(descriptors, dim):
+    """Against plain loops: each value is the nearest of sixteen equal steps, but for what is cut off."""
+    index = compress(REGIONS, descriptors, dim, "x", 4)
+    assert index.codes.shape == (150, (dim + 1) // 2) and index.codes.dtype == np.uint8
+    wanted = unit((descriptors - index.mean).astype(np.float64) @ index.axes)
+    found = np.zeros((150, dim))
+    for row in range(150):
+        for k in range(dim):
+            code = index.codes[row, k // 2] // 16 if k % 2 else index.codes[row, k // 2] % 16
+            found[row, k] = index.low[k] + code * index.step[k]
+    inside = (wanted >= index.low) & (wanted <= index.low + 15 * index.step)
+    assert inside.mean() > 0.97 and (np.abs(found - wanted) <= index.step / 2 + 1e-5)[inside].all()
+    np.testing.assert_allclose(index.vectors, unit(found), atol=1e-5)
+
+
+def test_an_index_of_the_older_form_has_a_byte_a_value(descriptors, tmp_path):
+    index = compress(REGIONS, descriptors, 7, "x", 8)
+    assert index.codes.shape == (150, 7)
+    index.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", framework="np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    told = {"format": "earthloc index 1", "fingerprint": "x"}
+    save_file(arrays, tmp_path / "old.safetensors", told)
+    for name in ("old", "new"):
+        again = EarthIndex.load(tmp_path / f"{name}.safetensors")
+        assert again.bits == 8
+        np.testing.assert_array_equal(again.vectors, index.vectors)
 
 
 def test_only_the_given_rows_are_searched_and_what_is_missing_is_filled(descriptors):
@@ -115,6 +147,6 @@ def test_the_command_makes_an_index_of_a_data_set(world, tmp_path, monkeypatch, 
     made = call(earth_index.main, [*flags, "--num_workers", "0", "--device", "cpu"])
     assert "regions" in capsys.readouterr().out
     index = EarthIndex.load("new/out.safetensors")
-    assert len(index) == len(made) and index.codes.shape[1] == 8
+    assert len(index) == len(made) and index.codes.shape[1] == 4
     assert index.fingerprint == weights_fingerprint(load_model("m.safetensors"))
     assert index.fingerprint != weights_fingerprint(EarthLoc(config))

@@ -193,7 +193,7 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     torch.manual_seed(0)
     save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "m.safetensors")
     common = ["--resume", "m.safetensors", "--dataset_path", str(world.path)]
-    call(earth_index.main, ["i.safetensors", *common, "--dim", "32", "--num_workers", "0"])
+    call(earth_index.main, ["i.safetensors", *common, "--dim", "32", "--bits", "8", "--num_workers", "0"])
     call(real_photos.main, [*common, "--index", "i.safetensors"])
     lines = capsys.readouterr().out.splitlines()
     assert "10 of 10 photos have a right image among 24" in lines
@@ -208,6 +208,11 @@ def test_real_photos_are_looked_for_among_the_images_and_on_earth(world, tmp_pat
     save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), "other.safetensors")
     with pytest.raises(ValueError, match="i.safetensors: was not made with other.safetensors"):
         call(real_photos.main, [*common[2:], "--resume", "other.safetensors", "--index", "i.safetensors"])
+    with pytest.raises(ValueError, match="--index: 2 for 1 weights"):
+        call(
+            real_photos.main,
+            [*common[2:], "--resume", "other.safetensors", "--index", "i.safetensors", "i.safetensors"],
+        )
 
 
 def test_milvus_beside_faiss_and_a_file_into_it_and_back(tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from models.weights import save_safetensors
 from utils.flags import call
 
 CONFIG = ModelConfig("resnet18", "conv1", "none", "mixvpr", 16, 32, {"mix_depth": 1})
-SHIPPED = Path(__file__).parents[1] / "weights" / "earth.safetensors"
+SHIPPED = Path(__file__).parents[1] / "weights"
 
 
 def export_all(weights, folder):
@@ -57,8 +57,9 @@ def onnx_session(model, folder):
 
 
 @pytest.mark.slow
-def test_the_shipped_weights_export(tmp_path):
-    _, error = onnx_session(*export_all(SHIPPED, tmp_path))
+@pytest.mark.parametrize("name", ["earth", "earth_ensemble"])
+def test_the_shipped_weights_export(name, tmp_path):
+    _, error = onnx_session(*export_all(SHIPPED / f"{name}.safetensors", tmp_path))
     assert error < 1e-4
 
 

@@ -41,9 +41,11 @@ def test_a_whole_index_loses_nothing_and_a_byte_a_region_most(world, tmp_path, c
     assert [row[:2] for row in rows] == [
         ["float16, images turned", str(64 * 2 * 4)],
         ["float16", str(64 * 2)],
-        ["a byte a value", "64"],
-        ["a byte a value", "1"],
+        ["64 values of 8 bits", "64"],
+        ["1 values of 8 bits", "1"],
+        ["64 values of 4 bits", "32"],
+        ["1 values of 4 bits", "1"],
     ]
     recalls = np.array([[float(cell) for cell in row[2:]] for row in rows])
     assert (np.diff(recalls, axis=1) >= 0).all() and (recalls[:, -1] == 100).all()  # 24 images, 50 are looked at
-    assert recalls[3].sum() < recalls[2].sum()
+    assert recalls[3].sum() < recalls[2].sum() and recalls[5].sum() < recalls[4].sum()

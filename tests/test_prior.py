@@ -12,6 +12,7 @@ from experiments import nadir_prior
 from models.config import ModelConfig
 from models.earthloc import EarthLoc
 from models.weights import save_safetensors
+from retrieval import earth_index
 from retrieval.prior import SPREADS, log_prior, weigh
 from utils.flags import call
 
@@ -96,3 +97,29 @@ def test_the_command_prints_a_row_for_each_weight_and_each_distance(world, tmp_p
         at_one.append(float(weights[2][1]))
     assert at_one[0] > 90  # by the nadir alone: the tiny world's photos show what lies below
     assert at_one[1] < at_one[0]
+
+
+def test_an_index_stands_in_for_the_images_and_must_be_theirs(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("m", "other")):
+        torch.manual_seed(seed)
+        save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 64, 32)), f"{name}.safetensors")
+    data = ["--dataset_path", str(world.path), "--num_workers", "0"]
+    whole = call(earth_index.main, ["i.safetensors", "--resume", "m.safetensors", *data, "--dim", "64"])
+    capsys.readouterr()
+
+    def surprise(*more):
+        call(nadir_prior.main, [*data, "--resume", "m.safetensors", "--weights", "0.5", *more])
+        return float(capsys.readouterr().out.splitlines()[2].split("|")[5])
+
+    exact = surprise()
+    assert surprise("--index", "i.safetensors") == pytest.approx(exact, rel=0.05)
+    whole.codes[:] = whole.codes[::-1].copy()  # other regions' descriptors
+    whole.save("i.safetensors")
+    assert surprise("--index", "i.safetensors") != pytest.approx(exact, rel=0.05)
+    with pytest.raises(ValueError, match="i.safetensors: was not made with other.safetensors"):
+        call(nadir_prior.main, [*data, "--resume", "other.safetensors", "--index", "i.safetensors"])
+    whole.regions[0] += 1
+    whole.save("i.safetensors")
+    with pytest.raises(ValueError, match="i.safetensors: was not made"):
+        surprise("--index", "i.safetensors")
