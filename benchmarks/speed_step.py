@@ -175,6 +175,7 @@ def report(names: list[str], found: dict[tuple[str, str], float], images: int) -
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    """Flags of the step that is timed, and of how often."""
     parser = make_parser(__doc__)
     parser.add_argument("--backbone", default="resnet18", help="a ResNet")
     parser.add_argument("--descriptor_dim", type=int, default=512)

@@ -17,14 +17,13 @@ from datasets.overlap import intersections
 from datasets.sets import QUERY_RADIUS_KM, read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
-from retrieval.describe import ROTATIONS, Describer
+from retrieval.describe import ROTATIONS, describe_catalogue
 from retrieval.earth_index import CLIPPED, TURNS, compress
 from retrieval.recall import first_of_each, recall_at, take
 from retrieval.search import search
 from utils import geo
 from utils.arguments import positive
-from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
-from utils.precision import chosen_precision
+from utils.flags import command
 
 RANKS = (1, 10, 50)
 CANDIDATES = 4 * max(RANKS)  # a region can be there in each of its turns
@@ -38,21 +37,14 @@ def main(
     bits: Annotated[list[int], "of a value", {"choices": tuple(CLIPPED)}] = (8, 4),
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
     turned_photos_only: Annotated[bool, "leave the first line out: half of the time"] = False,
-    descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
-    batch_size: BatchSize = 32,
-    num_workers: Workers = WORKERS,
-    device: Device = DEVICE,
-    precision: Precision = "fp32",
+    **describing: Annotated[object, describe_catalogue],
 ) -> None:
     """Prints a row for each size."""
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     positives, near, asked = around_nadirs(photos, database, near_km)
     model = load_model(resume).eval()
-    how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
-    kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
-        descriptors, catalogue.root, catalogue.paths, catalogue.root.name
-    )[0]
-    turned = np.stack([np.asarray(each, np.float32) for each in kept(photos, TURNS)])
+    kept = lambda catalogue, turns: describe_catalogue(model, catalogue, turns, **describing)[0]
+    turned = np.asarray(kept(photos, TURNS), np.float32)
 
     print("| descriptors | bytes a region | " + " | ".join(f"R@{k}" for k in RANKS) + " |")
     if not turned_photos_only:

@@ -112,11 +112,10 @@ def of_dataset(dataset_path: str, weights: str, folder: str, device: str) -> tup
     """As of_index, by weights; folder: where descriptors are kept."""
     from datasets.sets import read_database
     from models.earthloc import load_model
-    from retrieval.describe import Describer
+    from retrieval.describe import describe_catalogue
 
     model, database = load_model(weights).eval(), read_database(dataset_path)
-    how = model.config.image_size, 32, 2, device, "fp32"
-    descriptors, failures = Describer(model, *how).kept(folder, database.root, database.paths, "Milvus")
+    descriptors, failures = describe_catalogue(model, database, descriptors=folder, device=device)
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     return np.asarray(descriptors[0, rows]), geo.centers(database.footprints[rows])
 

@@ -20,12 +20,11 @@ from datasets.sets import QUERY_RADIUS_KM, read_database
 from experiments.index_size import RANKS, around_nadirs
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
-from retrieval.describe import Describer
+from retrieval.describe import describe_catalogue
 from retrieval.earth_index import TURNS, EarthIndex
 from retrieval.prior import SPREADS, log_prior, weigh
 from utils import geo
-from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
-from utils.precision import chosen_precision
+from utils.flags import command
 
 FAR_KM = (0, 150, 323, 600, 800, QUERY_RADIUS_KM)
 
@@ -38,29 +37,20 @@ def main(
     near_km: Annotated[float, "around a photo's nadir"] = QUERY_RADIUS_KM,
     index: Annotated[str | None, "file of python -m retrieval.earth_index, made of this data set"] = None,
     nadir_error: Annotated[float, "km by which nadirs are wrong"] = 0.0,
-    descriptors: Annotated[str, "folder where descriptors are kept"] = DESCRIPTORS,
-    batch_size: BatchSize = 32,
-    num_workers: Workers = WORKERS,
-    device: Device = DEVICE,
-    precision: Precision = "fp32",
+    **describing: Annotated[object, describe_catalogue],
 ) -> None:
     """Prints both tables."""
     photos, database = Catalogue.read(dataset_path, "queries"), read_database(dataset_path)
     positives, near, asked = around_nadirs(photos, database, near_km)
     model = load_model(resume).eval()
-    how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
-    kept = lambda catalogue, turns: Describer(model, *how, turns).kept(
-        descriptors, catalogue.root, catalogue.paths, catalogue.root.name
-    )[0]
+    turned = np.asarray(describe_catalogue(model, photos, TURNS, **describing)[0], np.float32)
     if index is None:
-        turned, images = np.asarray(kept(photos, TURNS), np.float32), np.asarray(kept(database, (0,))[0], np.float32)
+        images = np.asarray(describe_catalogue(model, database, **describing)[0][0], np.float32)
     else:
-        earth = EarthIndex.load(index)
-        if earth.fingerprint != weights_fingerprint(model) or not np.array_equal(
-            earth.regions, grid.regions_of(database.ids)
-        ):
+        earth, regions = EarthIndex.load(index), grid.regions_of(database.ids)
+        if earth.fingerprint != weights_fingerprint(model) or not np.array_equal(earth.regions, regions):
             raise ValueError(f"--index {index}: was not made with {resume} of the images of {dataset_path}")
-        turned, images = np.stack([earth.project(each) for each in kept(photos, TURNS)]), earth.vectors
+        turned, images = earth.project(turned), earth.vectors
 
     tried, rng = sorted({0, SPREADS, *weights}), np.random.default_rng(0)
     ranks, surprise = {weight: [] for weight in tried}, {weight: [] for weight in tried}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.images import read_image, resize
+from datasets.names import Catalogue
 from retrieval import store
 from retrieval.store import DescriptorFile, Rows
 from utils import distributed
-from utils.precision import autocast
+from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers
+from utils.precision import autocast, chosen_precision, require_device
 from utils.signals import ignore_signals, iterate
 from utils.tables import Strings
 from utils.workers import PREFETCH, fitting_workers, free_shared_memory
@@ -194,6 +197,25 @@ class Describer:
         title = f"describing {label}" if label and self.progress else ""
         with evaluating(self.model):
             yield from through(forward, files, batches, self.num_workers, self.device, title)
+
+
+def describe_catalogue(
+    model: nn.Module,
+    catalogue: Catalogue,
+    rotations: Sequence[int] = (0,),
+    *,
+    descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
+    batch_size: BatchSize = 32,
+    num_workers: Workers = WORKERS,
+    device: Device = DEVICE,
+    precision: Precision = "fp32",
+) -> tuple[Rows, Failures]:
+    """A data set's photos or images -> Rows (len(rotations), N, D), kept as `Describer.kept` does, and failures. Its
+    keywords are flags of all commands that take them."""
+    device = require_device(device)
+    how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device), rotations
+    name = catalogue.root.name
+    return Describer(model.to(device), *how).kept(descriptors, catalogue.root, catalogue.paths, name)
 
 
 def _from_all(descriptors: np.ndarray | None, failures: Failures, shares: list[list[np.ndarray]], shape: tuple):

@@ -21,13 +21,12 @@ from datasets import grid
 from datasets.sets import read_database
 from models.earthloc import load_model
 from models.weights import weights_fingerprint
-from retrieval.describe import Describer
+from retrieval.describe import describe_catalogue
 from retrieval.recall import first_of_each, take
 from retrieval.search import search
 from utils.arguments import positive
 from utils.files import replacing
-from utils.flags import DESCRIPTORS, DEVICE, WORKERS, BatchSize, Device, Precision, Workers, command
-from utils.precision import chosen_precision
+from utils.flags import command
 
 FORMAT, OLDER = "earthloc index 2", "earthloc index 1"  # the older one has a byte a value, and does not say so
 # Bits: share of values beyond either end of what codes stand for. Of a normal distribution that is 2.5 and 3.7
@@ -98,7 +97,7 @@ class EarthIndex:
         return take(scores, first, -np.inf), take(found, first, -1), take(rotations, first, 0)
 
     def project(self, descriptors: np.ndarray) -> np.ndarray:
-        """(Q, D) -> (Q, K) float32 of unit length, to be compared with `vectors`."""
+        """(…, D) -> (…, K) float32 of unit length, to be compared with `vectors`."""
         return _unit((descriptors - self.mean) @ self.axes)
 
     def save(self, path: str | Path) -> None:
@@ -164,7 +163,7 @@ def require_dim(dim: int, values: int) -> None:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def main(
@@ -174,11 +173,7 @@ def main(
     dataset_path: Annotated[str, "folder with database/, images named by the grid"],
     dim: Annotated[int, "values a region", {"type": positive}] = 512,
     bits: Annotated[int, "of each value", {"choices": tuple(CLIPPED)}] = 4,
-    descriptors: Annotated[str, "folder where whole descriptors are kept"] = DESCRIPTORS,
-    batch_size: BatchSize = 32,
-    num_workers: Workers = WORKERS,
-    device: Device = DEVICE,
-    precision: Precision = "fp32",
+    **describing: Annotated[object, describe_catalogue],
 ) -> EarthIndex:
     """-> the EarthIndex, written to its file."""
     model, database = load_model(resume).eval(), read_database(dataset_path)
@@ -191,8 +186,7 @@ def main(
             f"{database.paths[strange[0]]}: its corners are not those of its region, so no index of the grid can hold "
             f"it ({len(strange)} of {len(database)} images); leave it out of the database"
         )
-    how = model.config.image_size, batch_size, num_workers, device, chosen_precision(precision, device)
-    described, failures = Describer(model, *how).kept(descriptors, database.root, database.paths, "Earth")
+    described, failures = describe_catalogue(model, database, **describing)
     rows = np.setdiff1d(np.arange(len(database)), [row for row, _ in failures])
     vectors = np.asarray(described[0, rows], np.float32)
     earth = compress(regions[rows], vectors, dim, weights_fingerprint(model), bits)

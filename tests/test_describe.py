@@ -5,6 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.sets import read_database
+from models.config import ModelConfig
+from models.earthloc import EarthLoc
 from retrieval import describe
 from retrieval.describe import ROTATIONS, Describer, rotate
 from retrieval.search import search
@@ -123,3 +126,23 @@ def test_one_batch_wants_one_worker(files, monkeypatch):
     )
     Describer(Quadrants(), 18, batch_size=6, num_workers=2, progress=False)(files)
     assert used == [1]
+
+
+def test_a_catalogue_is_described_on_the_device_that_is_asked_for(world, monkeypatch):
+    """Model and images are on the same one; without a GPU seen on the device that only has shapes."""
+    asked = []
+
+    class Told:
+        def __init__(self, model, image_size, batch_size, num_workers, device, precision, rotations):
+            asked.append((next(model.parameters()).device.type, device.type, image_size, precision, rotations))
+
+        def kept(self, folder, root, paths, label):
+            return (folder, root, len(paths)), []
+
+    monkeypatch.setattr(describe, "Describer", Told)
+    model, images = EarthLoc(ModelConfig("resnet18", "layer1", "none", "gem", 8, 32)), read_database(world.path)
+    found, _ = describe.describe_catalogue(model, images, (0, 90), descriptors="kept", device="meta", precision="bf16")
+    assert found == ("kept", images.root, 24) and asked == [("meta", "meta", 32, "bf16", (0, 90))]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: no CUDA device"):
+            describe.describe_catalogue(model, images, device="cuda")

@@ -132,7 +132,7 @@ def test_what_is_no_index_says_so(descriptors, tmp_path):
 def test_too_many_bytes_a_region_are_refused_before_describing(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_safetensors(EarthLoc(ModelConfig("resnet18", "layer2", "none", "gem", 32, 64)), tmp_path / "m.safetensors")
-    monkeypatch.setattr(earth_index, "Describer", None)
+    monkeypatch.setattr(earth_index, "describe_catalogue", None)
     with pytest.raises(ValueError, match="--dim 33: the model's descriptors have 32 values"):
         flags = ["--resume", "m.safetensors", "--dataset_path", str(world.path), "--dim", "33"]
         call(earth_index.main, ["out.safetensors", *flags])

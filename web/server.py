@@ -127,6 +127,7 @@ def serve_photos(app: FastAPI, desk: Desk, max_bytes: int) -> None:
 
     @app.post("/api/photos", status_code=201)
     async def upload(request: Request, name: str = "photo", lat: float | None = None, lon: float | None = None):
+        """The body is the file as it is; lat, lon: of the point below the camera."""
         if (lat is None) != (lon is None):
             raise ValueError("nadir: latitude and longitude go together")
         declared = int(request.headers.get("content-length") or 0)
